@@ -1,0 +1,48 @@
+"""jaxstack: agents and sequence models in JAX, trained by one runner.
+
+Importing this package imports nothing heavy and starts no backend; public names are resolved on first use.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# public name -> (module, attribute); None means the module itself
+_EXPORTS: dict[str, tuple[str, str | None]] = {
+    "Learner": ("jaxstack.core.learner", "Learner"),
+    "train": ("jaxstack.core.runner", "train"),
+    "load_policy": ("jaxstack.core.bundle", "load_policy"),
+    "make_env": ("jaxstack.envs", "make"),
+    "make_agent": ("jaxstack.agents", "make"),
+    "UserError": ("jaxstack.core.errors", "UserError"),
+    "agents": ("jaxstack.agents", None),
+    "core": ("jaxstack.core", None),
+    "envs": ("jaxstack.envs", None),
+    "nn": ("jaxstack.nn", None),
+    "sequence": ("jaxstack.sequence", None),
+}
+
+if TYPE_CHECKING:
+    from jaxstack.agents import make as make_agent
+    from jaxstack.core.bundle import load_policy
+    from jaxstack.core.errors import UserError
+    from jaxstack.core.learner import Learner
+    from jaxstack.core.runner import train
+    from jaxstack.envs import make as make_env
+
+__all__ = ["Learner", "UserError", "__version__", "load_policy", "make_agent", "make_env", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'jaxstack' has no attribute {name!r}")
+    module, attribute = _EXPORTS[name]
+    value = import_module(module)
+    value = value if attribute is None else getattr(value, attribute)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_EXPORTS})

@@ -1,0 +1,1 @@
+"""Learner contract, runner, checkpoints, statistics: what every method shares."""

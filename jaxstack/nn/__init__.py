@@ -1,0 +1,1 @@
+"""Flax modules and parameter functions shared by several methods."""
