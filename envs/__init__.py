@@ -1,0 +1,76 @@
+"""Vectorised environments: `make(id)` gives one functional environment, `vectorise(env, n)` many.
+
+Ids: `matrix_game`, `dispersion`, ... (native), `jaxmarl/...`, `gymnax/...`, `brax/...`. Nothing is imported from the
+wrapped libraries until an id of theirs is made.
+"""
+
+from importlib import import_module
+from typing import Any
+
+from jaxstack.core.errors import UserError, unknown
+from jaxstack.core.registry import Registry
+from jaxstack.envs.base import Box, Discrete, Environment, MultiDiscrete, Spec, TimeStep
+from jaxstack.envs.vector import VecEnv, VecState, vectorise
+
+__all__ = [
+    "NATIVE",
+    "Box",
+    "Discrete",
+    "Environment",
+    "MultiDiscrete",
+    "Spec",
+    "TimeStep",
+    "VecEnv",
+    "VecState",
+    "ids",
+    "make",
+    "vectorise",
+]
+
+NATIVE = Registry(
+    "environment",
+    {
+        "matrix_game": "jaxstack.envs.matrix_game:MatrixGame",
+        "dispersion": "jaxstack.envs.dispersion:Dispersion",
+        "navigation": "jaxstack.envs.navigation:Navigation",
+        "blind_particle_spread": "jaxstack.envs.blind_particle_spread:BlindParticleSpread",
+    },
+)
+
+FAMILIES = Registry(
+    "environment family",
+    {
+        "jaxmarl": "jaxstack.envs.jaxmarl_adapter:make",
+        "gymnax": "jaxstack.envs.gymnax_adapter:make",
+        "brax": "jaxstack.envs.brax_adapter:make",
+    },
+)
+
+
+def make(id: str, **options: Any) -> Environment:
+    """The environment `id`; options go to its constructor.
+
+    Raises `UnknownName` (with the nearest ids) or `UserError` for an option that the environment does not take.
+    """
+    family, _, rest = id.partition("/")
+    try:
+        if rest:
+            return FAMILIES.load(family)(rest, **options) if family in FAMILIES else _unknown(id)
+        return NATIVE.load(id)(**options) if id in NATIVE else _unknown(id)
+    except TypeError as e:
+        if options and "argument" in str(e):
+            raise UserError(f"environment {id!r}, options {options}: {e}") from e
+        raise
+
+
+def ids(family: str | None = None) -> list[str]:
+    """All known ids, those of one family, or the native ones with `family="native"`; imports no wrapped library."""
+    out = list(NATIVE) if family in (None, "native") else []
+    for name, target in FAMILIES.items():
+        if family in (None, name):
+            out += [f"{name}/{i}" for i in import_module(target.split(":")[0]).IDS]
+    return out
+
+
+def _unknown(id: str) -> Environment:
+    raise unknown("environment", id, ids())

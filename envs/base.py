@@ -1,0 +1,194 @@
+"""The environment protocol: pure functions, static shapes, an agent axis.
+
+One protocol serves single-agent (A = 1) and multi-agent environments. Arrays that differ between agents are padded to
+the largest size; `obs_sizes` and `action_sizes` say what is real. An environment never resets itself: auto-reset is
+`jaxstack.envs.vector`, so that the true last observation exists and is kept.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from jaxstack.core.errors import UserError
+
+
+@dataclass(frozen=True)
+class Discrete:
+    """Actions 0..n-1 of each agent; agents with fewer actions are told apart by the action mask."""
+
+    n: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return ()
+
+    @property
+    def dtype(self) -> Any:
+        return jnp.int32
+
+
+@dataclass(frozen=True)
+class MultiDiscrete:
+    """Several discrete choices at once; action [len(nvec)] int32."""
+
+    nvec: tuple[int, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self.nvec),)
+
+    @property
+    def dtype(self) -> Any:
+        return jnp.int32
+
+
+@dataclass(frozen=True)
+class Box:
+    """Real vectors; `low` and `high` are scalars or nested tuples of `shape`."""
+
+    shape: tuple[int, ...]
+    low: float | tuple = -float("inf")
+    high: float | tuple = float("inf")
+    dtype: Any = jnp.float32
+
+
+Space = Discrete | MultiDiscrete | Box
+
+
+class TimeStep(NamedTuple):
+    """What an environment says after `reset` or `step`; the observation is the true one, also when the episode ended."""
+
+    obs: Array
+    """[A, *obs_shape]; rows of agents with smaller observations are padded with zeros."""
+    reward: Float[Array, "A"]
+    terminated: Bool[Array, ""]
+    """The task ended: no value beyond this step."""
+    truncated: Bool[Array, ""]
+    """The episode was cut (time limit): the value goes on. Never true together with `terminated`."""
+    agent_mask: Bool[Array, "A"]
+    """Agents that can act now (dead or absent ones are False); their samples carry no policy gradient otherwise."""
+    action_mask: Bool[Array, "A n"] | None
+    """Legal actions, at least one true in each row; None when every action is always legal."""
+    state: Array | None
+    """[*state_shape] global state for centralised critics; None: the concatenated observations serve."""
+    info: dict[str, Array]
+    """Scalars about the transition, e.g. `won`; the same keys from reset and step."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Static facts of an environment."""
+
+    id: str
+    agents: tuple[str, ...]
+    obs_shape: tuple[int, ...]
+    action_space: Space
+    obs_sizes: tuple[int, ...] = ()
+    """True length of each agent's observation vector; empty: all equal `obs_shape`."""
+    action_sizes: tuple[int, ...] = ()
+    """True number of actions (Discrete) or action dimensions (Box) of each agent; empty: all equal."""
+    state_shape: tuple[int, ...] | None = None
+    """Shape of TimeStep.state; None: the concatenated observations [A * prod(obs_shape)] are the global state."""
+    horizon: int | None = None
+    """Longest episode in steps, None if unbounded."""
+    can_terminate: bool = True
+    can_truncate: bool = True
+    has_action_mask: bool = False
+    shared_reward: bool = False
+    """True when all agents get the same reward."""
+    notes: tuple[str, ...] = field(default=())
+    """Where this differs from the library it wraps, and why."""
+
+    @property
+    def num_agents(self) -> int:
+        return len(self.agents)
+
+    @property
+    def obs_dim(self) -> int:
+        return int(np.prod(self.obs_shape))
+
+    @property
+    def state_dim(self) -> int:
+        return int(np.prod(self.state_shape)) if self.state_shape is not None else self.num_agents * self.obs_dim
+
+
+class Environment:
+    """Base of all environments. Subclasses are frozen dataclasses (hashable: static under jit) and set `spec`.
+
+    `reset` and `step` act on ONE environment; `jax.vmap` or `jaxstack.envs.vector` makes many.
+    """
+
+    @property
+    def spec(self) -> Spec:
+        raise UserError(f"{type(self).__name__} declares no spec")
+
+    def reset(self, key: jax.Array) -> tuple[Any, TimeStep]:
+        """A start state and its TimeStep (reward 0, nothing ended)."""
+        raise UserError(f"{type(self).__name__} has no reset")
+
+    def step(self, key: jax.Array, state: Any, action: Array) -> tuple[Any, TimeStep]:
+        """One transition; action [A] (Discrete) or [A, k]. Stepping an ended episode is undefined."""
+        raise UserError(f"{type(self).__name__} has no step")
+
+    def frame(self, state: Any) -> np.ndarray:
+        """[H, W, 3] uint8 picture of one (unbatched) state; runs on the host. Raises `UserError` where none exists."""
+        raise UserError(f"environment {self.spec.id!r} cannot be drawn")
+
+    @property
+    def num_agents(self) -> int:
+        return self.spec.num_agents
+
+
+def first_step(spec: Spec, obs: Array, **fields: Any) -> TimeStep:
+    """The TimeStep of a reset: zero reward, nothing ended, every agent present; `fields` override."""
+    base: dict[str, Any] = dict(
+        obs=obs,
+        reward=jnp.zeros(spec.num_agents, jnp.float32),
+        terminated=jnp.bool_(False),
+        truncated=jnp.bool_(False),
+        agent_mask=jnp.ones(spec.num_agents, bool),
+        action_mask=None,
+        state=None,
+        info={},
+    )
+    return TimeStep(**(base | fields))
+
+
+def global_state(spec: Spec, ts: TimeStep) -> Array:
+    """[..., state_dim] float32: the environment's global state, or all observations side by side."""
+    if ts.state is not None:
+        lead = ts.state.shape[: ts.state.ndim - len(spec.state_shape or ())]
+        return ts.state.reshape(*lead, spec.state_dim).astype(jnp.float32)
+    lead = ts.obs.shape[: ts.obs.ndim - 1 - len(spec.obs_shape)]
+    return ts.obs.reshape(*lead, spec.state_dim).astype(jnp.float32)
+
+
+def sample_action(spec: Spec, key: jax.Array, ts: TimeStep) -> Array:
+    """Uniform legal actions for ONE timestep: [A] or [A, k]."""
+    space = spec.action_space
+    if isinstance(space, Discrete):
+        mask = ts.action_mask if ts.action_mask is not None else action_limits(spec)
+        logits = jnp.zeros((spec.num_agents, space.n)) if mask is None else jnp.where(mask, 0.0, -jnp.inf)
+        return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
+    if isinstance(space, MultiDiscrete):
+        return jax.random.randint(key, (spec.num_agents, len(space.nvec)), 0, jnp.asarray(space.nvec), jnp.int32)
+    low, high = (
+        jnp.broadcast_to(jnp.asarray(space.low), space.shape),
+        jnp.broadcast_to(jnp.asarray(space.high), space.shape),
+    )
+    low, high = jnp.maximum(low, -1e3), jnp.minimum(high, 1e3)
+    return jax.random.uniform(key, (spec.num_agents, *space.shape), minval=low, maxval=high)
+
+
+def action_limits(spec: Spec) -> np.ndarray | None:
+    """[A, n] bool: which padded actions (Discrete) or dimensions (Box) are real; None when all are."""
+    if not spec.action_sizes:
+        return None
+    n = spec.action_space.n if isinstance(spec.action_space, Discrete) else spec.action_space.shape[0]
+    if all(size == n for size in spec.action_sizes):
+        return None
+    return np.arange(n)[None] < np.asarray(spec.action_sizes)[:, None]

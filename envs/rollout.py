@@ -1,0 +1,137 @@
+"""Rollouts: T steps of N environments in one scan, and episode statistics."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from jaxstack.core.learner import Metrics
+from jaxstack.envs import vector
+from jaxstack.envs.base import TimeStep
+
+
+class Step(NamedTuple):
+    """One transition of N environments; a rollout stacks T of them."""
+
+    ts: TimeStep
+    """What the policy saw [N, ...]."""
+    first: Array
+    """[N] bool: `ts` starts an episode."""
+    action: Array
+    extras: Any
+    """Whatever the policy returned beside the action (log-probability, value, ...)."""
+    reward: Array
+    """[N, A] of this transition."""
+    terminated: Array
+    truncated: Array
+    final_obs: Array | None
+    """[N, A, *obs_shape] true next observation, also at episode ends; None when the environment never truncates."""
+    final_state: Array | None
+    """Likewise the global state, where the environment has one."""
+    final_mask: Array
+    """[N, A] agents present after this transition."""
+    episode_return: Array
+    """[N, A] return of the episode that ended here, 0 elsewhere."""
+    episode_length: Array
+    info: dict[str, Array]
+
+    @property
+    def done(self) -> Array:
+        return self.terminated | self.truncated
+
+
+Act = Callable[[jax.Array, Any, vector.VecState], tuple[Any, Array, Any]]
+"""(key, carry, state) -> (carry, action [N, A, ...], extras)"""
+
+
+def collect(
+    vec: vector.VecEnv, act: Act, key: jax.Array, vs: vector.VecState, carry: Any, num_steps: int
+) -> tuple[vector.VecState, Any, Step, Array]:
+    """T steps. Returns (state, policy carry, Step with leaves [T, N, ...], number of start states used twice)."""
+    k_pool, k_act, k_env = jax.random.split(key, 3)
+    pool = vector.make_pool(vec, k_pool, num_steps)
+    keep_final = vec.env.spec.can_truncate
+
+    def body(c: tuple, t: Array) -> tuple[tuple, Step]:
+        vs, carry, pool = c
+        carry, action, extras = act(jax.random.fold_in(k_act, t), carry, vs)
+        new, last, pool = vector.step(vec, jax.random.fold_in(k_env, t), vs, action, pool)
+        done = last.terminated | last.truncated
+        out = Step(
+            ts=vs.ts,
+            first=vs.first,
+            action=action,
+            extras=extras,
+            reward=last.reward,
+            terminated=last.terminated,
+            truncated=last.truncated,
+            final_obs=last.obs if keep_final else None,
+            final_state=last.state if keep_final else None,
+            final_mask=last.agent_mask,
+            episode_return=jnp.where(done[:, None], vs.episode_return + last.reward, 0.0),
+            episode_length=jnp.where(done, vs.episode_length + 1, 0),
+            info=last.info,
+        )
+        return (new, carry, pool), out
+
+    (vs, carry, pool), steps = jax.lax.scan(body, (vs, carry, pool), jnp.arange(num_steps))
+    reused = jnp.int32(0) if pool is None else jnp.maximum(pool.used - pool.ts.reward.shape[0], 0)
+    return vs, carry, steps, reused
+
+
+def statistics(steps: Step) -> Metrics:
+    """Means over the episodes that ended in the rollout; NaN when none did.
+
+    `rollout/return` is the return of an episode averaged over agents; info entries are read at the last step.
+    """
+    done = steps.done
+    count = done.sum().astype(jnp.float32)
+    per = jnp.where(count > 0, 1.0 / jnp.maximum(count, 1.0), jnp.nan)
+    out = {
+        "rollout/return": steps.episode_return.mean(-1).sum() * per,
+        "rollout/length": steps.episode_length.sum() * per,
+        "rollout/episodes": count,
+    }
+    for name, value in steps.info.items():
+        value = value.astype(jnp.float32)
+        value = value.reshape(*done.shape, -1).mean(-1)
+        out[f"rollout/{name}"] = jnp.where(done, value, 0.0).sum() * per
+    return out
+
+
+def evaluate(vec: vector.VecEnv, act: Act, key: jax.Array, carry: Any, num_steps: int) -> Metrics:
+    """One episode in each of the N environments, from fresh resets, at most `num_steps` long.
+
+    `eval/return` is the mean over episodes of the agents' mean return, `eval/finished` the share that ended in time
+    (an unfinished episode counts with the return so far).
+    """
+    k_init, k_act, k_env = jax.random.split(key, 3)
+    vs = vector.init(vec, k_init)
+
+    def body(c: tuple, t: Array) -> tuple[tuple, None]:
+        vs, carry, alive, total, length, info = c
+        carry, action, _ = act(jax.random.fold_in(k_act, t), carry, vs)
+        keys = jax.random.split(jax.random.fold_in(k_env, t), vec.num_envs)
+        env, ts = jax.vmap(vec.env.step)(keys, vs.env, action)
+        total = total + jnp.where(alive[:, None], ts.reward, 0.0)
+        length = length + alive
+        info = jax.tree.map(lambda old, new: jnp.where(_like(alive, new), new, old), info, ts.info)
+        alive = alive & ~(ts.terminated | ts.truncated)
+        vs = vs._replace(env=env, ts=ts, first=jnp.zeros_like(vs.first))
+        return (vs, carry, alive, total, length, info), None
+
+    n = vec.num_envs
+    start = (vs, carry, jnp.ones(n, bool), jnp.zeros((n, vec.env.num_agents)), jnp.zeros(n, jnp.int32), vs.ts.info)
+    (_, _, alive, total, length, info), _ = jax.lax.scan(body, start, jnp.arange(num_steps))
+    out = {
+        "eval/return": total.mean(),
+        "eval/length": length.astype(jnp.float32).mean(),
+        "eval/finished": 1.0 - alive.astype(jnp.float32).mean(),
+    }
+    return out | {f"eval/{k}": v.astype(jnp.float32).mean() for k, v in info.items()}
+
+
+def _like(mask: Array, x: Array) -> Array:
+    return mask.reshape(-1, *[1] * (x.ndim - 1))

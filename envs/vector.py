@@ -1,0 +1,120 @@
+"""Many copies of one environment with auto-reset.
+
+`auto_reset="pool"` (default) draws each new episode's start from a pool of fresh resets that is made in bulk once a
+rollout, so that no step pays for a reset; `"exact"` computes a reset in every step, as most libraries do, and is the
+reference. Start states are never used twice within a rollout unless more episodes end than the pool holds, which
+`VecState.reused` counts.
+"""
+
+import math
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from jaxstack.core.errors import UserError
+from jaxstack.envs.base import Environment, TimeStep
+
+AutoReset = Literal["pool", "exact"]
+
+
+class VecState(NamedTuple):
+    """N environments between two steps."""
+
+    env: Any
+    """Environment states, leaves [N, ...]."""
+    ts: TimeStep
+    """What the policy acts on now, leaves [N, ...]."""
+    first: Array
+    """[N] bool: `ts` starts an episode (recurrent policies reset here)."""
+    episode_return: Array
+    """[N, A] running sum of rewards."""
+    episode_length: Array
+    """[N] int32 steps so far."""
+
+
+class Pool(NamedTuple):
+    """Fresh start states [P, ...] and how many were used."""
+
+    env: Any
+    ts: TimeStep
+    used: Array
+
+
+class VecEnv(NamedTuple):
+    """Static description; hashable. `horizon_hint` is the episode length that sizes the pool where the spec has none."""
+
+    env: Environment
+    num_envs: int
+    auto_reset: AutoReset = "pool"
+    pool_size: int | None = None
+
+    def rollout_pool_size(self, num_steps: int) -> int:
+        """How many starts a rollout of `num_steps` gets: enough for every episode of full length, doubled if they can
+        end early (at least one for each environment)."""
+        if self.pool_size is not None:
+            return self.pool_size
+        spec = self.env.spec
+        length = spec.horizon or 100
+        ends = self.num_envs * math.ceil(num_steps / length)
+        return max(self.num_envs, 2 * ends if spec.can_terminate else ends)
+
+
+def vectorise(env: Environment, num_envs: int, auto_reset: AutoReset = "pool", pool_size: int | None = None) -> VecEnv:
+    """N copies of `env`; raises `UserError` for sizes below one or an unknown mode."""
+    if num_envs < 1:
+        raise UserError(f"num_envs={num_envs}: expected at least 1")
+    if auto_reset not in ("pool", "exact"):
+        raise UserError(f"auto_reset={auto_reset!r}: expected 'pool' or 'exact'")
+    if pool_size is not None and pool_size < 1:
+        raise UserError(f"pool_size={pool_size}: expected at least 1")
+    return VecEnv(env, num_envs, auto_reset, pool_size)
+
+
+def init(vec: VecEnv, key: jax.Array) -> VecState:
+    """N freshly reset environments."""
+    env, ts = jax.vmap(vec.env.reset)(jax.random.split(key, vec.num_envs))
+    n, a = vec.num_envs, vec.env.num_agents
+    return VecState(env, ts, jnp.ones(n, bool), jnp.zeros((n, a)), jnp.zeros(n, jnp.int32))
+
+
+def make_pool(vec: VecEnv, key: jax.Array, num_steps: int) -> Pool | None:
+    """Fresh starts for a rollout of `num_steps`; None in exact mode."""
+    if vec.auto_reset == "exact":
+        return None
+    env, ts = jax.vmap(vec.env.reset)(jax.random.split(key, vec.rollout_pool_size(num_steps)))
+    return Pool(env, ts, jnp.int32(0))
+
+
+def step(
+    vec: VecEnv, key: jax.Array, vs: VecState, action: Array, pool: Pool | None
+) -> tuple[VecState, TimeStep, Pool | None]:
+    """Step all environments; ended ones start anew.
+
+    Returns (state to act on, TRUE TimeStep of this transition [N, ...], pool). The second keeps the last observation,
+    the flags, reward and info of ended episodes.
+    """
+    k_step, k_reset = jax.random.split(key)
+    env, last = jax.vmap(vec.env.step)(jax.random.split(k_step, vec.num_envs), vs.env, action)
+    done = last.terminated | last.truncated
+    if pool is None:
+        fresh_env, fresh_ts = jax.vmap(vec.env.reset)(jax.random.split(k_reset, vec.num_envs))
+    else:
+        size = pool.ts.reward.shape[0]
+        order = pool.used + jnp.cumsum(done) - 1
+        # past the end of the pool the oldest starts are used again
+        index = jnp.where(done, order % size, 0)
+        fresh_env, fresh_ts = jax.tree.map(lambda x: x[index], (pool.env, pool.ts))
+        pool = pool._replace(used=pool.used + jnp.sum(done, dtype=jnp.int32))
+
+    def pick(fresh: Array, old: Array) -> Array:
+        return jnp.where(done.reshape(-1, *[1] * (old.ndim - 1)), fresh, old)
+
+    env, ts = jax.tree.map(pick, (fresh_env, fresh_ts), (env, last))
+    # the reward, flags and info belong to the transition, not to the new episode
+    ts = ts._replace(reward=last.reward, terminated=last.terminated, truncated=last.truncated, info=last.info)
+    returns = vs.episode_return + last.reward
+    length = vs.episode_length + 1
+    vs = VecState(env, ts, done, jnp.where(done[:, None], 0.0, returns), jnp.where(done, 0, length))
+    return vs, last, pool
