@@ -60,7 +60,7 @@ Space = Discrete | MultiDiscrete | Box
 
 
 class TimeStep(NamedTuple):
-    """What an environment says after `reset` or `step`; the observation is the true one, also when the episode ended."""
+    """What an environment says after `reset` or `step`; at an episode's end too, the observation is the true one."""
 
     obs: Array
     """[A, *obs_shape]; rows of agents with smaller observations are padded with zeros."""

@@ -43,7 +43,7 @@ class Pool(NamedTuple):
 
 
 class VecEnv(NamedTuple):
-    """Static description; hashable. `horizon_hint` is the episode length that sizes the pool where the spec has none."""
+    """Static description; hashable."""
 
     env: Environment
     num_envs: int
