@@ -7,6 +7,8 @@ wrapped libraries until an id of theirs is made.
 from importlib import import_module
 from typing import Any
 
+import yaml
+
 from jaxstack.core.errors import UserError, unknown
 from jaxstack.core.registry import Registry
 from jaxstack.envs.base import Box, Discrete, Environment, MultiDiscrete, Spec, TimeStep
@@ -24,6 +26,7 @@ __all__ = [
     "VecState",
     "ids",
     "make",
+    "parse_options",
     "vectorise",
 ]
 
@@ -61,6 +64,21 @@ def make(id: str, **options: Any) -> Environment:
         if options and "argument" in str(e):
             raise UserError(f"environment {id!r}, options {options}: {e}") from e
         raise
+
+
+def parse_options(options: tuple[str, ...]) -> dict[str, Any]:
+    """`("num_agents=4", "layout=small")` -> `{"num_agents": 4, "layout": "small"}`; values are read as YAML.
+
+    Raises `UserError` for an entry without `=`.
+    """
+    out: dict[str, Any] = {}
+    for option in options:
+        name, eq, value = option.partition("=")
+        if not eq or not name:
+            raise UserError(f"env_args: {option!r}: expected name=value")
+        value = yaml.safe_load(value)
+        out[name] = tuple(value) if isinstance(value, list) else value
+    return out
 
 
 def ids(family: str | None = None) -> list[str]:

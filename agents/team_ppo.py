@@ -1,0 +1,419 @@
+"""The PPO update that ippo, mappo, ppo and hypermarl share; the networks are a `TeamNet`.
+
+Proximal policy optimisation (Schulman et al., 2017) for teams (de Witt et al., 2020; Yu et al., 2022): T rollout steps
+of N environments and A agents, generalised advantages with bootstrapping at truncation, E epochs of M minibatches.
+A minibatch holds the same transitions for every agent, so samples stay grouped by agent. float32.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array
+
+from jaxstack import envs
+from jaxstack.core import losses, returns, running
+from jaxstack.core.config import Config, require, require_at_least, require_positive, require_unit
+from jaxstack.core.learner import Key, Learner, Metrics, Policy, as_hypers
+from jaxstack.envs import rollout, vector
+from jaxstack.envs.base import Environment, global_state
+from jaxstack.nn.distributions import Actions, TeamDistribution, actions_of
+from jaxstack.nn.networks import Activation
+from jaxstack.nn.team import Arch, Shape, TeamNet
+
+
+class Hypers(NamedTuple):
+    """Numeric hyperparameters: traced, so a sweep over them compiles once."""
+
+    lr: float = 5e-4
+    gamma: float = 0.99
+    lam: float = 0.95
+    clip: float = 0.2
+    vf_coef: float = 0.5
+    ent_coef: float = 0.01
+    max_grad_norm: float = 0.5
+
+
+@dataclass(frozen=True)
+class PPOConfig(Config):
+    """What every PPO of a team can set."""
+
+    env: str = "jaxmarl/MPE_simple_spread_v3"
+    """Environment id, see `jaxstack list envs`."""
+    env_args: tuple[str, ...] = ()
+    """Options of the environment, each `name=value`."""
+    total_steps: int = 1_000_000
+    """Environment steps over all parallel environments."""
+    num_envs: int = 16
+    num_steps: int = 128
+    """Rollout length T of one update."""
+    num_epochs: int = 4
+    num_minibatches: int = 4
+    """Feed-forward: splits of num_steps * num_envs; recurrent: splits of num_envs."""
+    hidden: tuple[int, ...] = (64, 64)
+    activation: Activation = "tanh"
+    gru: int = 0
+    """Width of the recurrent state; 0 is feed-forward."""
+    cnn: bool = False
+    """Convolutions on [H, W, C] observations instead of flattening them."""
+    anneal_lr: bool = True
+    """Learning rate to 0 linearly over total_steps."""
+    clip_value: bool = True
+    normalise_advantage: bool = True
+    normalise_value: bool = False
+    """The critic predicts standardised returns (running statistics)."""
+    normalise_obs: bool = False
+    normalise_reward: bool = False
+    """Divide rewards by the running deviation of the discounted return."""
+    auto_reset: Literal["pool", "exact"] = "pool"
+    pool_size: int | None = None
+    eval_episodes: int = 32
+    eval_steps: int = 1000
+    """Longest evaluation episode where the environment sets no horizon."""
+    eval_greedy: bool = True
+    hypers: Hypers = Hypers()
+
+    def validate(self) -> None:
+        require_at_least(self, 1, "total_steps", "num_envs", "num_steps", "num_epochs", "num_minibatches")
+        require_at_least(self, 1, "eval_episodes", "eval_steps")
+        require_at_least(self, 0, "gru", "hypers.lr", "hypers.ent_coef", "hypers.vf_coef")
+        require(self, "hidden", all(h >= 1 for h in self.hidden), "layer widths >= 1")
+        require_unit(self, "hypers.gamma", "hypers.lam")
+        require_positive(self, "hypers.clip", "hypers.max_grad_norm")
+        samples, what = (
+            (self.num_envs, "num_envs") if self.gru else (self.num_envs * self.num_steps, "num_envs*num_steps")
+        )
+        require(self, "num_minibatches", samples % self.num_minibatches == 0, f"a divisor of {what}={samples}")
+        require(
+            self,
+            "total_steps",
+            self.total_steps >= self.num_envs * self.num_steps,
+            f"at least one update, num_envs*num_steps={self.num_envs * self.num_steps}",
+        )
+
+    @property
+    def num_updates(self) -> int:
+        return self.total_steps // (self.num_envs * self.num_steps)
+
+    @property
+    def arch(self) -> Arch:
+        return Arch(self.hidden, self.activation, self.gru, self.cnn)
+
+
+class Norms(NamedTuple):
+    """Running statistics; () where a normalisation is off."""
+
+    value: Any
+    obs: Any
+    reward: Any
+
+
+class State(NamedTuple):
+    """All that a run needs to go on."""
+
+    hypers: Hypers
+    params: Any
+    extra: Any
+    opt: optax.OptState
+    vec: vector.VecState
+    carry: tuple[Any, Any]
+    """Recurrent states of actor and critic at `vec` [N, A, H]."""
+    norms: Norms
+    key: Key
+    step: Array
+
+
+class Batch(NamedTuple):
+    """A rollout made ready for gradient steps, leaves [T, B, A, ...] (central state [T, B, G])."""
+
+    obs: Array
+    critic_x: Array
+    first: Array
+    action: Array
+    action_mask: Array | None
+    weight: Array
+    """1 for agents that could act, else 0."""
+    logp: Array
+    value: Array
+    advantage: Array
+    target: Array
+    start: Any
+    """Recurrent states [B, A, H] of actor and critic before the first step."""
+
+
+class Task(NamedTuple):
+    """Static: the environment and everything derived from it."""
+
+    cfg: PPOConfig
+    vec: vector.VecEnv
+    shape: Shape
+    team: TeamNet
+
+    @property
+    def env(self) -> Environment:
+        return self.vec.env
+
+    @property
+    def actions(self) -> Actions:
+        return self.shape.actions
+
+
+def make_env(cfg: PPOConfig) -> Environment:
+    """The config's environment; raises `UserError` for unknown ids or options."""
+    return envs.make(cfg.env, **envs.parse_options(cfg.env_args))
+
+
+def team_shape(env: Environment, cfg: PPOConfig, central: bool) -> Shape:
+    """Sizes of the team's task; raises `UserError` where config and environment do not fit."""
+    spec = env.spec
+    require(
+        cfg, "cnn", not cfg.cnn or len(spec.obs_shape) == 3, f"off, as observations of {spec.id} are {spec.obs_shape}"
+    )
+    critic = (spec.state_dim,) if central else spec.obs_shape
+    return Shape(spec.num_agents, spec.obs_shape, critic, central, actions_of(spec))
+
+
+def make_task(cfg: PPOConfig, env: Environment, shape: Shape, team: TeamNet) -> Task:
+    return Task(cfg, vector.vectorise(env, cfg.num_envs, cfg.auto_reset, cfg.pool_size), shape, team)
+
+
+def make_learner(name: str, task: Task, update: Callable | None = None) -> Learner:
+    """The learner of a team network; `update(task, state, batch, key) -> (state, metrics)` replaces PPO's epochs."""
+    cfg = task.cfg
+    update = update or ppo_epochs
+
+    def init(key: Key, hypers: Hypers = cfg.hypers) -> State:
+        k_net, k_env, key = jax.random.split(key, 3)
+        hypers = as_hypers(hypers)
+        params = task.team.init(k_net)
+        obs_stats = running.init(task.env.spec.obs_shape) if cfg.normalise_obs else ()
+        reward = running.init_reward(cfg.num_envs, task.env.num_agents) if cfg.normalise_reward else ()
+        norms = Norms(running.init(()) if cfg.normalise_value else (), obs_stats, reward)
+        vec = vector.init(task.vec, k_env)
+        opt = optimiser(cfg, hypers).init(params)
+        carry = task.team.carry(cfg.num_envs)
+        return State(hypers, params, task.team.init_extra(), opt, vec, carry, norms, key, jnp.int32(0))
+
+    def step(s: State) -> tuple[State, Metrics]:
+        k_roll, k_update = jax.random.split(jax.random.fold_in(s.key, s.step))
+        s, batch, metrics = gather_batch(task, s, k_roll)
+        s, losses_ = update(task, s, batch, k_update)
+        return s._replace(step=s.step + 1), metrics | losses_
+
+    return Learner(
+        init=init,
+        step=step,
+        hypers=cfg.hypers,
+        config=cfg,
+        name=name,
+        samples_per_step=cfg.num_envs * cfg.num_steps,
+        evaluate=lambda state, key: evaluate(task, state, key),
+        policy=policy(task),
+    )
+
+
+def optimiser(cfg: PPOConfig, hypers: Hypers) -> optax.GradientTransformation:
+    """Global-norm clipping, then Adam (eps 1e-5) with a learning rate that may fall linearly to zero."""
+    steps = cfg.num_updates * cfg.num_epochs * cfg.num_minibatches
+
+    def lr(count: Array) -> Array:
+        return hypers.lr * (1.0 - count / steps) if cfg.anneal_lr else jnp.asarray(hypers.lr)
+
+    return optax.chain(
+        optax.clip_by_global_norm(hypers.max_grad_norm),
+        optax.scale_by_adam(eps=1e-5),
+        optax.scale_by_learning_rate(lr),
+    )
+
+
+def gather_batch(task: Task, s: State, key: Key) -> tuple[State, Batch, Metrics]:
+    """One rollout with the current parameters, and its values, advantages and targets."""
+    cfg, spec = task.cfg, task.env.spec
+    weights, _ = task.team.prepare(s.params, s.extra, None)
+    carry0 = s.carry
+    act = _actor(task, weights, s.norms.obs)
+    vec, actor_carry, steps, reused = rollout.collect(task.vec, act, key, s.vec, carry0[0], cfg.num_steps)
+    stats = rollout.statistics(steps) | {"rollout/reused_starts": reused.astype(jnp.float32)}
+    reward, reward_norm = steps.reward, s.norms.reward
+    if cfg.normalise_reward:
+        reward_norm, reward = running.scale_reward(reward_norm, reward, steps.done, s.hypers.gamma)
+
+    def critic_x(obs: Array, state: Array | None) -> Array:
+        obs = running.apply(s.norms.obs, obs)
+        if not task.shape.central:
+            return obs
+        fake = steps.ts._replace(obs=obs, state=state)
+        return global_state(spec, fake)
+
+    x = critic_x(steps.ts.obs, steps.ts.state)
+    if steps.final_obs is not None:
+        final_x = critic_x(steps.final_obs, steps.final_state)
+        critic_carry, value, next_value = values_and_next(task, weights, carry0[1], x, steps.first, final_x)
+    else:
+        last = critic_x(vec.ts.obs[None], None if vec.ts.state is None else vec.ts.state[None])
+        critic_carry, value = task.team.critic(weights, carry0[1], x, steps.first)
+        _, after = task.team.critic(weights, critic_carry, last, vec.first[None])
+        next_value = jnp.concatenate([value[1:], after])
+    value, next_value = running.unapply(s.norms.value, value), running.unapply(s.norms.value, next_value)
+    flag = lambda x: jnp.broadcast_to(x[..., None], reward.shape)
+    advantage, target = returns.gae(
+        reward, value, next_value, flag(steps.terminated), flag(steps.done), s.hypers.gamma, s.hypers.lam
+    )
+    value_norm = s.norms.value
+    if cfg.normalise_value:
+        value_norm = running.update(value_norm, target)
+        value, target = (running.apply(value_norm, x, clip=jnp.inf) for x in (value, target))
+    batch = Batch(
+        obs=running.apply(s.norms.obs, steps.ts.obs),
+        critic_x=x,
+        first=steps.first,
+        action=steps.action,
+        action_mask=steps.ts.action_mask,
+        weight=steps.ts.agent_mask.astype(jnp.float32),
+        logp=steps.extras,
+        value=value,
+        advantage=advantage,
+        target=target,
+        start=carry0,
+    )
+    obs_norm = running.update(s.norms.obs, steps.ts.obs) if cfg.normalise_obs else ()
+    norms = Norms(value_norm, obs_norm, reward_norm)
+    return s._replace(vec=vec, carry=(actor_carry, critic_carry), norms=norms), batch, stats
+
+
+def values_and_next(
+    task: Task, weights: Any, carry: Any, x: Array, first: Array, final_x: Array
+) -> tuple[Any, Array, Array]:
+    """Values of what was seen and of the TRUE next inputs [T, N, A], so that truncated episodes bootstrap rightly."""
+    if not task.cfg.gru:
+        _, both = task.team.critic(weights, carry, jnp.concatenate([x, final_x], 1), jnp.concatenate([first, first], 1))
+        value, next_value = jnp.split(both, 2, axis=1)
+        return carry, value, next_value
+    never = jnp.zeros_like(first[:1])
+
+    def body(carry: Any, inputs: tuple) -> tuple[Any, tuple[Array, Array]]:
+        x, first, final_x = inputs
+        carry, v = task.team.critic(weights, carry, x[None], first[None])
+        _, nv = task.team.critic(weights, carry, final_x[None], never)
+        return carry, (v[0], nv[0])
+
+    carry, (value, next_value) = jax.lax.scan(body, carry, (x, first, final_x))
+    return carry, value, next_value
+
+
+def ppo_epochs(task: Task, s: State, batch: Batch, key: Key) -> tuple[State, Metrics]:
+    """E epochs over M shuffled minibatches."""
+    cfg = task.cfg
+    tx = optimiser(cfg, s.hypers)
+
+    def sgd(c: tuple, index: Array) -> tuple[tuple, Metrics]:
+        params, extra, opt = c
+        mb = take(task, batch, index)
+        (_, (extra, metrics)), grads = jax.value_and_grad(loss, argnums=1, has_aux=True)(
+            task, params, extra, s.hypers, mb
+        )
+        updates, opt = tx.update(grads, opt, params)
+        metrics["train/grad_norm"] = optax.global_norm(grads)
+        return (optax.apply_updates(params, updates), extra, opt), metrics
+
+    def epoch(c: tuple, key: Key) -> tuple[tuple, Metrics]:
+        return jax.lax.scan(sgd, c, minibatch_indices(task, key))
+
+    (params, extra, opt), metrics = jax.lax.scan(
+        epoch, (s.params, s.extra, s.opt), jax.random.split(key, cfg.num_epochs)
+    )
+    metrics = jax.tree.map(jnp.mean, metrics)
+    residual = batch.target - batch.value
+    metrics["train/explained_variance"] = 1.0 - residual.var() / jnp.maximum(batch.target.var(), 1e-8)
+    return s._replace(params=params, extra=extra, opt=opt), metrics
+
+
+def minibatch_indices(task: Task, key: Key) -> Array:
+    """[M, B/M] a random split of the samples (feed-forward: T*N transitions; recurrent: N environments)."""
+    cfg = task.cfg
+    count = cfg.num_envs if cfg.gru else cfg.num_envs * cfg.num_steps
+    return jax.random.permutation(key, count).reshape(cfg.num_minibatches, -1)
+
+
+def take(task: Task, batch: Batch, index: Array) -> Batch:
+    """One minibatch: [1, B/M, ...] transitions, or [T, N/M, ...] whole sequences with their first recurrent states."""
+    data = batch._replace(start=())
+    if task.cfg.gru:
+        start = jax.tree.map(lambda x: x[index], batch.start)
+        return jax.tree.map(lambda x: x[:, index], data)._replace(start=start)
+    data = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[index][None], data)
+    return data._replace(start=batch.start)
+
+
+def loss(task: Task, params: Any, extra: Any, hypers: Hypers, mb: Batch) -> tuple[Array, tuple[Any, Metrics]]:
+    """Clipped surrogate + value loss - entropy bonus, averaged over the samples of agents that could act."""
+    cfg, team = task.cfg, task.team
+    weights, extra = team.prepare(params, extra, mb.obs)
+    dist = distribution(task, weights, mb)
+    _, value = team.critic(weights, mb.start[1], mb.critic_x, mb.first)
+    mean = lambda x: losses.masked_mean(x, mb.weight)
+    advantage = losses.standardise(mb.advantage, mb.weight) if cfg.normalise_advantage else mb.advantage
+    logp = dist.log_prob(mb.action)
+    actor = mean(losses.ppo_clip(logp, mb.logp, advantage, hypers.clip))
+    if cfg.clip_value:
+        critic = mean(losses.clipped_value(value, mb.value, mb.target, hypers.clip))
+    else:
+        critic = mean(0.5 * jnp.square(value - mb.target))
+    entropy = mean(dist.entropy())
+    penalty = team.penalty(params, extra)
+    total = actor + hypers.vf_coef * critic - hypers.ent_coef * entropy + penalty
+    ratio = jnp.exp(logp - mb.logp)
+    metrics = {
+        "loss/total": total,
+        "loss/actor": actor,
+        "loss/critic": critic,
+        "train/entropy": entropy,
+        "train/kl": mean((ratio - 1.0) - (logp - mb.logp)),
+        "train/clip_fraction": mean((jnp.abs(ratio - 1.0) > hypers.clip).astype(jnp.float32)),
+    }
+    return total, (extra, metrics)
+
+
+def distribution(task: Task, weights: Any, mb: Batch) -> TeamDistribution:
+    """The team's action distributions [T, B, A] on a batch."""
+    _, raw = task.team.actor(weights, mb.start[0], mb.obs, mb.first)
+    return task.actions.distribution(raw, task.team.log_std(weights), mb.action_mask)
+
+
+def evaluate(task: Task, s: State, key: Key) -> Metrics:
+    """Fresh episodes with the current parameters, greedy unless the config says otherwise."""
+    cfg = task.cfg
+    weights, _ = task.team.prepare(s.params, s.extra, None)
+    act = _actor(task, weights, s.norms.obs, cfg.eval_greedy)
+    vec = vector.vectorise(task.env, cfg.eval_episodes)
+    steps = task.env.spec.horizon or cfg.eval_steps
+    return rollout.evaluate(vec, act, key, task.team.carry(cfg.eval_episodes)[0], steps)
+
+
+def policy(task: Task) -> Policy:
+    """Acting alone: generated weights are stored, so that no hypernetwork runs at execution."""
+
+    def params(s: State) -> Any:
+        return {"weights": task.team.prepare(s.params, s.extra, None)[0], "obs_norm": s.norms.obs}
+
+    def act(p: Any, carry: Any, obs: Array, action_mask: Array | None, first: Array, key: Key | None):
+        obs = running.apply(p["obs_norm"], obs)
+        carry, raw = task.team.actor(p["weights"], carry, obs[None], first[None])
+        dist = task.actions.distribution(raw[0], task.team.log_std(p["weights"]), action_mask)
+        return carry, dist.mode() if key is None else dist.sample(key)
+
+    return Policy(params=params, init_carry=lambda p, b: task.team.carry(b)[0], act=act)
+
+
+def _actor(task: Task, weights: Any, obs_norm: Any, greedy: bool = False) -> rollout.Act:
+    def act(key: Key, carry: Any, vs: vector.VecState) -> tuple[Any, Array, Array]:
+        obs = running.apply(obs_norm, vs.ts.obs)
+        carry, raw = task.team.actor(weights, carry, obs[None], vs.first[None])
+        dist = task.actions.distribution(raw[0], task.team.log_std(weights), vs.ts.action_mask)
+        action = dist.mode() if greedy else dist.sample(key)
+        return carry, action, dist.log_prob(action)
+
+    return act
