@@ -1,0 +1,263 @@
+"""HyperMARL: adaptive hypernetworks for multi-agent RL (Tessera, Rahman, Storkey & Albrecht, NeurIPS 2025).
+
+One shared hypernetwork maps an agent's embedding to that agent's actor and critic weights; the rest is ordinary IPPO or
+MAPPO. Weights are generated once for a rollout and once for a gradient step, and each agent's network meets only its own
+samples, so a gradient is a sum over agents of (Jacobian of the generation)^T times that agent's own policy gradient:
+agents interfere only through the hypernetwork, not through mixed inputs.
+
+Feed-forward networks are generated whole; recurrent ones share encoder and GRU and generate the layers after it.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from jaxstack.agents import team_ppo
+from jaxstack.agents.team_ppo import PPOConfig
+from jaxstack.core.config import require, require_at_least
+from jaxstack.core.learner import Learner
+from jaxstack.nn.networks import ACTIVATIONS, Activation, initial_carry
+from jaxstack.nn.team import Arch, Modules, Shape, TeamNet, modules
+
+
+@dataclass(frozen=True)
+class Config(PPOConfig):
+    """HyperMARL on IPPO or MAPPO."""
+
+    algorithm: Literal["ippo", "mappo"] = "ippo"
+    kind: Literal["mlp", "linear"] = "mlp"
+    """Hypernetwork: one hidden layer of `hyper_hidden` (each target layer has its own), or linear in the embedding."""
+    embedding: Literal["learned", "one_hot"] = "learned"
+    embedding_dim: int = 8
+    """Ignored for one-hot embeddings, whose size is the number of agents."""
+    hyper_hidden: tuple[int, ...] = (64,)
+    share_embedding: bool = True
+    """Actor and critic use the same embeddings."""
+    condition: Literal["id", "id+obs"] = "id"
+    """`id+obs` is the ablation without gradient decoupling: the hypernetwork also sees the observation, so every sample
+    has weights of its own (memory grows with batch times weights)."""
+    init: Literal["orthogonal", "normalised", "default"] = "orthogonal"
+    """orthogonal: the released initialisation; normalised: the same, scaled so that generated weights have the nominal
+    gain; default: the ablation, flax's initialisation of a dense layer."""
+
+    def validate(self) -> None:
+        super().validate()
+        require_at_least(self, 1, "embedding_dim")
+        require(self, "hyper_hidden", all(h >= 1 for h in self.hyper_hidden), "layer widths >= 1")
+        require(
+            self, "hyper_hidden", self.kind == "linear" or bool(self.hyper_hidden), "at least one width for kind=mlp"
+        )
+        require(self, "cnn", not self.cnn, "off: generated networks read flat observations")
+        require(self, "condition", self.condition == "id" or self.gru == 0, "'id' for recurrent networks")
+
+
+class Layer(NamedTuple):
+    """A generated layer: kernel [rows, cols] and bias [cols], nominal gain of the kernel."""
+
+    rows: int
+    cols: int
+    gain: float
+
+
+class HyperLayer(nn.Module):
+    """Generates one target layer from embeddings: separate hypernetworks for kernel and bias."""
+
+    layer: Layer
+    kind: str
+    hidden: tuple[int, ...]
+    init_kind: str
+    trunk_gain: float | None
+
+    @nn.compact
+    def __call__(self, e: Array) -> tuple[Array, Array]:
+        """e [..., d] -> kernel [..., rows, cols], bias [..., cols]."""
+        rows, cols, _ = self.layer
+        trunk = (
+            nn.initializers.lecun_normal() if self.trunk_gain is None else nn.initializers.orthogonal(self.trunk_gain)
+        )
+
+        def hidden(name: str) -> Array:
+            h = e
+            if self.kind == "mlp":
+                for i, width in enumerate(self.hidden):
+                    h = jax.nn.relu(nn.Dense(width, kernel_init=trunk, name=f"{name}_trunk_{i}")(h))
+            return h
+
+        hw, hb = hidden("kernel"), hidden("bias")
+        zeros = nn.initializers.zeros_init()
+        if self.init_kind == "default":
+            kernel = nn.Dense(rows * cols, name="kernel_head")(hw)
+            bias = nn.Dense(cols, name="bias_head")(hb)
+        else:
+            # parameters are initialised where the embeddings are known, so the scale can be set from them
+            scale = 1.0
+            if self.init_kind == "normalised":
+                scale = 1.0 / jnp.maximum(jnp.linalg.norm(hw, axis=-1).mean(), 1e-6)
+            kernel = nn.Dense(rows * cols, kernel_init=_row_orthogonal(self.layer, scale), name="kernel_head")(hw)
+            bias = nn.Dense(cols, kernel_init=zeros, name="bias_head")(hb)
+        return kernel.reshape(*kernel.shape[:-1], rows, cols), bias
+
+
+def _row_orthogonal(layer: Layer, scale: Array | float):
+    """Each input unit's row is an independent orthogonal [rows, cols] matrix with the layer's gain."""
+
+    def init(key: Array, shape: tuple[int, int], dtype: Any = jnp.float32) -> Array:
+        one = nn.initializers.orthogonal(layer.gain)
+        rows = jax.vmap(lambda k: one(k, (layer.rows, layer.cols), dtype))(jax.random.split(key, shape[0]))
+        return rows.reshape(shape) * scale
+
+    return init
+
+
+class HyperNet(nn.Module):
+    """All layers of one target MLP."""
+
+    layers: tuple[Layer, ...]
+    kind: str
+    hidden: tuple[int, ...]
+    init_kind: str = "orthogonal"
+    trunk_gain: float | None = None
+
+    @nn.compact
+    def __call__(self, e: Array) -> list[tuple[Array, Array]]:
+        """e [..., d] -> [(kernel [..., m, n], bias [..., n])] for each target layer."""
+        return [
+            HyperLayer(layer, self.kind, self.hidden, self.init_kind, self.trunk_gain, name=f"layer_{i}")(e)
+            for i, layer in enumerate(self.layers)
+        ]
+
+
+def target_layers(inputs: int, hidden: tuple[int, ...], out: int, out_gain: float) -> tuple[Layer, ...]:
+    """Sizes of the generated MLP; gain sqrt(2) inside."""
+    sizes = (inputs, *hidden, out)
+    gains = [2**0.5] * len(hidden) + [out_gain]
+    return tuple(Layer(m, n, g) for m, n, g in zip(sizes[:-1], sizes[1:], gains))
+
+
+def apply_generated(weights: list[tuple[Array, Array]], x: Array, activation: Activation) -> Array:
+    """Run every agent's own MLP on its own samples: x [T, B, A, m] (or [T, B, 1, m], seen by all) -> [T, B, A, n]."""
+    act = ACTIVATIONS[activation]
+    count = weights[0][0].shape[0]
+    x = jnp.broadcast_to(x, (*x.shape[:2], count, x.shape[-1]))
+    for i, (kernel, bias) in enumerate(weights):
+        x = jnp.einsum("tbam,amn->tban", x, kernel) + bias
+        x = act(x) if i < len(weights) - 1 else x
+    return x
+
+
+def apply_per_sample(weights: list[tuple[Array, Array]], x: Array, activation: Activation) -> Array:
+    """The same with weights [T, B, A, m, n] of each sample."""
+    act = ACTIVATIONS[activation]
+    for i, (kernel, bias) in enumerate(weights):
+        x = jnp.einsum("tbam,tbamn->tban", x, kernel) + bias
+        x = act(x) if i < len(weights) - 1 else x
+    return x
+
+
+def hyper_team(cfg: Config, shape: Shape, arch: Arch) -> TeamNet:
+    """The team network: parameters are embeddings, hypernetworks and (recurrent) the shared torsos."""
+    mods = modules(shape, arch)
+    actor_net, critic_net = _hypernets(cfg, shape, arch)
+    count = shape.num_agents
+    per_sample = cfg.condition == "id+obs"
+
+    def embeddings(params: Any) -> tuple[Array, Array]:
+        if cfg.embedding == "one_hot":
+            return jnp.eye(count), jnp.eye(count)
+        return params["embedding"], params.get("critic_embedding", params["embedding"])
+
+    def init(key: Array) -> Any:
+        k_emb, k_critic, k_actor_net, k_critic_net, k_torso, k_torso2 = jax.random.split(key, 6)
+        params: dict[str, Any] = {}
+        if cfg.embedding == "learned":
+            orthogonal = nn.initializers.orthogonal(2**0.5)
+            params["embedding"] = orthogonal(k_emb, (count, cfg.embedding_dim))
+            if not cfg.share_embedding:
+                params["critic_embedding"] = orthogonal(k_critic, (count, cfg.embedding_dim))
+        ea, ec = embeddings(params)
+        if per_sample:
+            ea = _with_input(ea, jnp.zeros((1, 1, count, int(np.prod(shape.obs_shape)))))
+            ec = _with_input(ec, jnp.zeros((1, 1, count, int(np.prod(shape.critic_shape)))))
+        params["actor"] = actor_net.init(k_actor_net, ea)
+        params["critic"] = critic_net.init(k_critic_net, ec)
+        params |= _init_torsos(mods, shape, k_torso, k_torso2)
+        if shape.actions.kind == "continuous":
+            params["log_std"] = jnp.zeros(shape.actions.params)
+        return params
+
+    def prepare(params: Any, extra: Any, obs: Array | None) -> tuple[Any, Any]:
+        weights = {k: params[k] for k in ("actor_torso", "critic_torso", "log_std") if k in params}
+        ea, ec = embeddings(params)
+        if per_sample:  # nothing can be generated before the sample is seen
+            return weights | {"hyper": (params["actor"], params["critic"], ea, ec)}, extra
+        return weights | {
+            "actor": actor_net.apply(params["actor"], ea),
+            "critic": critic_net.apply(params["critic"], ec),
+        }, extra
+
+    def actor(w: Any, carry: Any, obs: Array, first: Array) -> tuple[Any, Array]:
+        carry, x = mods.actor_torso.apply(w["actor_torso"], carry, obs, first)  # pyright: ignore[reportGeneralTypeIssues]
+        if per_sample:
+            net = actor_net.apply(w["hyper"][0], _with_input(w["hyper"][2], x))
+            return carry, apply_per_sample(net, x, arch.activation)  # pyright: ignore[reportArgumentType]
+        return carry, apply_generated(w["actor"], x, arch.activation)
+
+    def critic(w: Any, carry: Any, x: Array, first: Array) -> tuple[Any, Array]:
+        x = x[:, :, None] if shape.central else x
+        carry, x = mods.critic_torso.apply(w["critic_torso"], carry, x, first)  # pyright: ignore[reportGeneralTypeIssues]
+        if per_sample:
+            x = jnp.broadcast_to(x, (*x.shape[:2], count, x.shape[-1]))
+            net = critic_net.apply(w["hyper"][1], _with_input(w["hyper"][3], x))
+            return carry, apply_per_sample(net, x, arch.activation)[..., 0]  # pyright: ignore[reportArgumentType]
+        return carry, apply_generated(w["critic"], x, arch.activation)[..., 0]
+
+    copies = 1 if shape.central else count
+    return TeamNet(
+        init=init,
+        init_extra=lambda: (),
+        prepare=prepare,
+        actor=actor,
+        critic=critic,
+        log_std=lambda w: w.get("log_std"),
+        carry=lambda b: (initial_carry(arch.gru, b, count), initial_carry(arch.gru, b, copies)),
+        penalty=lambda params, extra: jnp.float32(0),
+    )
+
+
+def _hypernets(cfg: Config, shape: Shape, arch: Arch) -> tuple[HyperNet, HyperNet]:
+    trunk_gain = 2**0.5 if arch.gru else None  # as released: lecun in feed-forward nets, orthogonal in recurrent ones
+    options = dict(kind=cfg.kind, hidden=cfg.hyper_hidden, init_kind=cfg.init, trunk_gain=trunk_gain)
+    inputs = [arch.gru or int(np.prod(s)) for s in (shape.obs_shape, shape.critic_shape)]
+    actor = target_layers(inputs[0], arch.hidden, shape.actions.params, 0.01)
+    critic = target_layers(inputs[1], arch.hidden, 1, 1.0)
+    return HyperNet(actor, **options), HyperNet(critic, **options)  # pyright: ignore[reportArgumentType]
+
+
+def _init_torsos(mods: Modules, shape: Shape, k_actor: Array, k_critic: Array) -> dict[str, Any]:
+    out = {}
+    for name, torso, size, key in (
+        ("actor_torso", mods.actor_torso, shape.obs_shape, k_actor),
+        ("critic_torso", mods.critic_torso, shape.critic_shape, k_critic),
+    ):
+        carry, first = initial_carry(torso.gru, 1, 1), jnp.zeros((1, 1), bool)
+        out[name] = torso.init(key, carry, jnp.zeros((1, 1, 1, *size)), first)
+    return out
+
+
+def _with_input(embedding: Array, x: Array) -> Array:
+    """[A, d] beside x [T, B, A, D] -> [T, B, A, d + D]."""
+    return jnp.concatenate([jnp.broadcast_to(embedding, (*x.shape[:2], *embedding.shape)), x], axis=-1)
+
+
+def hypermarl(config: Config = Config()) -> Learner:
+    """Raises `UserError` where config and environment do not fit."""
+    env = team_ppo.make_env(config)
+    shape = team_ppo.team_shape(env, config, central=config.algorithm == "mappo")
+    return team_ppo.make_learner(
+        "hypermarl", team_ppo.make_task(config, env, shape, hyper_team(config, shape, config.arch))
+    )
