@@ -1,9 +1,9 @@
 """HyperMARL: adaptive hypernetworks for multi-agent RL (Tessera, Rahman, Storkey & Albrecht, NeurIPS 2025).
 
-One shared hypernetwork maps an agent's embedding to that agent's actor and critic weights; the rest is ordinary IPPO or
-MAPPO. Weights are generated once for a rollout and once for a gradient step, and each agent's network meets only its own
-samples, so a gradient is a sum over agents of (Jacobian of the generation)^T times that agent's own policy gradient:
-agents interfere only through the hypernetwork, not through mixed inputs.
+One shared hypernetwork maps an agent's embedding to that agent's actor and critic weights; the rest is ordinary IPPO
+or MAPPO. Weights are generated once for a rollout and once for a gradient step, and each agent's network meets only
+its own samples: a gradient is a sum over agents of (Jacobian of the generation)^T times that agent's own policy
+gradient, so agents interfere only through the hypernetwork, not through mixed inputs.
 
 Feed-forward networks are generated whole; recurrent ones share encoder and GRU and generate the layers after it.
 """

@@ -1,0 +1,51 @@
+# Needs Python >= 3.11 with pip, and make. Everything else goes into .venv from the pinned requirements.lock.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: help setup train test test-slow lint bench lock lowest clean
+
+help:
+	@echo "make train   set up and train HyperMARL against its baselines (about two minutes on 2 cores)"
+	@echo "make test    set up and run the tests"
+	@echo "make lint    formatting, lint, types, import rules"
+	@echo "make bench   speed against the peers"
+	@echo "make lock    resolve the versions in pyproject.toml anew"
+	@echo "make lowest  train one step with the lowest versions that pyproject.toml allows"
+
+setup: $(STAMP)
+
+$(STAMP): requirements.lock pyproject.toml
+	$(PYTHON) -c "import sys; assert (3, 11) <= sys.version_info[:2] < (3, 13), f'Python 3.11 or 3.12 is needed, found {sys.version.split()[0]}; set PYTHON=python3.11'"
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --require-hashes --requirement requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $(STAMP)
+
+train: $(STAMP)
+	$(BIN)/python scripts/train.py
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m "slow or claim"
+
+lint: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+	$(BIN)/pyright
+
+bench: $(STAMP)
+	$(BIN)/python scripts/bench.py
+
+lock: $(STAMP)
+	$(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --upgrade \
+	  --generate-hashes --no-emit-index-url --no-header --no-annotate --output-file requirements.lock
+
+lowest:
+	$(PYTHON) scripts/lowest.py
+
+clean:
+	rm -rf .venv build dist *.egg-info

@@ -1,0 +1,11 @@
+import os
+
+# before jax starts: a compilation cache shared by all workers, no accelerator, no threads fighting over two cores
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAXSTACK_PROGRESS", "off")
+os.environ.setdefault("MPLBACKEND", "agg")
+if os.environ.get("JAXSTACK_CACHE") != "off":
+    cache = os.environ.get("JAXSTACK_CACHE") or os.path.expanduser("~/.cache/jaxstack/xla")
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", cache)
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
