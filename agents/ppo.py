@@ -26,7 +26,7 @@ class Config(PPOConfig):
 def ppo(config: Config = Config()) -> Learner:
     """Raises `UserError` when the environment has more than one agent."""
     env = team_ppo.make_env(config)
-    require(config, "env", env.num_agents == 1, f"one agent, found {env.num_agents}; use ippo or mappo")
+    require(config, "env", env.spec.num_agents == 1, f"one agent, found {env.spec.num_agents}; use ippo or mappo")
     shape = team_ppo.team_shape(env, config, central=False)
     task = team_ppo.make_task(config, env, shape, team.shared(shape, config.arch, with_id=False))
     return team_ppo.make_learner("ppo", task)

@@ -138,10 +138,6 @@ class Environment:
         """[H, W, 3] uint8 picture of one (unbatched) state; runs on the host. Raises `UserError` where none exists."""
         raise UserError(f"environment {self.spec.id!r} cannot be drawn")
 
-    @property
-    def num_agents(self) -> int:
-        return self.spec.num_agents
-
 
 def first_step(spec: Spec, obs: Array, **fields: Any) -> TimeStep:
     """The TimeStep of a reset: zero reward, nothing ended, every agent present; `fields` override."""

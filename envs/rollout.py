@@ -123,7 +123,7 @@ def evaluate(vec: vector.VecEnv, act: Act, key: jax.Array, carry: Any, num_steps
         return (vs, carry, alive, total, length, info), None
 
     n = vec.num_envs
-    start = (vs, carry, jnp.ones(n, bool), jnp.zeros((n, vec.env.num_agents)), jnp.zeros(n, jnp.int32), vs.ts.info)
+    start = (vs, carry, jnp.ones(n, bool), jnp.zeros((n, vec.env.spec.num_agents)), jnp.zeros(n, jnp.int32), vs.ts.info)
     (_, _, alive, total, length, info), _ = jax.lax.scan(body, start, jnp.arange(num_steps))
     out = {
         "eval/return": total.mean(),

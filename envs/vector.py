@@ -75,7 +75,7 @@ def vectorise(env: Environment, num_envs: int, auto_reset: AutoReset = "pool", p
 def init(vec: VecEnv, key: jax.Array) -> VecState:
     """N freshly reset environments."""
     env, ts = jax.vmap(vec.env.reset)(jax.random.split(key, vec.num_envs))
-    n, a = vec.num_envs, vec.env.num_agents
+    n, a = vec.num_envs, vec.env.spec.num_agents
     return VecState(env, ts, jnp.ones(n, bool), jnp.zeros((n, a)), jnp.zeros(n, jnp.int32))
 
 

@@ -1,0 +1,104 @@
+"""brax 0.14 environments (Freeman et al., 2021) behind our protocol: `brax/<id>`, one agent, actions in [-1, 1].
+
+Only the physics environments are used, without brax's wrappers: its auto-reset returns to one stored start state.
+"""
+
+import warnings
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from jaxstack.core.errors import UserError, unknown
+from jaxstack.envs.base import Box, Environment, Spec, TimeStep, first_step
+
+IDS: tuple[str, ...] = tuple(
+    ["ant", "halfcheetah", "hopper", "humanoid", "humanoidstandup", "inverted_pendulum", "inverted_double_pendulum", "pusher", "reacher", "walker2d"]
+)
+"""All of brax but `swimmer`, which fails with this jax."""
+
+BACKENDS = ("spring", "positional", "generalized", "mjx")
+ENDLESS = ("halfcheetah", "humanoidstandup", "pusher", "reacher")
+
+
+class State(NamedTuple):
+    """The library's state and our own step counter."""
+
+    lib: Any
+    t: Array
+
+
+@dataclass(frozen=True)
+class Brax(Environment):
+    """One brax environment. The time limit `episode_length` truncates; falling terminates."""
+
+    name: str
+    backend: str = "spring"
+    episode_length: int = 1000
+    options: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def lib(self) -> Any:
+        return _library(self.name, self.backend, self.options)
+
+    @property
+    def spec(self) -> Spec:
+        return _spec(self)
+
+    def reset(self, key: jax.Array) -> tuple[State, TimeStep]:
+        lib_state = self.lib.reset(key)
+        return State(lib_state, jnp.int32(0)), first_step(self.spec, lib_state.obs[None])
+
+    def step(self, key: jax.Array, state: State, action: Array) -> tuple[State, TimeStep]:
+        lib_state = self.lib.step(state.lib, jnp.clip(action[0], -1.0, 1.0))
+        t = state.t + 1
+        done = lib_state.done.astype(bool)
+        ts = first_step(self.spec, lib_state.obs[None], reward=lib_state.reward[None].astype(jnp.float32))
+        return State(lib_state, t), ts._replace(terminated=done, truncated=(t >= self.episode_length) & ~done)
+
+    def frame(self, state: State) -> np.ndarray:
+        from jaxstack.envs import render2d
+
+        return render2d.side_view(np.asarray(state.lib.pipeline_state.x.pos))
+
+
+def make(rest: str, backend: str = "spring", episode_length: int = 1000, **options: Any) -> Brax:
+    """`brax/<rest>`; raises `UserError` for an unknown backend. Other options go to brax."""
+    if rest not in IDS:
+        raise unknown("environment", f"brax/{rest}", [f"brax/{i}" for i in IDS])
+    if backend not in BACKENDS:
+        raise UserError(f"backend={backend!r}: expected one of {', '.join(BACKENDS)}")
+    if episode_length < 1:
+        raise UserError(f"episode_length={episode_length}: expected at least 1")
+    env = Brax(rest, backend, episode_length, tuple(sorted(options.items())))
+    _ = env.spec
+    return env
+
+
+@lru_cache(maxsize=16)
+def _library(name: str, backend: str, options: tuple[tuple[str, Any], ...]) -> Any:
+    with warnings.catch_warnings(), jax.ensure_compile_time_eval():
+        warnings.simplefilter("ignore")
+        from brax import envs as brax_envs
+
+        return brax_envs.get_environment(name, backend=backend, **dict(options))
+
+
+@lru_cache(maxsize=16)
+def _spec(env: Brax) -> Spec:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return Spec(
+            id=f"brax/{env.name}",
+            agents=("agent_0",),
+            obs_shape=(int(env.lib.observation_size),),
+            action_space=Box((int(env.lib.action_size),), -1.0, 1.0),
+            horizon=env.episode_length,
+            can_terminate=env.name not in ENDLESS,
+            shared_reward=True,
+            notes=("brax's episode and auto-reset wrappers are not used", "actions are clipped to [-1, 1]"),
+        )

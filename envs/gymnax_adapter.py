@@ -1,0 +1,116 @@
+"""gymnax 1.0 (Lange, 2022) behind our protocol: `gymnax/<id>`, one agent.
+
+Only `step_env` is used: no reset in every step, and the last observation is kept. A time limit truncates.
+"""
+
+import warnings
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from jaxstack.core.errors import UserError, unknown
+from jaxstack.envs.base import Box, Discrete, Environment, Spec, TimeStep, first_step
+
+IDS: tuple[str, ...] = tuple(
+    ["CartPole-v1", "Pendulum-v1", "Acrobot-v1", "MountainCar-v0", "MountainCarContinuous-v0", "Asterix-MinAtar", "Breakout-MinAtar", "Freeway-MinAtar", "Seaquest-MinAtar", "SpaceInvaders-MinAtar", "Catch-bsuite", "DeepSea-bsuite", "MemoryChain-bsuite", "UmbrellaChain-bsuite", "DiscountingChain-bsuite", "SimpleBandit-bsuite", "FourRooms-misc", "MetaMaze-misc", "PointRobot-misc", "BernoulliBandit-misc", "GaussianBandit-misc", "Reacher-misc", "Swimmer-misc", "Pong-misc", "FrozenLake-misc"]
+)
+"""All of gymnax but MNISTBandit-bsuite, which downloads its data when made."""
+
+
+class State(NamedTuple):
+    """The library's state."""
+
+    lib: Any
+
+
+@dataclass(frozen=True)
+class Gymnax(Environment):
+    """One gymnax environment; `options` replace fields of its default parameters."""
+
+    name: str
+    options: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def spec(self) -> Spec:
+        return _spec(self)
+
+    def reset(self, key: jax.Array) -> tuple[State, TimeStep]:
+        lib, params = _library(self.name, self.options)
+        obs, state = lib.reset_env(key, params)
+        return State(state), first_step(self.spec, jnp.asarray(obs)[None])
+
+    def step(self, key: jax.Array, state: State, action: Array) -> tuple[State, TimeStep]:
+        lib, params = _library(self.name, self.options)
+        act = action[0]
+        if isinstance(self.spec.action_space, Box):
+            space = self.spec.action_space
+            act = jnp.clip(act, np.asarray(space.low), np.asarray(space.high))
+            act = act.reshape(lib.action_space(params).shape)
+        obs, new, reward, terminated, _ = lib.step_env(key, state.lib, act, params)
+        terminated = jnp.asarray(terminated, bool).reshape(())
+        truncated = jnp.asarray(lib.is_truncated(new, params), bool).reshape(()) & ~terminated
+        ts = first_step(self.spec, jnp.asarray(obs)[None], terminated=terminated, truncated=truncated)
+        return State(new), ts._replace(reward=jnp.asarray(reward, jnp.float32).reshape(1))
+
+    def frame(self, state: State) -> np.ndarray:
+        from jaxstack.envs import render2d
+
+        if self.name.startswith("CartPole"):
+            return render2d.cartpole(float(state.lib.x), float(state.lib.theta))
+        if self.name.endswith("MinAtar"):
+            lib, _ = _library(self.name, self.options)
+            return render2d.grid(np.asarray(lib.get_obs(state.lib)))
+        return super().frame(state)
+
+
+def make(rest: str, **options: Any) -> Gymnax:
+    """`gymnax/<rest>`; options are fields of the environment's parameters, e.g. `max_steps_in_episode=200`."""
+    if rest not in IDS:
+        raise unknown("environment", f"gymnax/{rest}", [f"gymnax/{i}" for i in IDS])
+    env = Gymnax(rest, tuple(sorted(options.items())))
+    _ = env.spec  # builds the library's environment now, outside of any trace
+    return env
+
+
+@lru_cache(maxsize=64)
+def _library(name: str, options: tuple[tuple[str, Any], ...]) -> tuple[Any, Any]:
+    with warnings.catch_warnings(), jax.ensure_compile_time_eval():
+        warnings.simplefilter("ignore")
+        import gymnax
+
+        lib, params = gymnax.make(name)
+        for field, _ in options:
+            if not hasattr(params, field):
+                raise UserError(
+                    f"environment 'gymnax/{name}' has no option {field!r}; it has {', '.join(vars(params))}"
+                )
+        return lib, params.replace(**dict(options))
+
+
+@lru_cache(maxsize=64)
+def _spec(env: Gymnax) -> Spec:
+    lib, params = _library(env.name, env.options)
+    obs, _ = jax.eval_shape(lambda k: lib.reset_env(k, params), jax.random.key(0))
+    space = lib.action_space(params)
+    if hasattr(space, "n"):
+        action: Discrete | Box = Discrete(int(space.n))
+    else:
+        size = int(np.prod(space.shape)) if space.shape else 1
+        low, high = (
+            np.broadcast_to(np.asarray(b, np.float32), space.shape).reshape(-1) for b in (space.low, space.high)
+        )
+        action = Box((size,), tuple(map(float, low)), tuple(map(float, high)))
+    return Spec(
+        id=f"gymnax/{env.name}",
+        agents=("agent_0",),
+        obs_shape=tuple(obs.shape),
+        action_space=action,
+        horizon=int(params.max_steps_in_episode),
+        shared_reward=True,
+        notes=("the time limit truncates and the last observation is kept", "actions are clipped to their bounds"),
+    )

@@ -1,0 +1,381 @@
+"""JaxMARL 0.2 (Rutherford et al., 2024) behind our protocol: `jaxmarl/<id>`.
+
+Only the library's transition is used, never its `step`, which computes a reset in every step and drops the last
+observation. What else differs from the library stands in each `Spec.notes`.
+"""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from jaxstack.core.errors import UserError, unknown
+from jaxstack.envs.base import Box, Discrete, Environment, Spec, TimeStep, first_step
+
+MPE = ["simple_v3", "simple_tag_v3", "simple_world_comm_v3", "simple_spread_v3", "simple_crypto_v3", "simple_speaker_listener_v4", "simple_push_v3", "simple_adversary_v3", "simple_reference_v3", "simple_facmac_v1", "simple_facmac_3a_v1", "simple_facmac_6a_v1", "simple_facmac_9a_v1"]
+SMAX = ["3m", "2s3z", "25m", "3s5z", "8m", "5m_vs_6m", "10m_vs_11m", "27m_vs_30m", "3s5z_vs_3s6z", "3s_vs_5z", "6h_vs_8z", "smacv2_5_units", "smacv2_10_units", "smacv2_20_units"]
+OVERCOOKED = ["cramped_room", "asymm_advantages", "coord_ring", "forced_coord", "counter_circuit"]
+OVERCOOKED_V2 = ["cramped_room", "asymm_advantages", "coord_ring", "forced_coord", "counter_circuit", "cramped_room_v2", "asymm_advantages_recipes_center", "asymm_advantages_recipes_right", "asymm_advantages_recipes_left", "two_rooms", "two_rooms_both", "long_room", "fun_coordination", "more_fun_coordination", "fun_symmetries", "fun_symmetries_plates", "fun_symmetries1", "grounded_coord_simple", "grounded_coord_ring", "test_time_simple", "test_time_wide", "demo_cook_simple", "demo_cook_wide"]
+MABRAX = ["ant_4x2", "halfcheetah_6x1", "hopper_3x1", "humanoid_9|8", "walker2d_2x3"]
+OTHERS = ["hanabi", "switch_riddle", "coin_game", "jaxnav", "storm", "storm_2p", "storm_np"]
+
+IDS: tuple[str, ...] = (
+    *(f"MPE_{name}" for name in MPE),
+    *(f"smax/{name}" for name in SMAX),
+    *(f"overcooked/{name}" for name in OVERCOOKED),
+    *(f"overcooked_v2/{name}" for name in OVERCOOKED_V2),
+    *MABRAX,
+    *OTHERS,
+)
+
+
+class State(NamedTuple):
+    """The library's state and our own step counter."""
+
+    lib: Any
+    t: Array
+
+
+class Family(NamedTuple):
+    """What the library does not say by itself; functions of (library environment, library state)."""
+
+    horizon: Callable[[Any], int | None]
+    terminal: Callable[[Any, Any, Array], Array] | None
+    """(lib, state, its done flag) -> the task really ended; None: only the time limit ends an episode."""
+    mask: Callable[[Any, Any], dict[str, Array]] | None = None
+    state: Callable[[Any, Any], Array] | None = None
+    alive: Callable[[Any, Any], Array] | None = None
+    info: Callable[[Any, Any, dict], dict[str, Array]] = lambda lib, state, info: {}
+    notes: tuple[str, ...] = ()
+
+
+def _mpe() -> Family:
+    return Family(
+        horizon=lambda lib: int(lib.max_steps),
+        terminal=None,
+        notes=(
+            "episodes have max_steps steps; the library tests its counter late and runs one more",
+            "the time limit truncates",
+        ),
+    )
+
+
+def _smax() -> Family:
+    def units(state: Any) -> Array:
+        return state.state.unit_alive
+
+    def over(lib: Any, state: Any, done: Array) -> Array:
+        allies, enemies = units(state)[: lib.num_allies], units(state)[lib.num_allies :]
+        return ~allies.any() | ~enemies.any()
+
+    def won(lib: Any, state: Any, info: dict) -> dict[str, Array]:
+        allies, enemies = units(state)[: lib.num_allies], units(state)[lib.num_allies :]
+        return {"won": (allies.any() & ~enemies.any()).astype(jnp.float32)}
+
+    return Family(
+        horizon=lambda lib: int(lib._env.max_steps),
+        terminal=over,
+        mask=lambda lib, state: lib.get_avail_actions(state),
+        state=lambda lib, state: lib.get_world_state(state),
+        alive=lambda lib, state: units(state)[: lib.num_allies],
+        info=won,
+        notes=("a decided battle terminates, the time limit truncates", "dead agents leave agent_mask"),
+    )
+
+
+def _overcooked() -> Family:
+    def shaped(lib: Any, state: Any, info: dict) -> dict[str, Array]:
+        values = info["shaped_reward"] if info else dict.fromkeys(lib.agents, 0.0)
+        return {"shaped_reward": jnp.stack([jnp.asarray(values[a], jnp.float32) for a in lib.agents])}
+
+    return Family(
+        horizon=lambda lib: int(lib.max_steps),
+        terminal=None,
+        info=shaped,
+        notes=(
+            "the declared observation shape is transposed in the library; ours is the array's",
+            "the time limit truncates",
+        ),
+    )
+
+
+def _hanabi() -> Family:
+    return Family(
+        horizon=lambda lib: None,
+        terminal=lambda lib, state, done: done,
+        mask=lambda lib, state: lib.get_legal_moves(state),
+        info=lambda lib, state, info: {"score": state.score.astype(jnp.float32)},
+        notes=("legal moves become the action mask", "reward['__all__'] is dropped"),
+    )
+
+
+def _riddle() -> Family:
+    return Family(
+        horizon=lambda lib: int(lib.max_steps),
+        # only the prisoner in the room can end the game, by telling; the library's flag also counts the time limit
+        terminal=None,
+        notes=("telling terminates, the time limit truncates",),
+    )
+
+
+def _coin() -> Family:
+    return Family(
+        horizon=lambda lib: int(lib.num_inner_steps * lib.num_outer_steps),
+        terminal=None,
+        notes=("the time limit truncates", "the library moves the players to new cells after each inner episode"),
+    )
+
+
+def _jaxnav() -> Family:
+    def over(lib: Any, state: Any, done: Array) -> Array:
+        return jnp.all(state.goal_reached | state.move_term)
+
+    return Family(
+        horizon=lambda lib: int(lib.max_steps),
+        terminal=over,
+        alive=lambda lib, state: ~state.done & ~state.move_term,
+        notes=("an episode terminates when every agent reached its goal or crashed; the time limit truncates",),
+    )
+
+
+def _storm() -> Family:
+    return Family(
+        horizon=lambda lib: int(lib.num_inner_steps * lib.num_outer_steps),
+        terminal=None,
+        notes=("the time limit truncates", "observation parts are flattened and joined"),
+    )
+
+
+def _mabrax(length: int) -> Family:
+    return Family(
+        horizon=lambda lib: length,
+        terminal=lambda lib, state, done: done,
+        state=lambda lib, state: state.obs,
+        notes=(
+            "brax's own auto-reset is off: the library resets a second time and pays for physics in every step",
+            "falling terminates, the time limit truncates",
+            "the global state is brax's observation",
+            "halfcheetah_6x1: root position is kept in the observation, as the index table assumes",
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class JaxMARL(Environment):
+    """One JaxMARL environment. `name` without the family prefix; `options` for its constructor."""
+
+    name: str
+    options: tuple[tuple[str, Any], ...] = ()
+    shaped_reward: float = 0.0
+    """Overcooked: weight of the shaped reward that is added to the reward."""
+
+    @property
+    def lib(self) -> Any:
+        return _library(self.name, self.options)[0]
+
+    @property
+    def family(self) -> Family:
+        return _library(self.name, self.options)[1]
+
+    @property
+    def spec(self) -> Spec:
+        return _spec(self)
+
+    def reset(self, key: jax.Array) -> tuple[State, TimeStep]:
+        obs, lib_state = self.lib.reset(key)
+        state = State(lib_state, jnp.int32(0))
+        return state, first_step(self.spec, self._obs(obs), **self._facts(lib_state, {}))
+
+    def step(self, key: jax.Array, state: State, action: Array) -> tuple[State, TimeStep]:
+        lib, family, spec = self.lib, self.family, self.spec
+        obs, lib_state, rewards, dones, info = lib.step_env(key, state.lib, self._actions(action))
+        t = state.t + 1
+        terminated = jnp.bool_(False)
+        if self.name == "switch_riddle":
+            told = action[state.lib.agent_in_room] == lib.game_actions["TELL"]
+            terminated = jnp.asarray(told)
+        elif family.terminal is not None:
+            terminated = jnp.asarray(family.terminal(lib, lib_state, dones["__all__"]), bool).reshape(())
+        truncated = jnp.bool_(False) if spec.horizon is None else (t >= spec.horizon) & ~terminated
+        facts = self._facts(lib_state, info)
+        reward = _rewards(spec, rewards)
+        if self.shaped_reward:
+            reward = reward + self.shaped_reward * facts["info"]["shaped_reward"]
+        ts = first_step(spec, self._obs(obs), reward=reward, terminated=terminated, truncated=truncated, **facts)
+        return State(lib_state, t), ts
+
+    def frame(self, state: State) -> np.ndarray:
+        from jaxstack.envs import render2d
+
+        if self.name.startswith("MPE_"):
+            rad = np.asarray(self.lib.rad)
+            pos = np.asarray(state.lib.p_pos)
+            return render2d.particles(
+                pos[: self.spec.num_agents],
+                rad[: self.spec.num_agents],
+                pos[self.spec.num_agents :],
+                rad[self.spec.num_agents :],
+            )
+        if self.name.startswith("smax/"):
+            s = state.lib.state
+            health = np.asarray(s.unit_health) / np.asarray(self.lib._env.unit_type_health)[np.asarray(s.unit_types)]
+            size = (self.lib._env.map_width, self.lib._env.map_height)
+            return render2d.battle(np.asarray(s.unit_positions), health, self.lib.num_allies, size)
+        if self.name.startswith("overcooked/"):
+            return render2d.grid(np.asarray(self.lib.get_obs(state.lib)["agent_0"]))
+        return super().frame(state)
+
+    def _obs(self, obs: Any) -> Array:
+        spec = self.spec
+        if not isinstance(obs, dict):
+            return jnp.asarray(obs).reshape(spec.num_agents, *spec.obs_shape)
+        return _stack([_flat(obs[_key(obs, i, a)]) for i, a in enumerate(spec.agents)], spec.obs_shape)
+
+    def _facts(self, lib_state: Any, info: dict) -> dict[str, Any]:
+        lib, family = self.lib, self.family
+        out: dict[str, Any] = {"info": family.info(lib, lib_state, info)}
+        if family.mask is not None:
+            masks = family.mask(lib, lib_state)
+            out["action_mask"] = jnp.stack([masks[a] for a in lib.agents]).astype(bool)
+        if family.state is not None:
+            out["state"] = jnp.asarray(family.state(lib, lib_state), jnp.float32).reshape(-1)
+        if family.alive is not None:
+            out["agent_mask"] = family.alive(lib, lib_state)
+        return out
+
+    def _actions(self, action: Array) -> Any:
+        lib, spec = self.lib, self.spec
+        if isinstance(spec.action_space, Box):
+            low, high = np.asarray(spec.action_space.low), np.asarray(spec.action_space.high)
+            action = jnp.clip(action, low, high)
+            sizes = spec.action_sizes or (spec.action_space.shape[0],) * spec.num_agents
+            return {a: action[i, : sizes[i]] for i, a in enumerate(lib.agents)}
+        return {a: action[i] for i, a in enumerate(lib.agents)}
+
+
+def make(rest: str, **options: Any) -> JaxMARL:
+    """`jaxmarl/<rest>`; raises `UnknownName` with the nearest ids, `UserError` for options the library refuses."""
+    if rest not in IDS:
+        raise unknown("environment", f"jaxmarl/{rest}", [f"jaxmarl/{i}" for i in IDS])
+    shaped = float(options.pop("shaped_reward", 0.0))
+    if shaped and not rest.startswith("overcooked"):
+        raise UserError(f"shaped_reward={shaped}: only overcooked has a shaped reward")
+    env = JaxMARL(rest, tuple(sorted(options.items())), shaped)
+    _ = env.spec  # builds the library's environment now, outside of any trace
+    return env
+
+
+@lru_cache(maxsize=64)
+def _library(name: str, options: tuple[tuple[str, Any], ...]) -> tuple[Any, Family]:
+    with warnings.catch_warnings(), jax.ensure_compile_time_eval():
+        warnings.simplefilter("ignore")
+        import jaxmarl
+
+        kwargs = dict(options)
+        if name.startswith("MPE_"):
+            return jaxmarl.make(name, **kwargs), _mpe()
+        if name.startswith("smax/"):
+            from jaxmarl.environments.smax import map_name_to_scenario
+
+            defaults = dict(see_enemy_actions=True, walls_cause_death=True, attack_mode="closest")
+            scenario = map_name_to_scenario(name.split("/")[1])
+            return jaxmarl.make("HeuristicEnemySMAX", scenario=scenario, **(defaults | kwargs)), _smax()
+        if name.startswith("overcooked/"):
+            from jaxmarl.environments.overcooked import overcooked_layouts
+
+            return jaxmarl.make("overcooked", layout=overcooked_layouts[name.split("/")[1]], **kwargs), _overcooked()
+        if name.startswith("overcooked_v2/"):
+            return jaxmarl.make("overcooked_v2", layout=name.split("/")[1], **kwargs), _overcooked()
+        if name in MABRAX:
+            length = int(kwargs.pop("episode_length", 1000))
+            if name == "halfcheetah_6x1":
+                kwargs.setdefault("exclude_current_positions_from_observation", False)
+            return jaxmarl.make(name, episode_length=None, auto_reset=False, **kwargs), _mabrax(length)
+        family = {"hanabi": _hanabi, "switch_riddle": _riddle, "coin_game": _coin, "jaxnav": _jaxnav}.get(
+            name, _storm
+        )()
+        return jaxmarl.make(name, **kwargs), family
+
+
+@lru_cache(maxsize=64)
+def _spec(env: JaxMARL) -> Spec:
+    lib, family = _library(env.name, env.options)
+    agents = tuple(str(a) for a in lib.agents)
+    obs, lib_state = jax.eval_shape(lib.reset, jax.random.key(0))
+    if isinstance(obs, dict):
+        shapes = [_flat_shape(obs[_key(obs, i, a)]) for i, a in enumerate(agents)]
+    else:
+        shapes = [tuple(obs.shape[1:])] * len(agents)
+    equal = len(set(shapes)) == 1
+    sizes = tuple(int(np.prod(s)) for s in shapes)
+    spaces = [_action_space(lib, a) for a in lib.agents]
+    if hasattr(spaces[0], "n"):
+        counts = tuple(int(s.n) for s in spaces)
+        space: Discrete | Box = Discrete(max(counts))
+    else:
+        counts = tuple(int(np.prod(s.shape)) for s in spaces)
+        low, high = float(np.min(spaces[0].low)), float(np.max(spaces[0].high))
+        space = Box((max(counts),), low, high)
+    state_shape = None
+    if family.state is not None:
+        state_shape = (int(np.prod(jax.eval_shape(lambda s: family.state(lib, s), lib_state).shape)),)  # pyright: ignore
+    horizon = family.horizon(lib)
+    return Spec(
+        id=f"jaxmarl/{env.name}",
+        agents=agents,
+        obs_shape=shapes[0] if equal else (max(sizes),),
+        action_space=space,
+        obs_sizes=() if equal else sizes,
+        action_sizes=() if len(set(counts)) == 1 else counts,
+        state_shape=state_shape,
+        horizon=horizon,
+        can_terminate=family.terminal is not None or env.name == "switch_riddle",
+        can_truncate=horizon is not None,
+        has_action_mask=family.mask is not None,
+        shared_reward=env.name.startswith(("smax/", "hanabi", "switch", "overcooked")) or env.name in MABRAX,
+        notes=family.notes,
+    )
+
+
+def _action_space(lib: Any, agent: Any) -> Any:
+    """Two of the STORM games take no agent argument."""
+    try:
+        return lib.action_space(agent)
+    except TypeError:
+        return lib.action_space()
+
+
+def _key(obs: dict, index: int, agent: str) -> Any:
+    return agent if agent in obs else index
+
+
+def _flat(x: Any) -> Array:
+    """STORM's observations are dicts; join their parts."""
+    if isinstance(x, dict):
+        return jnp.concatenate([jnp.ravel(x[k]).astype(jnp.float32) for k in sorted(x)])
+    return x
+
+
+def _flat_shape(x: Any) -> tuple[int, ...]:
+    if isinstance(x, dict):
+        return (sum(int(np.prod(v.shape)) for v in x.values()),)
+    return tuple(x.shape)
+
+
+def _stack(rows: list[Array], shape: tuple[int, ...]) -> Array:
+    if all(r.shape == shape for r in rows):
+        return jnp.stack(rows)
+    width = shape[0]
+    return jnp.stack([jnp.pad(r.reshape(-1), (0, width - r.size)) for r in rows])
+
+
+def _rewards(spec: Spec, rewards: Any) -> Array:
+    if isinstance(rewards, dict):
+        rewards = jnp.stack([jnp.asarray(rewards[_key(rewards, i, a)]).reshape(()) for i, a in enumerate(spec.agents)])
+    return jnp.asarray(rewards).reshape(spec.num_agents).astype(jnp.float32)

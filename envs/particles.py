@@ -1,0 +1,38 @@
+"""Point-particle physics shared by the native environments (Lowe et al., 2017; Bettini et al., 2022)."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+# discrete moves: none, -x, +x, -y, +y
+MOVES = ((0.0, 0.0), (-1.0, 0.0), (1.0, 0.0), (0.0, -1.0), (0.0, 1.0))
+
+
+def moves(action: Array) -> Array:
+    """[A] action in 0..4 -> [A, 2] unit force."""
+    return jnp.asarray(MOVES)[action]
+
+
+def contact_force(pos: Array, min_dist: float, stiffness: float = 100.0, margin: float = 1e-3) -> Array:
+    """Soft repulsion between all pairs [A, 2]: 100 d/|d| k log(1 + exp(-(|d| - r) / k)), zero for coinciding points."""
+    delta = pos[:, None] - pos[None]
+    square = jnp.sum(jnp.square(delta), -1)
+    apart = square > 0
+    dist = jnp.sqrt(jnp.where(apart, square, 1.0))
+    depth = jax.nn.softplus(-(dist - min_dist) / margin) * margin
+    size = jnp.where(apart, stiffness * depth / dist, 0.0)
+    return jnp.sum(delta * size[..., None], axis=1)
+
+
+def distances(a: Array, b: Array) -> Array:
+    """[A, 2], [B, 2] -> [A, B] Euclidean distances."""
+    return jnp.sqrt(jnp.sum(jnp.square(a[:, None] - b[None]), -1))
+
+
+def others(x: Array) -> Array:
+    """[A, A, ...] pairwise quantities -> [A, A-1, ...] without the diagonal, in order of agents."""
+    count = x.shape[0]
+    index = jnp.asarray([[j for j in range(count) if j != i] for i in range(count)], jnp.int32).reshape(
+        count, count - 1
+    )
+    return jax.vmap(lambda row, idx: row[idx])(x, index)

@@ -1,0 +1,110 @@
+"""Pictures of states, drawn on the host with Pillow."""
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+SIZE = 320
+# Okabe and Ito's colours, told apart with any colour vision
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000"]
+PAPER, INK, SOFT = "#FFFFFF", "#333333", "#BBBBBB"
+
+
+def particles(
+    agents: np.ndarray,
+    agent_radius: float | np.ndarray,
+    landmarks: np.ndarray,
+    landmark_radius: float | np.ndarray,
+    extent: float = 1.3,
+    groups: np.ndarray | None = None,
+) -> np.ndarray:
+    """[H, W, 3] uint8: agents as discs (coloured by `groups`, else each its own), landmarks as rings; the view is
+    [-extent, extent]^2 with y upwards, widened if something lies outside."""
+    points = np.concatenate([agents.reshape(-1, 2), landmarks.reshape(-1, 2)])
+    extent = max(extent, float(np.abs(points).max(initial=0.0)) + 0.1)
+    image, draw = _canvas()
+    groups = np.arange(len(agents)) if groups is None else groups
+    for i, (p, r) in enumerate(zip(landmarks, np.broadcast_to(landmark_radius, len(landmarks)))):
+        colour = (
+            COLOURS[int(groups[i]) % len(COLOURS)] if len(landmarks) == len(agents) and len(set(groups)) > 1 else INK
+        )
+        draw.ellipse(_box(p, max(float(r), 0.02 * extent), extent), outline=colour, width=3)
+    for i, (p, r) in enumerate(zip(agents, np.broadcast_to(agent_radius, len(agents)))):
+        draw.ellipse(_box(p, max(float(r), 0.02 * extent), extent), fill=COLOURS[int(groups[i]) % len(COLOURS)])
+    return np.asarray(image)
+
+
+def battle(pos: np.ndarray, health: np.ndarray, allies: int, size: tuple[float, float]) -> np.ndarray:
+    """[H, W, 3]: allies blue, enemies orange, a bar of health in [0, 1] over each living unit."""
+    image, draw = _canvas()
+    scale = SIZE / max(size)
+    for i, (p, h) in enumerate(zip(pos, health)):
+        if h <= 0:
+            continue
+        x, y, r = p[0] * scale, SIZE - p[1] * scale, 6
+        draw.ellipse((x - r, y - r, x + r, y + r), fill=COLOURS[0] if i < allies else COLOURS[1])
+        draw.rectangle((x - 8, y - 13, x + 8, y - 10), fill=SOFT)
+        draw.rectangle((x - 8, y - 13, x - 8 + 16 * min(float(h), 1.0), y - 10), fill=COLOURS[2])
+    return np.asarray(image)
+
+
+def choices(actions: np.ndarray, num_actions: int) -> np.ndarray:
+    """[H, W, 3]: a row for each agent, a column for each action, the chosen one filled."""
+    image, draw = _canvas()
+    cell = (SIZE - 20) / max(len(actions), num_actions)
+    for i, a in enumerate(actions):
+        for j in range(num_actions):
+            box = (10 + j * cell, 10 + i * cell, 10 + (j + 1) * cell - 2, 10 + (i + 1) * cell - 2)
+            draw.rectangle(box, fill=COLOURS[i % len(COLOURS)] if a == j else None, outline=SOFT)
+    return np.asarray(image)
+
+
+def grid(layers: np.ndarray) -> np.ndarray:
+    """[H, W, 3] of a grid observation [rows, cols, C]: each cell coloured by its highest active layer."""
+    image, draw = _canvas()
+    rows, cols, _ = layers.shape
+    cell = SIZE / max(rows, cols)
+    for y in range(rows):
+        for x in range(cols):
+            active = np.flatnonzero(layers[y, x])
+            fill = COLOURS[int(active[0]) % len(COLOURS)] if active.size else PAPER
+            draw.rectangle((x * cell, y * cell, (x + 1) * cell - 1, (y + 1) * cell - 1), fill=fill, outline=SOFT)
+    return np.asarray(image)
+
+
+def cartpole(x: float, theta: float) -> np.ndarray:
+    """[H, W, 3]: cart at x (track of +-2.4) with its pole at angle theta (radians from upright)."""
+    image, draw = _canvas()
+    scale, base = SIZE / 5.2, 0.7 * SIZE
+    cx = SIZE / 2 + x * scale
+    draw.line((0, base + 12, SIZE, base + 12), fill=SOFT, width=2)
+    draw.rectangle((cx - 28, base - 12, cx + 28, base + 12), fill=INK)
+    length = 1.0 * scale * 1.6
+    draw.line(
+        (cx, base - 12, cx + length * np.sin(theta), base - 12 - length * np.cos(theta)), fill=COLOURS[1], width=8
+    )
+    return np.asarray(image)
+
+
+def side_view(links: np.ndarray) -> np.ndarray:
+    """[H, W, 3]: x-z projection of link positions [L, 3], followed along x, over a ground line."""
+    image, draw = _canvas()
+    scale = SIZE / 4.0
+    ground = 0.8 * SIZE
+    draw.line((0, ground, SIZE, ground), fill=SOFT, width=2)
+    centre = float(links[0, 0])
+    points = [(SIZE / 2 + (float(p[0]) - centre) * scale, ground - float(p[2]) * scale) for p in links]
+    draw.line(points, fill=SOFT, width=3)
+    for i, (x, y) in enumerate(points):
+        draw.ellipse((x - 6, y - 6, x + 6, y + 6), fill=COLOURS[i % len(COLOURS)])
+    return np.asarray(image)
+
+
+def _canvas() -> tuple[Image.Image, ImageDraw.ImageDraw]:
+    image = Image.new("RGB", (SIZE, SIZE), PAPER)
+    return image, ImageDraw.Draw(image)
+
+
+def _box(p: np.ndarray, r: float, extent: float) -> tuple[float, float, float, float]:
+    scale = SIZE / (2 * extent)
+    x, y = (float(p[0]) + extent) * scale, SIZE - (float(p[1]) + extent) * scale
+    return x - r * scale, y - r * scale, x + r * scale, y + r * scale
