@@ -17,7 +17,18 @@ from jaxstack.core.errors import UserError, unknown
 from jaxstack.envs.base import Box, Environment, Spec, TimeStep, first_step
 
 IDS: tuple[str, ...] = tuple(
-    ["ant", "halfcheetah", "hopper", "humanoid", "humanoidstandup", "inverted_pendulum", "inverted_double_pendulum", "pusher", "reacher", "walker2d"]
+    [
+        "ant",
+        "halfcheetah",
+        "hopper",
+        "humanoid",
+        "humanoidstandup",
+        "inverted_pendulum",
+        "inverted_double_pendulum",
+        "pusher",
+        "reacher",
+        "walker2d",
+    ]
 )
 """All of brax but `swimmer`, which fails with this jax."""
 
@@ -55,6 +66,8 @@ class Brax(Environment):
 
     def step(self, key: jax.Array, state: State, action: Array) -> tuple[State, TimeStep]:
         lib_state = self.lib.step(state.lib, jnp.clip(action[0], -1.0, 1.0))
+        # some tasks return Python numbers: keep the types of the state
+        lib_state = jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), lib_state, state.lib)
         t = state.t + 1
         done = lib_state.done.astype(bool)
         ts = first_step(self.spec, lib_state.obs[None], reward=lib_state.reward[None].astype(jnp.float32))

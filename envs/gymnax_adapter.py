@@ -17,7 +17,33 @@ from jaxstack.core.errors import UserError, unknown
 from jaxstack.envs.base import Box, Discrete, Environment, Spec, TimeStep, first_step
 
 IDS: tuple[str, ...] = tuple(
-    ["CartPole-v1", "Pendulum-v1", "Acrobot-v1", "MountainCar-v0", "MountainCarContinuous-v0", "Asterix-MinAtar", "Breakout-MinAtar", "Freeway-MinAtar", "Seaquest-MinAtar", "SpaceInvaders-MinAtar", "Catch-bsuite", "DeepSea-bsuite", "MemoryChain-bsuite", "UmbrellaChain-bsuite", "DiscountingChain-bsuite", "SimpleBandit-bsuite", "FourRooms-misc", "MetaMaze-misc", "PointRobot-misc", "BernoulliBandit-misc", "GaussianBandit-misc", "Reacher-misc", "Swimmer-misc", "Pong-misc", "FrozenLake-misc"]
+    [
+        "CartPole-v1",
+        "Pendulum-v1",
+        "Acrobot-v1",
+        "MountainCar-v0",
+        "MountainCarContinuous-v0",
+        "Asterix-MinAtar",
+        "Breakout-MinAtar",
+        "Freeway-MinAtar",
+        "Seaquest-MinAtar",
+        "SpaceInvaders-MinAtar",
+        "Catch-bsuite",
+        "DeepSea-bsuite",
+        "MemoryChain-bsuite",
+        "UmbrellaChain-bsuite",
+        "DiscountingChain-bsuite",
+        "SimpleBandit-bsuite",
+        "FourRooms-misc",
+        "MetaMaze-misc",
+        "PointRobot-misc",
+        "BernoulliBandit-misc",
+        "GaussianBandit-misc",
+        "Reacher-misc",
+        "Swimmer-misc",
+        "Pong-misc",
+        "FrozenLake-misc",
+    ]
 )
 """All of gymnax but MNISTBandit-bsuite, which downloads its data when made."""
 

@@ -18,10 +18,63 @@ from jaxtyping import Array
 from jaxstack.core.errors import UserError, unknown
 from jaxstack.envs.base import Box, Discrete, Environment, Spec, TimeStep, first_step
 
-MPE = ["simple_v3", "simple_tag_v3", "simple_world_comm_v3", "simple_spread_v3", "simple_crypto_v3", "simple_speaker_listener_v4", "simple_push_v3", "simple_adversary_v3", "simple_reference_v3", "simple_facmac_v1", "simple_facmac_3a_v1", "simple_facmac_6a_v1", "simple_facmac_9a_v1"]
-SMAX = ["3m", "2s3z", "25m", "3s5z", "8m", "5m_vs_6m", "10m_vs_11m", "27m_vs_30m", "3s5z_vs_3s6z", "3s_vs_5z", "6h_vs_8z", "smacv2_5_units", "smacv2_10_units", "smacv2_20_units"]
+MPE = [
+    "simple_v3",
+    "simple_tag_v3",
+    "simple_world_comm_v3",
+    "simple_spread_v3",
+    "simple_crypto_v3",
+    "simple_speaker_listener_v4",
+    "simple_push_v3",
+    "simple_adversary_v3",
+    "simple_reference_v3",
+    "simple_facmac_v1",
+    "simple_facmac_3a_v1",
+    "simple_facmac_6a_v1",
+    "simple_facmac_9a_v1",
+]
+SMAX = [
+    "3m",
+    "2s3z",
+    "25m",
+    "3s5z",
+    "8m",
+    "5m_vs_6m",
+    "10m_vs_11m",
+    "27m_vs_30m",
+    "3s5z_vs_3s6z",
+    "3s_vs_5z",
+    "6h_vs_8z",
+    "smacv2_5_units",
+    "smacv2_10_units",
+    "smacv2_20_units",
+]
 OVERCOOKED = ["cramped_room", "asymm_advantages", "coord_ring", "forced_coord", "counter_circuit"]
-OVERCOOKED_V2 = ["cramped_room", "asymm_advantages", "coord_ring", "forced_coord", "counter_circuit", "cramped_room_v2", "asymm_advantages_recipes_center", "asymm_advantages_recipes_right", "asymm_advantages_recipes_left", "two_rooms", "two_rooms_both", "long_room", "fun_coordination", "more_fun_coordination", "fun_symmetries", "fun_symmetries_plates", "fun_symmetries1", "grounded_coord_simple", "grounded_coord_ring", "test_time_simple", "test_time_wide", "demo_cook_simple", "demo_cook_wide"]
+OVERCOOKED_V2 = [
+    "cramped_room",
+    "asymm_advantages",
+    "coord_ring",
+    "forced_coord",
+    "counter_circuit",
+    "cramped_room_v2",
+    "asymm_advantages_recipes_center",
+    "asymm_advantages_recipes_right",
+    "asymm_advantages_recipes_left",
+    "two_rooms",
+    "two_rooms_both",
+    "long_room",
+    "fun_coordination",
+    "more_fun_coordination",
+    "fun_symmetries",
+    "fun_symmetries_plates",
+    "fun_symmetries1",
+    "grounded_coord_simple",
+    "grounded_coord_ring",
+    "test_time_simple",
+    "test_time_wide",
+    "demo_cook_simple",
+    "demo_cook_wide",
+]
 MABRAX = ["ant_4x2", "halfcheetah_6x1", "hopper_3x1", "humanoid_9|8", "walker2d_2x3"]
 OTHERS = ["hanabi", "switch_riddle", "coin_game", "jaxnav", "storm", "storm_2p", "storm_np"]
 

@@ -1,0 +1,117 @@
+"""The compile ledger: what was traced and compiled, how long it took, what it costs to run."""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxstack.core.errors import UserError
+
+
+@dataclass
+class Program:
+    """One compiled program. Seconds of tracing and of compiling; flops and bytes of XLA's cost analysis (loop bodies
+    count once); bytes of its memory analysis."""
+
+    name: str
+    trace_seconds: float
+    compile_seconds: float
+    flops: float
+    bytes_accessed: float
+    argument_bytes: int
+    output_bytes: int
+    temp_bytes: int
+    donated_bytes: int
+
+    @property
+    def peak_bytes(self) -> int:
+        """Arguments, outputs and temporaries, less what is reused through donation."""
+        return self.argument_bytes + self.output_bytes + self.temp_bytes - self.donated_bytes
+
+
+@dataclass
+class Ledger:
+    """Compiles ahead of time, so that nothing compiles unseen; `max_compiles` makes a further compile an error."""
+
+    max_compiles: int | None = None
+    programs: list[Program] = field(default_factory=list)
+
+    def compile(self, name: str, function: Callable, *args: Any, donate: tuple[int, ...] = ()) -> Any:
+        """Lower and compile `function` for `args` (arrays or shapes); returns the executable.
+
+        Raises `UserError` when `max_compiles` programs were compiled already.
+        """
+        if self.max_compiles is not None and len(self.programs) >= self.max_compiles:
+            done = ", ".join(p.name for p in self.programs)
+            raise UserError(f"max_compiles={self.max_compiles}: {name!r} would be one more compile after {done}")
+        t0 = time.perf_counter()
+        lowered = jax.jit(function, donate_argnums=donate).lower(*args)
+        t1 = time.perf_counter()
+        compiled = lowered.compile()
+        t2 = time.perf_counter()
+        cost = compiled.cost_analysis() or {}
+        cost = cost[0] if isinstance(cost, list) else cost
+        memory = compiled.memory_analysis()
+        size = lambda field: int(getattr(memory, field, 0) or 0)
+        self.programs.append(
+            Program(
+                name=name,
+                trace_seconds=t1 - t0,
+                compile_seconds=t2 - t1,
+                flops=float(cost.get("flops", 0.0)),
+                bytes_accessed=float(cost.get("bytes accessed", 0.0)),
+                argument_bytes=size("argument_size_in_bytes"),
+                output_bytes=size("output_size_in_bytes"),
+                temp_bytes=size("temp_size_in_bytes"),
+                donated_bytes=size("alias_size_in_bytes"),
+            )
+        )
+        return compiled
+
+    @property
+    def seconds(self) -> float:
+        """Tracing and compiling, all programs."""
+        return sum(p.trace_seconds + p.compile_seconds for p in self.programs)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One dict a program, as stored in ledger.json."""
+        return [asdict(p) | {"peak_bytes": p.peak_bytes} for p in self.programs]
+
+    def summary(self) -> str:
+        """One line a program."""
+        lines = [
+            f"{p.name}: traced {p.trace_seconds:.1f} s, compiled {p.compile_seconds:.1f} s, "
+            f"{p.flops:.3g} flops, peak memory {p.peak_bytes / 2**20:.1f} MiB"
+            for p in self.programs
+        ]
+        return "\n".join(lines)
+
+
+def available_bytes() -> int | None:
+    """Free memory of the default device, or of the host for CPU; None where nothing tells."""
+    stats = jax.devices()[0].memory_stats() if jax.default_backend() != "cpu" else None
+    if stats and "bytes_limit" in stats:
+        return int(stats["bytes_limit"]) - int(stats.get("bytes_in_use", 0))
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return None
+
+
+def check_memory(program: Program, num_seeds: int, limit: int | None = None) -> None:
+    """Raise `UserError` with a split of the seeds when the program would not fit into `limit` (default: what is free)."""
+    limit = available_bytes() if limit is None else limit
+    if limit is None or program.peak_bytes <= limit:
+        return
+    need, have = program.peak_bytes / 2**20, limit / 2**20
+    fit = int(num_seeds * limit / program.peak_bytes)
+    if fit < 1:
+        advice = "even one seed does not fit: use fewer environments, shorter rollouts or smaller networks"
+    else:
+        advice = f"{fit} of {num_seeds} seeds fit at once: run them in {-(-num_seeds // fit)} runs of {fit}"
+    raise UserError(f"the run needs {need:.0f} MiB and {have:.0f} MiB are free; {advice}")
