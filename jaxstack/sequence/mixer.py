@@ -6,15 +6,15 @@ A mixer is a flax module with the field `features` (D, width of input and output
     step(x [B, D], state) -> (y [B, D], state)
     init_state(batch) -> state
 
-`init_state` depends on static fields alone: `module.init_state(8)` works on an unbound module, without parameters. It is
-what `__call__` starts from when no state is given. A state is a pytree of arrays with the batch axis first, float32
+`init_state` depends on static fields alone: `module.init_state(8)` works on an unbound module, without parameters. It
+is what `__call__` starts from when no state is given. A state is a pytree of arrays with the batch axis first, float32
 (or wider) whatever the activations; for recurrent mixers its size does not grow with T, attention declares its longest
 context as a field. The three agree: a sequence cut into pieces with the state carried, or a prefill followed by `step`,
 gives what the whole sequence gives. T = 0 returns an empty y and the state it was given.
 
-mask [B, T] bool: False marks padding, anywhere in the row. A padded token leaves the state as it is, its output is 0, and
-what stands in x there is ignored, so ragged batches need no special care: left and right padding give equal outputs, and
-after a padded prefill every row can go on with `step`.
+mask [B, T] bool: False marks padding, anywhere in the row. A padded token leaves the state as it is, its output is 0,
+and what stands in x there is ignored, so ragged batches need no special care: left and right padding give equal
+outputs, and after a padded prefill every row can go on with `step`.
 """
 
 from typing import Any, Protocol, runtime_checkable

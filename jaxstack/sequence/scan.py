@@ -47,7 +47,7 @@ def affine_scan(
     Shapes: b [..., T, ...] with T at `axis`; `a` broadcasts against b (it is never copied to b's size, so a gate
     [B, T, H, K, 1] may drive a matrix state [B, T, H, K, V]); h0 broadcasts to b without its time axis (zeros if None).
     mask: bool, b's axes up to and including time; where it is False the step is the identity (a=1, b=0) and what stands
-    in a and b there is ignored. reverse: h_t = a_t h_{t+1} + b_t, h0 enters at the end and the last state is that of t=0.
+    in a and b there is ignored. reverse: h_t = a_t h_{t+1} + b_t, h0 enters at the end, the last state is that of t=0.
     chunk: steps per chunk of the chunked form, about sqrt(T) by default.
     Differentiable in a, b and h0, also through the last state. Raises `UserError` for shapes that do not fit.
     """
@@ -82,11 +82,11 @@ def moebius_scan(
 ) -> tuple[Array, Array]:
     """lam_t = lam_{t-1} / (abar2 + pbar lam_{t-1}) + phi_t along `axis` -> (lam, the last lam), float32 or wider.
 
-    Shapes: phi [..., T, ...] >= 0 with T at `axis`; abar2 >= 0, pbar >= 0 and lam0 > 0 broadcast to phi without its time
-    axis. mask: bool, phi's axes up to and including time; a False step keeps lam as it is (masked="freeze": padding) or
-    predicts without an observation, phi = 0 (masked="predict": time passes unseen).
-    lam saturates at `precision_range(dtype)` (7e30 in float32), which only pbar = 0 or absurd inputs reach; the gradient
-    there is zero. Differentiable in phi, abar2, pbar, lam0, also through the last lam. Raises `UserError`.
+    Shapes: phi [..., T, ...] >= 0 with T at `axis`; abar2 >= 0, pbar >= 0 and lam0 > 0 broadcast to phi without its
+    time axis. mask: bool, phi's axes up to and including time; a False step keeps lam as it is (masked="freeze":
+    padding) or predicts without an observation, phi = 0 (masked="predict": time passes unseen).
+    lam saturates at `precision_range(dtype)` (7e30 in float32), which only pbar = 0 or absurd inputs reach; the
+    gradient there is zero. Differentiable in phi, abar2, pbar, lam0, also through the last lam. Raises `UserError`.
     """
     dtype = compute_dtype(phi, abar2, pbar, lam0)
     phi = jnp.asarray(phi, dtype)

@@ -1,0 +1,195 @@
+"""One step of the scalar Kalman filters of Kalman Linear Attention, its hand-written adjoint, and their scan over time.
+
+Every (channel m, state s) pair is a scalar filter that sees v_m through k_s (Shaj et al., 2026, arXiv 2602.10743):
+
+    z_t ~ N(abar z_{t-1}, pbar)        v_t ~ N(k_t z_t, 1/Lambda_t)
+    lam-_t = lam_{t-1} / (abar^2 + pbar lam_{t-1})              lam_t = lam-_t + k_t^2 Lambda_t
+    mu_t   = (abar lam-_t / lam_t) mu_{t-1} + (k_t Lambda_t / lam_t) v_t
+    y_t    = sum_s q_t mu_t,   var_t = sum_s q_t^2 / lam_t      (read="prior": of abar mu_t, abar^2 / lam_t + pbar)
+
+The mean is carried instead of the information vector eta = lam mu: its coefficients stay in [0, abar], where those of
+eta exceed 1 and overflow once pbar is small. `filter_step` and `filter_step_grad` do not fix a layout, so that the scan
+here and the GPU/TPU kernels of scan_pallas.py are the same mathematics.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from jaxstack.sequence.scan import precision_range
+
+
+class Token(NamedTuple):
+    """What one time step sees, already shaped to broadcast against the state's M and S axes."""
+
+    v: Array
+    """Values; 1 on the S axis."""
+    precision: Array
+    """Observation precision Lambda >= 0; 1 on the S axis."""
+    k: Array
+    """Keys; 1 on the M axis."""
+    q: Array
+    """Queries; 1 on the M axis."""
+
+
+class Layout(NamedTuple):
+    """Where a state array has its M (channel) and S (state) axes, counted from the end."""
+
+    m: int
+    s: int
+
+
+CHANNELS_FIRST = Layout(-2, -1)
+STATES_FIRST = Layout(-1, -2)
+
+
+class _Quantities(NamedTuple):
+    rho: Array
+    before: Array
+    lam: Array
+    kept: Array
+    gain: Array
+    mean: Array
+
+
+def _update(lam: Array, mean: Array, token: Token, abar: Array, pbar: Array) -> _Quantities:
+    low, high = precision_range(lam.dtype)
+    rho = 1.0 / jnp.maximum(abar * abar + pbar * lam, low)
+    before = jnp.minimum(lam * rho, high)
+    after = jnp.clip(before + token.k * token.k * token.precision, low, high)
+    kept, gain = before / after, token.k * token.precision / after
+    return _Quantities(rho, before, after, kept, gain, abar * kept * mean + gain * token.v)
+
+
+def filter_step(
+    lam: Array, mean: Array, token: Token, abar: Array, pbar: Array, *, prior: bool, layout: Layout
+) -> tuple[Array, Array, Array, Array]:
+    """lam, mean: state [.., M, S] in the order of `layout`; abar, pbar broadcast to it.
+
+    -> (lam, mean, y, variance of y), the last two with 1 on the S axis.
+    """
+    new = _update(lam, mean, token, abar, pbar)
+    mu, var = new.mean, 1.0 / new.lam
+    if prior:
+        mu, var = abar * mu, abar * abar * var + pbar
+    y = (token.q * mu).sum(layout.s, keepdims=True)
+    return new.lam, new.mean, y, (token.q * token.q * var).sum(layout.s, keepdims=True)
+
+
+class StepGrad(NamedTuple):
+    """Cotangents of `filter_step`'s inputs; abar's and pbar's have the state's shape (not summed over the batch)."""
+
+    lam: Array
+    mean: Array
+    token: Token
+    abar: Array
+    pbar: Array
+
+
+def filter_step_grad(
+    lam: Array,
+    mean: Array,
+    token: Token,
+    abar: Array,
+    pbar: Array,
+    cotangent: tuple[Array, Array, Array, Array],
+    *,
+    prior: bool,
+    layout: Layout,
+) -> StepGrad:
+    """Adjoint of `filter_step` at its inputs, for cotangents of (lam, mean, y, variance).
+
+    From mu = (abar lam- m + k Lambda v) / lam: d mu / d lam = -mu / lam, d mu / d lam- = abar m / lam.
+    """
+    low, high = precision_range(lam.dtype)
+    v, precision, k, q = token
+    d_lam, d_mean, d_y, d_var = cotangent
+    new = _update(lam, mean, token, abar, pbar)
+    var = 1.0 / new.lam
+    d_read = q * q * d_var
+    if prior:
+        d_q = abar * new.mean * d_y + 2.0 * q * (abar * abar * var + pbar) * d_var
+        d_abar = q * new.mean * d_y + 2.0 * abar * var * d_read
+        d_pbar, d_mean, d_read = d_read, d_mean + q * abar * d_y, abar * abar * d_read
+    else:
+        d_q = new.mean * d_y + 2.0 * q * var * d_var
+        d_abar, d_pbar, d_mean = 0.0, 0.0, d_mean + q * d_y
+    per_lam = d_mean * var
+    d_lam = d_lam - d_read * var * var - per_lam * new.mean
+    d_lam = jnp.where((new.lam > low) & (new.lam < high), d_lam, 0.0)
+    rho = jnp.where(new.before < high, new.rho, 0.0)
+    d_before = d_lam + per_lam * abar * mean
+    through = d_before * rho * rho
+    return StepGrad(
+        lam=through * abar * abar,
+        mean=d_mean * abar * new.kept,
+        token=Token(
+            v=(new.gain * d_mean).sum(layout.s, keepdims=True),
+            precision=(k * k * d_lam + per_lam * k * v).sum(layout.s, keepdims=True),
+            k=(precision * (2.0 * k * d_lam + per_lam * v)).sum(layout.m, keepdims=True),
+            q=d_q.sum(layout.m, keepdims=True),
+        ),
+        abar=d_abar + d_mean * mean * new.kept - 2.0 * abar * lam * through,
+        pbar=d_pbar - lam * lam * through,
+    )
+
+
+def hold(abar: Array, pbar: Array, keep: Array | None) -> tuple[Array, Array]:
+    """Coefficients of a step that a padded token leaves out: abar = 1 and pbar = 0 where `keep` is 0."""
+    if keep is None:
+        return abar, pbar
+    return jnp.where(keep > 0, abar, 1.0), jnp.where(keep > 0, pbar, 0.0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def filter_scan(
+    tokens: Token, keep: Array | None, abar: Array, pbar: Array, lam: Array, mean: Array, prior: bool
+) -> tuple[Array, Array, Array, Array]:
+    """The filter as one lax.scan; nothing of size T M S is stored unless a gradient is asked for.
+
+    tokens: v, precision [T, B, M, 1], k, q [T, B, 1, S]; keep [T, B, 1, 1] in {0, 1} or None; abar, pbar [M, S];
+    lam, mean [B, M, S] -> (y [T, B, M, 1], variance [T, B, M, 1], last lam, last mean).
+    """
+
+    def body(state: Any, xs: Any) -> Any:
+        lam, mean, y, var = filter_step(*state, xs[0], *hold(abar, pbar, xs[1]), prior=prior, layout=CHANNELS_FIRST)
+        return (lam, mean), (y, var)
+
+    (lam, mean), (y, var) = jax.lax.scan(body, (lam, mean), (tokens, keep))
+    return y, var, lam, mean
+
+
+def _filter_fwd(
+    tokens: Token, keep: Array | None, abar: Array, pbar: Array, lam: Array, mean: Array, prior: bool
+) -> Any:
+    def body(state: Any, xs: Any) -> Any:
+        lam, mean, y, var = filter_step(*state, xs[0], *hold(abar, pbar, xs[1]), prior=prior, layout=CHANNELS_FIRST)
+        return (lam, mean), (y, var, state)
+
+    (lam, mean), (y, var, states) = jax.lax.scan(body, (lam, mean), (tokens, keep))
+    return (y, var, lam, mean), (tokens, keep, abar, pbar, states)
+
+
+def _filter_bwd(prior: bool, saved: Any, cotangent: Any) -> Any:
+    tokens, keep, abar, pbar, states = saved
+    d_y, d_var, d_lam, d_mean = cotangent
+
+    def body(carry: Any, xs: Any) -> Any:
+        d_lam, d_mean, d_abar, d_pbar = carry
+        token, keep, state, d_y, d_var = xs
+        a, p = hold(abar, pbar, keep)
+        grad = filter_step_grad(*state, token, a, p, (d_lam, d_mean, d_y, d_var), prior=prior, layout=CHANNELS_FIRST)
+        on = 1.0 if keep is None else keep
+        return (grad.lam, grad.mean, d_abar + on * grad.abar, d_pbar + on * grad.pbar), grad.token
+
+    zero = jnp.zeros_like(d_lam)
+    carry, d_tokens = jax.lax.scan(body, (d_lam, d_mean, zero, zero), (tokens, keep, states, d_y, d_var), reverse=True)
+    d_lam, d_mean, d_abar, d_pbar = carry
+    d_keep = None if keep is None else jnp.zeros_like(keep)
+    return d_tokens, d_keep, d_abar.sum(0), d_pbar.sum(0), d_lam, d_mean
+
+
+filter_scan.defvjp(_filter_fwd, _filter_bwd)
