@@ -9,7 +9,7 @@ GPU a program loops over all of T. What the kernels compute per step is `filter_
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -36,6 +36,7 @@ class _Plan(NamedTuple):
     """Channels of a block."""
     prior: bool
     interpret: bool
+    platform: str
 
 
 def kalman_filter(
@@ -97,7 +98,20 @@ def _plan(batch: int, length: int, channels: int, d_state: int, prior: bool, int
     else:
         d_state = 2 ** math.ceil(math.log2(d_state))
         width, steps = min(max(512 // d_state, 16), 2 ** math.ceil(math.log2(max(channels, 1)))), length
-    return _Plan(batch, up(length, steps), d_state, up(channels, width), steps, width, prior, interpret)
+    return _Plan(batch, up(length, steps), d_state, up(channels, width), steps, width, prior, interpret, platform)
+
+
+def _compiler(plan: _Plan) -> Any:
+    """On GPU the Triton path is asked for by name: Mosaic GPU, the default, wants blocks that fit shared memory."""
+    if plan.interpret:
+        return None
+    if plan.platform == "tpu":
+        from jax.experimental.pallas import tpu
+
+        return tpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"))
+    from jax.experimental.pallas import triton
+
+    return triton.CompilerParams(num_warps=4, num_stages=1)
 
 
 # ---------------------------------------------------------------- calls
@@ -135,6 +149,7 @@ def _forward(
         out_specs=[o[0] for o in outs],
         out_shape=[o[1] for o in outs],
         interpret=plan.interpret,
+        compiler_params=_compiler(plan),
     )
     return call(*tokens, keep, abar, pbar, lam, mean)
 
@@ -159,6 +174,7 @@ def _filter_bwd(plan: _Plan, saved: Any, cotangent: Any) -> Any:
         out_specs=[o[0] for o in outs],
         out_shape=[o[1] for o in outs],
         interpret=plan.interpret,
+        compiler_params=_compiler(plan),
     )
     d_v, d_precision, d_k, d_q, d_lam, d_mean, d_abar, d_pbar = call(
         *tokens, keep, abar, pbar, lams, means, d_y, d_var, d_lam, d_mean
@@ -203,11 +219,7 @@ def _specs(plan: _Plan, time: Callable[[Any], Any]) -> _Specs:
 
 def _forward_kernel(plan: _Plan, v, precision, k, q, keep, abar, pbar, lam0, mean0, y, var, lam, mean, *states) -> None:
     """`lam` and `mean`, the last states, carry the filter from one block of time to the next."""
-
-    @pl.when(pl.program_id(2) == 0)
-    def _start() -> None:
-        lam[...], mean[...] = lam0[...], mean0[...]
-
+    start = _carried(plan, (lam, mean), lambda: (lam0[0], mean0[0]))
     a, p = abar[...], pbar[...]
 
     def body(t: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -219,7 +231,7 @@ def _forward_kernel(plan: _Plan, v, precision, k, q, keep, abar, pbar, lam0, mea
         )
         return tuple(state)
 
-    lam[0], mean[0] = jax.lax.fori_loop(0, plan.steps, body, (lam[0], mean[0]))
+    lam[0], mean[0] = jax.lax.fori_loop(0, plan.steps, body, start)
 
 
 def _backward_kernel(
@@ -227,12 +239,8 @@ def _backward_kernel(
 ) -> None:
     """From the last step to the first; the cotangents of state and coefficients stay in outputs of all time blocks."""
     d_v, d_precision, d_k, d_q, d_lam, d_mean, d_abar, d_pbar = outs
-
-    @pl.when(pl.program_id(2) == 0)
-    def _start() -> None:
-        d_lam[...], d_mean[...] = d_last_lam[...], d_last_mean[...]
-        d_abar[...], d_pbar[...] = jnp.zeros_like(d_abar), jnp.zeros_like(d_pbar)
-
+    zero = jnp.zeros(d_abar.shape[1:], d_abar.dtype)
+    start = _carried(plan, outs[4:], lambda: (d_last_lam[0], d_last_mean[0], zero, zero))
     a, p = abar[...], pbar[...]
 
     def body(i: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
@@ -249,5 +257,19 @@ def _backward_kernel(
             out[0, 0, t] = x
         return grad.lam, grad.mean, to_abar + on * grad.abar, to_pbar + on * grad.pbar
 
-    carry = jax.lax.fori_loop(0, plan.steps, body, (d_lam[0], d_mean[0], d_abar[0], d_pbar[0]))
+    carry = jax.lax.fori_loop(0, plan.steps, body, start)
     d_lam[0], d_mean[0], d_abar[0], d_pbar[0] = carry
+
+
+def _carried(plan: _Plan, outs: Sequence[Any], first: Callable[[], tuple[Array, ...]]) -> tuple[Array, ...]:
+    """What the previous block of time left in `outs`, or `first()` in the first. With a single block (GPU) no value
+    goes through memory: nothing there orders one thread's read after another's write."""
+    if plan.steps == plan.length:
+        return first()
+
+    @pl.when(pl.program_id(2) == 0)
+    def _start() -> None:
+        for out, x in zip(outs, first()):
+            out[0] = x
+
+    return tuple(out[0] for out in outs)
