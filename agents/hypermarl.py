@@ -21,6 +21,7 @@ from jaxstack.agents import team_ppo
 from jaxstack.agents.team_ppo import PPOConfig
 from jaxstack.core.config import require, require_at_least
 from jaxstack.core.learner import Learner
+from jaxstack.nn.init import orthogonal
 from jaxstack.nn.networks import ACTIVATIONS, Activation, initial_carry
 from jaxstack.nn.team import Arch, Modules, Shape, TeamNet, modules
 
@@ -77,9 +78,7 @@ class HyperLayer(nn.Module):
     def __call__(self, e: Array) -> tuple[Array, Array]:
         """e [..., d] -> kernel [..., rows, cols], bias [..., cols]."""
         rows, cols, _ = self.layer
-        trunk = (
-            nn.initializers.lecun_normal() if self.trunk_gain is None else nn.initializers.orthogonal(self.trunk_gain)
-        )
+        trunk = nn.initializers.lecun_normal() if self.trunk_gain is None else orthogonal(self.trunk_gain)
 
         def hidden(name: str) -> Array:
             h = e
@@ -107,7 +106,7 @@ def _row_orthogonal(layer: Layer, scale: Array | float):
     """Each input unit's row is an independent orthogonal [rows, cols] matrix with the layer's gain."""
 
     def init(key: Array, shape: tuple[int, int], dtype: Any = jnp.float32) -> Array:
-        one = nn.initializers.orthogonal(layer.gain)
+        one = orthogonal(layer.gain)
         rows = jax.vmap(lambda k: one(k, (layer.rows, layer.cols), dtype))(jax.random.split(key, shape[0]))
         return rows.reshape(shape) * scale
 
@@ -175,10 +174,9 @@ def hyper_team(cfg: Config, shape: Shape, arch: Arch) -> TeamNet:
         k_emb, k_critic, k_actor_net, k_critic_net, k_torso, k_torso2 = jax.random.split(key, 6)
         params: dict[str, Any] = {}
         if cfg.embedding == "learned":
-            orthogonal = nn.initializers.orthogonal(2**0.5)
-            params["embedding"] = orthogonal(k_emb, (count, cfg.embedding_dim))
+            params["embedding"] = orthogonal(2**0.5)(k_emb, (count, cfg.embedding_dim))
             if not cfg.share_embedding:
-                params["critic_embedding"] = orthogonal(k_critic, (count, cfg.embedding_dim))
+                params["critic_embedding"] = orthogonal(2**0.5)(k_critic, (count, cfg.embedding_dim))
         ea, ec = embeddings(params)
         if per_sample:
             ea = _with_input(ea, jnp.zeros((1, 1, count, int(np.prod(shape.obs_shape)))))

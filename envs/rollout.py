@@ -5,11 +5,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
-from jaxstack.core.learner import Metrics
+from jaxstack.core.learner import Metrics, Policy
 from jaxstack.envs import vector
-from jaxstack.envs.base import TimeStep
+from jaxstack.envs.base import Environment, TimeStep
 
 
 class Step(NamedTuple):
@@ -131,6 +132,29 @@ def evaluate(vec: vector.VecEnv, act: Act, key: jax.Array, carry: Any, num_steps
         "eval/finished": 1.0 - alive.astype(jnp.float32).mean(),
     }
     return out | {f"eval/{k}": v.astype(jnp.float32).mean() for k, v in info.items()}
+
+
+def record(env: Environment, policy: Policy, state: Any, seed: int, max_steps: int) -> np.ndarray:
+    """One greedy episode drawn on the host: frames [T, H, W, 3] uint8. Raises `UserError` where `env` has no picture."""
+    k_reset, k_step = jax.random.split(jax.random.key(seed))
+    params = policy.params(state)
+    carry = policy.init_carry(params, 1)
+    env_state, ts = jax.jit(env.reset)(k_reset)
+    frames = [env.frame(env_state)]
+
+    @jax.jit
+    def advance(carry: Any, env_state: Any, ts: TimeStep, t: Array) -> tuple[Any, Any, TimeStep]:
+        mask = None if ts.action_mask is None else ts.action_mask[None]
+        carry, action = policy.act(params, carry, ts.obs[None], mask, (t == 0)[None], None)
+        env_state, ts = env.step(jax.random.fold_in(k_step, t), env_state, action[0])
+        return carry, env_state, ts
+
+    for t in range(max_steps):
+        carry, env_state, ts = advance(carry, env_state, ts, jnp.int32(t))
+        frames.append(env.frame(env_state))
+        if bool(ts.terminated | ts.truncated):
+            break
+    return np.stack(frames)
 
 
 def _like(mask: Array, x: Array) -> Array:

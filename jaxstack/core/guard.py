@@ -41,8 +41,18 @@ def guarded(step: Callable[..., tuple[Any, dict[str, Array]]]) -> Callable[..., 
     return run
 
 
+def unguarded(step: Callable[..., tuple[Any, dict[str, Array]]]) -> Callable[..., tuple[Any, Alive, dict[str, Array]]]:
+    """The same signature without the check."""
+
+    def run(state: Any, alive: Alive, number: Array, *batch: Any) -> tuple[Any, Alive, dict[str, Array]]:
+        new, metrics = step(state, *batch)
+        return new, alive, metrics
+
+    return run
+
+
 def _where(ok: Array, new: Array, old: Array) -> Array:
     if jnp.issubdtype(new.dtype, jax.dtypes.prng_key):
         data = jnp.where(ok, jax.random.key_data(new), jax.random.key_data(old))
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(new))
-    return jnp.where(ok, new, old)
+    return new if new is old else jnp.where(ok, new, old)

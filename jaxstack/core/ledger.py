@@ -11,12 +11,21 @@ import jax
 from jaxstack.core.errors import UserError
 
 
+class DoesNotFit(UserError):
+    """The run needs more memory than there is; `fit` seeds would fit at once (0: not even one)."""
+
+    def __init__(self, message: str, fit: int):
+        super().__init__(message)
+        self.fit = fit
+
+
 @dataclass
 class Program:
-    """One compiled program. Seconds of tracing and of compiling; flops and bytes of XLA's cost analysis (loop bodies
+    """One compiled program. How often it was traced, seconds of tracing and of compiling; flops and bytes of XLA's cost analysis (loop bodies
     count once); bytes of its memory analysis."""
 
     name: str
+    traces: int
     trace_seconds: float
     compile_seconds: float
     flops: float
@@ -39,7 +48,9 @@ class Ledger:
     max_compiles: int | None = None
     programs: list[Program] = field(default_factory=list)
 
-    def compile(self, name: str, function: Callable, *args: Any, donate: tuple[int, ...] = ()) -> Any:
+    def compile(
+        self, name: str, function: Callable, *args: Any, donate: tuple[int, ...] = (), out_shardings: Any = None
+    ) -> Any:
         """Lower and compile `function` for `args` (arrays or shapes); returns the executable.
 
         Raises `UserError` when `max_compiles` programs were compiled already.
@@ -47,8 +58,15 @@ class Ledger:
         if self.max_compiles is not None and len(self.programs) >= self.max_compiles:
             done = ", ".join(p.name for p in self.programs)
             raise UserError(f"max_compiles={self.max_compiles}: {name!r} would be one more compile after {done}")
+        traces = 0
+
+        def counted(*inputs: Any) -> Any:
+            nonlocal traces
+            traces += 1
+            return function(*inputs)
+
         t0 = time.perf_counter()
-        lowered = jax.jit(function, donate_argnums=donate).lower(*args)
+        lowered = jax.jit(counted, donate_argnums=donate, out_shardings=out_shardings).lower(*args)
         t1 = time.perf_counter()
         compiled = lowered.compile()
         t2 = time.perf_counter()
@@ -59,6 +77,7 @@ class Ledger:
         self.programs.append(
             Program(
                 name=name,
+                traces=traces,
                 trace_seconds=t1 - t0,
                 compile_seconds=t2 - t1,
                 flops=float(cost.get("flops", 0.0)),
@@ -103,15 +122,19 @@ def available_bytes() -> int | None:
     return None
 
 
-def check_memory(program: Program, num_seeds: int, limit: int | None = None) -> None:
-    """Raise `UserError` with a split of the seeds when the program would not fit into `limit` (default: what is free)."""
+def check_memory(program: Program, num_seeds: int, limit: int | None = None, copies: int = 1) -> None:
+    """Raise `DoesNotFit` with a split of the seeds when `copies` of the program need more than `limit` bytes (default:
+    what is free)."""
     limit = available_bytes() if limit is None else limit
-    if limit is None or program.peak_bytes <= limit:
+    peak = program.peak_bytes * copies
+    if limit is None or peak <= limit:
         return
-    need, have = program.peak_bytes / 2**20, limit / 2**20
-    fit = int(num_seeds * limit / program.peak_bytes)
+    fit = min(int(num_seeds * limit / peak), num_seeds - 1)
     if fit < 1:
         advice = "even one seed does not fit: use fewer environments, shorter rollouts or smaller networks"
     else:
-        advice = f"{fit} of {num_seeds} seeds fit at once: run them in {-(-num_seeds // fit)} runs of {fit}"
-    raise UserError(f"the run needs {need:.0f} MiB and {have:.0f} MiB are free; {advice}")
+        advice = (
+            f"{fit} of {num_seeds} seeds fit at once: split_seeds={fit} (or 'auto') runs "
+            f"{-(-num_seeds // fit)} groups one after another"
+        )
+    raise DoesNotFit(f"the run needs {peak / 2**20:.1f} MiB and {limit / 2**20:.1f} MiB are free; {advice}", fit)

@@ -6,8 +6,8 @@ import sys
 import time
 from typing import Any
 
-from jaxstack.core.ledger import Ledger
 from jaxstack.core.learner import Learner
+from jaxstack.core.ledger import Ledger
 
 SHOWN = ("eval/return", "rollout/return", "eval/accuracy", "loss/total")
 

@@ -114,9 +114,10 @@ def train(
     with _closing(run):
         cache.enable()
         book = ledger.Ledger(options.max_compiles)
-        state = init_state(learner, seeds, hypers, book)
+        state = jax.jit(lambda: _init(learner, seeds, hypers))()
         alive = guard.start(len(seeds))
-        return _loop(learner, state, alive, 0, num_steps, seeds, data, run, options, sinks, book)
+        config = (plan or {}).get("config")
+        return _loop(learner, state, alive, 0, num_steps, seeds, data, run, options, sinks, book, config)
 
 
 def resume(
@@ -127,10 +128,14 @@ def resume(
     *,
     hypers: Any = None,
     data: Source | None = None,
+    plan: dict[str, Any] | None = None,
     options: RunOptions = RunOptions(),
     sinks: Sequence[Sink] = (),
 ) -> Result:
-    """Continue a run from its newest undamaged checkpoint, to the bit as if it had not stopped."""
+    """Continue a run from its newest undamaged checkpoint, to the bit as if it had not stopped.
+
+    Raises `UserError` when no checkpoint can be used, or when `plan` holds another config than the run was made with.
+    """
     run = RunDir.open(run_dir)
     with _closing(run):
         cache.enable()
@@ -142,17 +147,31 @@ def resume(
             print(f"{problem}; using the one of step {step}", flush=True)  # noqa: T201
         store.drop_after(step)
         store.close()
+        config = (plan or {}).get("config")
+        _same_config(run_dir, meta.get("config"), config)
         if data is not None and meta.get("data") is not None:
             data.restore(meta["data"])
         run.cut(step)
         run.status("running", resumed_at_step=step)
-        return _loop(learner, state, alive, step, num_steps, list(seeds), data, run, options, sinks, book)
+        return _loop(learner, state, alive, step, num_steps, list(seeds), data, run, options, sinks, book, config)
 
 
-def init_state(learner: Learner, seeds: Sequence[int], hypers: Any, book: ledger.Ledger) -> Any:
-    """The states of all seeds [S, ...]."""
-    del book  # the initialisation runs once and is not part of the budget of compiles
-    return jax.jit(lambda: _init(learner, seeds, hypers))()
+def _same_config(run_dir: str | Path, old: dict[str, Any] | None, new: dict[str, Any] | None) -> None:
+    if old is None or new is None:
+        return
+    changed = [k for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
+    if changed:
+        what = ", ".join(f"{k}: {old.get(k)!r} -> {new.get(k)!r}" for k in changed)
+        raise UserError(f"run directory {run_dir}: the config was changed since the run began ({what})")
+
+
+def load_state(learner: Learner, run_dir: str | Path, seeds: Sequence[int]) -> Any:
+    """The newest stored state [S, ...] of a run, for evaluation. Raises `UserError` when there is none."""
+    template = jax.eval_shape(lambda: (_init(learner, seeds, None), guard.start(len(seeds))))
+    store = Checkpoints(Path(run_dir) / "checkpoints")
+    _, (state, _), _, _ = store.restore(template)
+    store.close()
+    return state
 
 
 def _init(learner: Learner, seeds: Sequence[int], hypers: Any) -> Any:
@@ -252,6 +271,7 @@ def _loop(
     options: RunOptions,
     sinks: Sequence[Sink],
     book: ledger.Ledger,
+    config: dict[str, Any] | None,
 ) -> Result:
     state, alive = _spread((state, alive), len(seeds), options.devices)
     programs = build(learner, state, data, options, num_steps, book)
@@ -288,8 +308,9 @@ def _loop(
                 and run is not None
                 and (_due(step, num_steps, options.checkpoint_every) or stop or reported.all())
             ):
-                best = np.nanmean([r.get(options.best_metric, np.nan) for r in rows[-len(seeds) :]] or [np.nan])
-                store.save(step, (state, alive), {"data": None if data is None else data.state()}, float(best))
+                scores = [r[options.best_metric] for r in rows if r["step"] == step and options.best_metric in r]
+                meta = {"data": None if data is None else data.state(), "config": config}
+                store.save(step, (state, alive), meta, float(np.mean(scores)) if scores else None)
             if reported.all():
                 break
     return _finish(learner, state, alive, step, num_steps, table, run, store, sinks, book, stop)

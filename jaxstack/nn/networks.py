@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from jaxstack.nn.init import orthogonal
 from jaxstack.nn.recurrent import GRU
 
 Activation = Literal["relu", "tanh", "silu", "gelu"]
@@ -31,8 +32,8 @@ class MLP(nn.Module):
     def __call__(self, x: Array) -> Array:
         """x [..., D] -> [..., out]."""
         for width in self.hidden:
-            x = ACTIVATIONS[self.activation](nn.Dense(width, kernel_init=nn.initializers.orthogonal(2**0.5))(x))
-        return nn.Dense(self.out, kernel_init=nn.initializers.orthogonal(self.out_gain))(x)
+            x = ACTIVATIONS[self.activation](nn.Dense(width, kernel_init=orthogonal(2**0.5))(x))
+        return nn.Dense(self.out, kernel_init=orthogonal(self.out_gain))(x)
 
 
 class Torso(nn.Module):
@@ -57,10 +58,10 @@ class Torso(nn.Module):
         if self.cnn:
             x = x.reshape(-1, *x.shape[-self.obs_ndim :])
             for size in (5, 3, 3):
-                x = act(nn.Conv(self.channels, (size, size), kernel_init=nn.initializers.orthogonal(2**0.5))(x))
+                x = act(nn.Conv(self.channels, (size, size), kernel_init=orthogonal(2**0.5))(x))
         x = x.reshape(*lead, -1)
         if self.gru:
-            x = act(nn.Dense(self.gru, kernel_init=nn.initializers.orthogonal(2**0.5))(x))
+            x = act(nn.Dense(self.gru, kernel_init=orthogonal(2**0.5))(x))
             carry, x = GRU(self.gru)(carry, x, first)
         return carry, x
 

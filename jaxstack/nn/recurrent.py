@@ -5,6 +5,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from jaxstack.nn.init import orthogonal
+
 
 class GRU(nn.Module):
     """Gated recurrent unit (Cho et al., 2014) over T steps, in the variant of cuDNN and flax.linen.GRUCell.
@@ -45,6 +47,6 @@ def gru_scan(h: Array, gates: Array, keep: Array, wh: Array, bn: Array) -> tuple
 
 def _orthogonal_blocks(key: Array, shape: tuple[int, int], dtype=jnp.float32) -> Array:
     rows, cols = shape
-    init = nn.initializers.orthogonal()
+    init = orthogonal()
     keys = jax.random.split(key, cols // rows)
     return jnp.concatenate([init(k, (rows, rows), dtype) for k in keys], axis=-1)

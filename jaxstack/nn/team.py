@@ -8,7 +8,6 @@ samples: one batched product, no N-fold waste.
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -1,0 +1,349 @@
+"""The `jaxstack` command. Thin: it parses, calls the library and maps errors to exit codes.
+
+0 done; 1 a claim failed; 2 wrong input (one line says what); 130/143 interrupted, everything saved.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+DESCRIPTION = """\
+Train agents and sequence models in JAX, whole runs and all seeds in one program.
+
+  jaxstack list                                   agents, environments, claims
+  jaxstack info hypermarl                         an agent's options, or an environment's facts
+  jaxstack train hypermarl --env dispersion       train; `jaxstack train hypermarl --help` lists options
+  jaxstack resume RUN                             go on where a run stopped, to the bit
+  jaxstack evaluate RUN --episodes 256            fresh episodes with the trained policy
+  jaxstack plot RUN RUN ...                       learning curves with intervals
+  jaxstack render RUN --out episode.gif           watch an episode
+  jaxstack reproduce hypermarl                    check a paper's claim by experiment
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in argv
+    argv = [a for a in argv if a != "--debug"]
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    if args.command is None:
+        parser.print_help()
+        return 2
+    if rest and args.command != "train":
+        parser.error(f"unrecognised arguments: {' '.join(rest)}; see `jaxstack {args.command} --help`")
+    from jaxstack.core.errors import UserError
+
+    try:
+        return args.run(args, rest) or 0
+    except UserError as e:
+        if debug:
+            raise
+        print(f"jaxstack: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("jaxstack: interrupted", file=sys.stderr)
+        return 130
+    except Exception as e:
+        signum = getattr(e, "signum", None)
+        if debug or signum is None:
+            raise
+        print(f"jaxstack: {e}", file=sys.stderr)
+        return 128 + signum
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "jaxstack",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="--debug shows the traceback of an error.",
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+
+    def command(name: str, run: Any, help: str, **options: Any) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help, description=help, **options)
+        sub.set_defaults(run=run)
+        return sub
+
+    p = command("list", _list, "List agents, environments and claims.")
+    p.add_argument("what", nargs="?", choices=["agents", "envs", "claims"], help="only these")
+    p.add_argument("--family", help="environments of one family: native, jaxmarl, gymnax, brax")
+    p = command("info", _info, "Describe an agent (options and defaults) or an environment (shapes, horizon, notes).")
+    p.add_argument("name")
+    p = command("train", _train, "Train an agent; `jaxstack train AGENT --help` lists its options.", add_help=False)
+    p.add_argument("agent", nargs="?")
+    p = command("resume", _resume, "Continue an interrupted run to the bit as if it had not stopped.")
+    p.add_argument("run_dir", metavar="RUN")
+    p = command("evaluate", _evaluate, "Run fresh episodes with a trained policy.")
+    p.add_argument("run_dir", metavar="RUN")
+    p.add_argument("--episodes", type=int, default=128, help="episodes a seed")
+    p.add_argument("--sample", action="store_true", help="sample actions instead of taking the likeliest")
+    p.add_argument("--seed", type=int, default=0, help="of the episodes")
+    p = command("reproduce", _reproduce, "Check a paper's claim by experiment; exits with 1 when it does not hold.")
+    p.add_argument("method")
+    p.add_argument("--scale", choices=["small", "full"], default="small")
+    p.add_argument("--seeds", type=int, help="default: the claim's own number")
+    p.add_argument("--out", default="docs/results", help="directory for the JSON and the figure")
+    p = command("plot", _plot, "Draw learning curves of runs with 95%% intervals over seeds.")
+    p.add_argument("run_dirs", metavar="RUN", nargs="+")
+    p.add_argument("--metric", default="rollout/return")
+    p.add_argument("--out", default="curves.png")
+    p = command("render", _render, "Draw an episode of a trained policy as .gif, .html or .mp4.")
+    p.add_argument("run_dir", metavar="RUN")
+    p.add_argument("--out", default="episode.gif")
+    p.add_argument("--train-seed", type=int, help="which of the run's seeds acts (default: the first)")
+    p.add_argument("--seed", type=int, default=0, help="of the episode")
+    p.add_argument("--max-steps", type=int, default=200)
+    p.add_argument("--fps", type=int, default=10)
+    p = command("export", _export, "Write a trained policy as a bundle (safetensors and JSON).")
+    p.add_argument("run_dir", metavar="RUN")
+    p.add_argument("out", metavar="DIR")
+    p.add_argument("--train-seed", type=int, help="which of the run's seeds (default: the first)")
+    return parser
+
+
+def _list(args: argparse.Namespace, _: list[str]) -> None:
+    if args.what in (None, "agents"):
+        from jaxstack.agents import AGENTS
+
+        _section("agents", AGENTS, args.what)
+    if args.what in (None, "envs"):
+        from jaxstack import envs
+
+        if args.family and args.family not in ("native", *envs.FAMILIES):
+            from jaxstack.core.errors import unknown
+
+            raise unknown("environment family", args.family, ["native", *envs.FAMILIES])
+        _section("environments", envs.ids(args.family), args.what)
+    if args.what in (None, "claims"):
+        from jaxstack.claims import CLAIMS
+
+        _section("claims", CLAIMS, args.what)
+
+
+def _section(title: str, names: Any, only: str | None) -> None:
+    if only is None:
+        print(f"{title}:")
+    for name in names:
+        print(name if only else f"  {name}")
+
+
+def _info(args: argparse.Namespace, _: list[str]) -> None:
+    import dataclasses
+
+    from jaxstack import envs
+    from jaxstack.agents import AGENTS, config_class
+
+    if args.name in AGENTS:
+        cls = config_class(args.name)
+        print((sys.modules[cls.__module__].__doc__ or "").strip(), "\n")
+        for f in dataclasses.fields(cls):
+            default = f.default if f.default is not dataclasses.MISSING else ""
+            if hasattr(default, "_asdict"):
+                print("hyperparameters (traced; a sweep over them compiles once):")
+                for k, v in default._asdict().items():  # pyright: ignore[reportAttributeAccessIssue]
+                    print(f"  {k} = {v}")
+            else:
+                print(f"{f.name} = {default!r}")
+        return
+    from jaxstack.core.errors import unknown
+
+    if "/" not in args.name and args.name not in envs.NATIVE:
+        raise unknown("agent or environment", args.name, [*AGENTS, *envs.ids()])
+    spec = envs.make(args.name).spec
+    for f in dataclasses.fields(spec):
+        print(f"{f.name} = {getattr(spec, f.name)}")
+
+
+def _train(args: argparse.Namespace, rest: list[str]) -> None:
+    if args.agent is None or args.agent in ("-h", "--help"):
+        _train_usage()
+        return
+    import dataclasses
+    import time
+
+    import tyro
+
+    from jaxstack import agents
+    from jaxstack.core import config, runner
+    from jaxstack.core.errors import UserError
+
+    cls = agents.config_class(args.agent)
+    default = cls()
+    if "--config" in rest:
+        at = rest.index("--config")
+        file = Path(rest[at + 1]) if at + 1 < len(rest) else None
+        if file is None or not file.is_file():
+            raise UserError(f"--config {file}: expected a YAML file")
+        default = config.from_yaml(cls, file.read_text(encoding="utf-8"), str(file))
+        del rest[at : at + 2]
+
+    @dataclasses.dataclass(frozen=True)
+    class Job:
+        config: Any
+        run: runner.RunOptions = runner.RunOptions()
+        seeds: tuple[int, ...] = (0,)
+        """Seeds trained at once."""
+        run_dir: str | None = None
+        """Where to store the run; default runs/AGENT-TIME."""
+        tensorboard: bool = False
+        wandb: str | None = None
+        """Project of Weights & Biases."""
+
+    Job.__annotations__["config"] = cls
+    job = tyro.cli(
+        Job,
+        args=rest,
+        default=Job(config=default),
+        prog=f"jaxstack train {args.agent}",
+        description=sys.modules[cls.__module__].__doc__,
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+    learner = agents.make(args.agent, job.config)
+    run_dir = Path(job.run_dir or f"runs/{args.agent}-{time.strftime('%Y%m%d-%H%M%S')}")
+    plan = {"config": config.to_dict(job.config), "options": config.to_dict(job.run)}
+    sinks = _sinks(job, run_dir, plan)
+    result = runner.train(learner, None, job.seeds, run_dir=run_dir, plan=plan, options=job.run, sinks=sinks)
+    _report(learner, result, job.seeds)
+
+
+def _sinks(job: Any, run_dir: Path, plan: dict[str, Any]) -> list[Any]:
+    from jaxstack.core import sinks
+
+    out: list[Any] = []
+    if job.tensorboard:
+        out.append(sinks.TensorBoard(run_dir.with_name(run_dir.name + "-tensorboard")))
+    if job.wandb:
+        out.append(sinks.Wandb(job.wandb, run_dir.name, plan["config"]))
+    return out
+
+
+def _report(learner: Any, result: Any, seeds: Sequence[int]) -> None:
+    """Last scores over seeds, the policy bundle, and where everything is."""
+    import jax
+    import numpy as np
+
+    from jaxstack.core import bundle
+
+    last = result.metrics[result.metrics.step == result.metrics.step.max()]
+    for name in ("eval/return", "rollout/return"):
+        if name in last and last[name].notna().any():
+            print(f"{name}: {last[name].mean():.3f} (mean of {last[name].notna().sum()} seeds)")
+    if result.run_dir is None:
+        return
+    if learner.policy is not None:
+        first = int(np.flatnonzero(result.alive)[0])
+        bundle.save_policy(result.run_dir / "policy", learner, jax.tree.map(lambda x: x[first], result.state))
+        print(f"policy of seed {seeds[first]}: {result.run_dir}/policy")
+    print(f"run: {result.run_dir}")
+
+
+def _train_usage() -> None:
+    from jaxstack.agents import AGENTS
+
+    print("usage: jaxstack train AGENT [--config FILE] [--env ID] [--seeds 0 1 2] [--run-dir DIR] [options]\n")
+    print(f"AGENT is one of {', '.join(AGENTS)}; `jaxstack train AGENT --help` lists its options.")
+
+
+def _load(run_dir: str) -> tuple[Any, dict[str, Any]]:
+    """The learner and plan of a stored run."""
+    from jaxstack import agents
+    from jaxstack.core import config
+    from jaxstack.core.rundir import read_plan
+
+    plan = read_plan(run_dir)
+    cls = agents.config_class(plan["agent"])
+    fields = config.from_dict(cls, plan["config"], f"{run_dir}/run.yaml: config")
+    return agents.make(plan["agent"], fields), plan
+
+
+def _resume(args: argparse.Namespace, _: list[str]) -> None:
+    from jaxstack.core import config, runner
+
+    learner, plan = _load(args.run_dir)
+    options = config.from_dict(runner.RunOptions, plan.get("options", {}), f"{args.run_dir}/run.yaml: options")
+    result = runner.resume(learner, args.run_dir, plan["num_steps"], plan["seeds"], options=options, plan=plan)
+    _report(learner, result, plan["seeds"])
+
+
+def _states(args: argparse.Namespace) -> tuple[Any, dict[str, Any], Any]:
+    from jaxstack.core import runner
+
+    learner, plan = _load(args.run_dir)
+    return learner, plan, runner.load_state(learner, args.run_dir, plan["seeds"])
+
+
+def _one_seed(args: argparse.Namespace) -> tuple[Any, dict[str, Any], Any]:
+    import jax
+
+    from jaxstack.core.errors import UserError
+
+    learner, plan, state = _states(args)
+    seeds = plan["seeds"]
+    seed = seeds[0] if args.train_seed is None else args.train_seed
+    if seed not in seeds:
+        raise UserError(f"--train-seed {seed}: expected one of the run's seeds {seeds}")
+    return learner, plan, jax.tree.map(lambda x: x[seeds.index(seed)], state)
+
+
+def _evaluate(args: argparse.Namespace, _: list[str]) -> None:
+    import jax
+    import numpy as np
+
+    from jaxstack import agents
+    from jaxstack.core import config, stats
+    from jaxstack.core.errors import UserError
+
+    if args.episodes < 1:
+        raise UserError(f"--episodes {args.episodes}: expected at least 1")
+    learner, plan, state = _states(args)
+    fields = config.replace(learner.config, eval_episodes=args.episodes, eval_greedy=not args.sample)
+    learner = agents.make(plan["agent"], fields)
+    if learner.evaluate is None:
+        raise UserError(f"{learner.name} has no evaluation")
+    out = jax.jit(jax.vmap(learner.evaluate, in_axes=(0, None)))(state, jax.random.key(args.seed))
+    for name, values in out.items():
+        values = np.asarray(values)
+        print(f"{name}: {stats.estimate(stats.mean, values)}  by seed: {np.round(values, 3).tolist()}")
+
+
+def _reproduce(args: argparse.Namespace, _: list[str]) -> int:
+    from jaxstack.claims import CLAIMS
+    from jaxstack.claims.harness import run_claim
+
+    holds = run_claim(CLAIMS.load(args.method), args.scale, args.seeds, Path(args.out))
+    return 0 if holds else 1
+
+
+def _plot(args: argparse.Namespace, _: list[str]) -> None:
+    from jaxstack.core import plots
+    from jaxstack.core.rundir import read_metrics
+
+    runs = {Path(r).name: read_metrics(r) for r in args.run_dirs}
+    print(plots.learning_curves(runs, args.out, args.metric))
+
+
+def _render(args: argparse.Namespace, _: list[str]) -> None:
+    from jaxstack.agents.team_ppo import make_env
+    from jaxstack.core import plots
+    from jaxstack.envs.rollout import record
+
+    learner, _plan, state = _one_seed(args)
+    env = make_env(learner.config)
+    frames = record(env, learner.policy, state, args.seed, args.max_steps)
+    print(plots.animation(frames, args.out, args.fps))
+
+
+def _export(args: argparse.Namespace, _: list[str]) -> None:
+    from jaxstack.core import bundle
+
+    learner, _plan, state = _one_seed(args)
+    print(bundle.save_policy(args.out, learner, state))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,178 @@
+"""Figures: learning curves, profiles, estimates; rendered episodes as GIF, HTML or MP4. Nothing needs a display."""
+
+import base64
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxstack.core import stats
+from jaxstack.core.errors import UserError
+
+# Okabe and Ito's colours, told apart with any colour vision
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999933")
+
+
+def curves(frame: Any, metric: str, x: str = "samples", points: int = 60) -> tuple[np.ndarray, np.ndarray]:
+    """(positions [K], scores [S, K]) of one run's metrics frame: each seed averaged over K equal spans of `x`.
+
+    Raises `UserError` when the metric is missing.
+    """
+    if metric not in frame:
+        known = ", ".join(c for c in frame.columns if "/" in c)
+        raise UserError(f"metric {metric!r} is not in the run; it has {known}")
+    data = frame[["seed", x, metric]].dropna()
+    if data.empty:
+        raise UserError(f"metric {metric!r} has no values")
+    at = np.sort(data[x].unique())
+    edges = np.array_split(at, min(points, len(at)))
+    spans = [(e[0], e[-1]) for e in edges]
+    columns = []
+    for _, one in data.groupby("seed"):
+        columns.append([one[metric][(one[x] >= lo) & (one[x] <= hi)].mean() for lo, hi in spans])
+    scores = np.asarray(columns, np.float64)
+    good = np.isfinite(scores).all(0)
+    return np.asarray([hi for _, hi in spans])[good], scores[:, good]
+
+
+def learning_curves(
+    runs: Mapping[str, Any], path: str | Path, metric: str = "rollout/return", x: str = "samples", title: str = ""
+) -> Path:
+    """Mean over seeds with 95% bootstrap bands; `runs` maps labels to metrics frames."""
+    figure, axes = _figure()
+    for (label, frame), colour in zip(runs.items(), _cycle()):
+        at, scores = curves(frame, metric, x)
+        axes.plot(at, scores.mean(0), color=colour, label=f"{label} ({len(scores)} seeds)", linewidth=2)
+        if len(scores) > 1:
+            _, low, high = stats.bootstrap(_column_mean, scores, resamples=2000)
+            axes.fill_between(at, np.asarray(low), np.asarray(high), color=colour, alpha=0.2, linewidth=0)
+    axes.set_xlabel({"samples": "samples (environment steps)", "step": "updates"}.get(x, x))
+    axes.set_ylabel(metric)
+    return _save(figure, axes, path, title)
+
+
+def estimates(table: Mapping[str, stats.Estimate], path: str | Path, label: str, title: str = "") -> Path:
+    """Point estimates with intervals, a row each."""
+    figure, axes = _figure(height=1.2 + 0.45 * len(table))
+    for i, ((name, e), colour) in enumerate(zip(table.items(), _cycle())):
+        axes.plot([e.low, e.high], [i, i], color=colour, linewidth=8, alpha=0.35, solid_capstyle="butt")
+        axes.plot([e.value], [i], "|", color=colour, markersize=18, markeredgewidth=3)
+        axes.annotate(name, (e.value, i), (0, 12), textcoords="offset points", ha="center", fontsize=9)
+    axes.set_yticks([])
+    axes.set_ylim(-0.7, len(table) - 0.2)
+    axes.set_xlabel(f"{label}, with 95% interval")
+    return _save(figure, axes, path, title, legend=False)
+
+
+def profiles(scores: Mapping[str, Any], path: str | Path, title: str = "") -> Path:
+    """Share of runs above a score, with 95% bands (Agarwal et al., 2021)."""
+    figure, axes = _figure()
+    tables = {k: stats.table(v) for k, v in scores.items()}
+    low = min(float(t.min()) for t in tables.values())
+    high = max(float(t.max()) for t in tables.values())
+    taus = np.linspace(low, high, 101)
+    for (label, t), colour in zip(tables.items(), _cycle()):
+        value, lo, hi = stats.bootstrap(_Profile(tuple(taus.tolist())), t, resamples=2000)
+        axes.plot(taus, np.asarray(value), color=colour, label=label, linewidth=2)
+        axes.fill_between(taus, np.asarray(lo), np.asarray(hi), color=colour, alpha=0.2, linewidth=0)
+    axes.set_xlabel("score")
+    axes.set_ylabel("share of runs above")
+    return _save(figure, axes, path, title)
+
+
+def improvements(scores: Mapping[str, Any], against: str, path: str | Path, title: str = "") -> Path:
+    """Probability that each of `scores` beats `against`, with intervals."""
+    if against not in scores:
+        raise UserError(f"against={against!r}: expected one of {', '.join(scores)}")
+    table = {
+        f"{name} > {against}": stats.estimate(stats.improvement, s, scores[against], resamples=2000)
+        for name, s in scores.items()
+        if name != against
+    }
+    return estimates(table, path, "probability of improvement", title)
+
+
+def animation(frames: np.ndarray, path: str | Path, fps: int = 10) -> Path:
+    """Frames [T, H, W, 3] uint8 to .gif, .html (a page that needs nothing else) or .mp4 (extra `video`).
+
+    Raises `UserError` for other endings or a missing encoder.
+    """
+    from PIL import Image
+
+    path = Path(path)
+    if path.suffix not in (".gif", ".html", ".mp4"):
+        raise UserError(f"{path}: expected a file ending in .gif, .html or .mp4")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    frames = np.asarray(frames, np.uint8)
+    if path.suffix == ".mp4":
+        return _mp4(frames, path, fps)
+    images = [Image.fromarray(f) for f in frames]
+    target: Any = path if path.suffix == ".gif" else io.BytesIO()
+    images[0].save(target, format="GIF", save_all=True, append_images=images[1:], duration=int(1000 / fps), loop=0)
+    if path.suffix == ".html":
+        data = base64.b64encode(target.getvalue()).decode()
+        path.write_text(
+            f'<!doctype html><meta charset="utf-8"><title>{path.stem}</title>'
+            f'<img alt="episode" src="data:image/gif;base64,{data}">\n',
+            encoding="utf-8",
+        )
+    return path
+
+
+def _mp4(frames: np.ndarray, path: Path, fps: int) -> Path:
+    try:
+        import imageio_ffmpeg  # pyright: ignore[reportMissingImports]
+    except ImportError as e:
+        raise UserError(f"{path}: MP4 needs imageio-ffmpeg; pip install 'jaxstack[video]', or choose .gif") from e
+    height, width = frames.shape[1:3]
+    writer = imageio_ffmpeg.write_frames(str(path), (width, height), fps=fps)
+    writer.send(None)
+    for frame in frames:
+        writer.send(np.ascontiguousarray(frame))
+    writer.close()
+    return path
+
+
+def _column_mean(x: Any) -> Any:
+    return x.mean(0)
+
+
+class _Profile(tuple):  # hashable thresholds
+    def __new__(cls, taus: tuple[float, ...]) -> "_Profile":
+        return super().__new__(cls, taus)
+
+    def __call__(self, x: Any) -> Any:
+        import jax.numpy as jnp
+
+        return stats.profile(x, jnp.asarray(tuple(self)))
+
+
+def _cycle() -> Any:
+    import itertools
+
+    return itertools.cycle(COLOURS)
+
+
+def _figure(width: float = 7.0, height: float = 4.2) -> tuple[Any, Any]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    return figure, axes
+
+
+def _save(figure: Any, axes: Any, path: str | Path, title: str, legend: bool = True) -> Path:
+    if legend:
+        axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, fontsize=9)
+    if title:
+        axes.set_title(title, fontsize=11, loc="left")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    return path

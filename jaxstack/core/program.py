@@ -1,0 +1,184 @@
+"""The compiled parts of a run: initialise all seeds, advance them by a chunk of steps, evaluate them.
+
+Everything is compiled from shapes, before any array exists, so that what does not fit into memory is refused early.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxstack.core import guard, ledger
+from jaxstack.core.data import Source
+from jaxstack.core.errors import UserError
+from jaxstack.core.learner import Learner, as_hypers
+
+EVAL_STREAM = 7_777_777
+"""Evaluation draws from this key: the same episodes for all seeds, steps and methods, apart from training."""
+
+
+class Programs(NamedTuple):
+    """Executables over states [S, ...]; S seeds."""
+
+    init: Callable[[], tuple[Any, guard.Alive]]
+    """() -> (state, alive)."""
+    advance: Callable[[Any, guard.Alive, int, int], tuple[Any, guard.Alive, dict[str, np.ndarray]]]
+    """(state, alive, steps done, number of steps <= chunk) -> (state, alive, metrics [steps, S]). Donates its input."""
+    evaluate: Callable[[Any], dict[str, np.ndarray]] | None
+    """state -> metrics [S]."""
+    place: Callable[[Any], Any]
+    """Put a restored (state, alive) where the programs expect it."""
+    chunk: int
+
+
+def initial(learner: Learner, seeds: Sequence[int], hypers: Any) -> tuple[Any, guard.Alive]:
+    """States [S, ...] of `seeds`: seed s starts from `jax.random.key(s)`; leaves of `hypers` are scalars or [S].
+
+    One seed after another on CPU: there the batched QR of orthogonal initialisers can wait for its own thread pool
+    for ever, and a seed's start does not depend on how many run beside it.
+    """
+    count = len(seeds)
+    hypers = as_hypers(learner.hypers if hypers is None else hypers)
+    for path, x in jax.tree_util.tree_leaves_with_path(hypers):
+        if x.shape not in ((), (count,)):
+            raise UserError(f"hypers{jax.tree_util.keystr(path)}: shape {x.shape}, expected () or ({count},)")
+    hypers = jax.tree.map(lambda x: jnp.broadcast_to(x, (count,)), hypers)
+    keys = jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
+    one = lambda args: learner.init(*args)
+    state = jax.lax.map(one, (keys, hypers)) if jax.default_backend() == "cpu" else jax.vmap(one)((keys, hypers))
+    return state, guard.start(count)
+
+
+def build(
+    learner: Learner,
+    seeds: Sequence[int],
+    book: ledger.Ledger,
+    *,
+    hypers: Any = None,
+    data: Source | None = None,
+    chunk: int = 100,
+    dispatch: Literal["auto", "scan", "loop"] = "auto",
+    guarded: bool = True,
+    evaluate: bool = True,
+    devices: int = 1,
+    memory_limit: int | None = None,
+) -> Programs:
+    """Compile a run; `memory_limit` in bytes (default: what is free).
+
+    Raises `ledger.DoesNotFit` when the run needs more, `UserError` for devices that do not divide the seeds.
+    """
+    over_seeds, everywhere = _shardings(len(seeds), devices)
+    start = lambda: initial(learner, seeds, hypers)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=over_seeds), jax.eval_shape(start))
+    constants = () if data is None else jax.device_put(data.constants(), everywhere)
+    item = () if data is None else data.chunk(0, 1, chunk, seeds, peek=True)
+    one_item = jax.tree.map(lambda x: x[0], item)
+    body = _step_body(learner, data, guarded)
+    zero = np.int32(0)
+    if dispatch == "auto":
+        slow = jax.default_backend() == "cpu" and convolves(body, *shapes, zero, constants, one_item)
+        dispatch = "loop" if slow else "scan"
+    out = None if over_seeds is None else (over_seeds, over_seeds, everywhere)
+    if dispatch == "scan":
+        args = (*shapes, zero, zero, constants, item)
+        program = book.compile("chunk", _chunk_program(body, chunk), *args, donate=(0, 1), out_shardings=out)
+    else:
+        args = (*shapes, zero, constants, one_item)
+        program = book.compile("step", body, *args, donate=(0, 1), out_shardings=out)
+    copies = devices if jax.default_backend() == "cpu" else 1  # host memory is shared by its devices
+    ledger.check_memory(book.programs[-1], len(seeds), memory_limit, copies)
+    run = _scan if dispatch == "scan" else _loop
+
+    def advance(state: Any, alive: guard.Alive, done: int, count: int) -> tuple:
+        items = () if data is None else data.chunk(done, count, chunk, seeds)
+        return run(program, state, alive, done, count, constants, items)
+
+    out = None if over_seeds is None else (over_seeds, over_seeds)
+    return Programs(
+        init=book.compile("init", start, out_shardings=out),
+        advance=advance,
+        evaluate=_evaluation(learner, shapes[0], everywhere, book) if evaluate else None,
+        place=lambda tree: tree if over_seeds is None else jax.device_put(tree, over_seeds),
+        chunk=chunk,
+    )
+
+
+def convolves(function: Callable, *args: Any) -> bool:
+    """Whether the function contains a convolution: on XLA's CPU backend its gradient is several times slower inside a
+    loop than outside."""
+    found = lambda jaxpr: any(
+        e.primitive.name == "conv_general_dilated" or any(map(found, jax.core.jaxprs_in_params(e.params)))
+        for e in jaxpr.eqns
+    )
+    return found(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def _evaluation(learner: Learner, shapes: Any, everywhere: Any, book: ledger.Ledger) -> Callable | None:
+    if learner.evaluate is None:
+        return None
+    key = jax.device_put(jax.random.key(EVAL_STREAM), everywhere)
+    program = book.compile("evaluate", jax.vmap(learner.evaluate, in_axes=(0, None)), shapes, key)
+    return lambda state: {k: np.asarray(v) for k, v in program(state, key).items()}
+
+
+def _step_body(learner: Learner, data: Source | None, guarded: bool) -> Callable:
+    """(state, alive, number of this step, constants, item) -> (state, alive, metrics), each with a seed axis."""
+    step = guard.guarded(learner.step) if guarded else guard.unguarded(learner.step)
+
+    def body(state: Any, alive: guard.Alive, number: Any, constants: Any, item: Any) -> tuple:
+        if data is None:
+            return jax.vmap(lambda s, a: step(s, a, number))(state, alive)
+        batch = lambda one: data.batch(constants, one)
+        if data.per_seed:
+            return jax.vmap(lambda s, a, one: step(s, a, number, batch(one)))(state, alive, item)
+        shared = batch(item)
+        return jax.vmap(lambda s, a: step(s, a, number, shared))(state, alive)
+
+    return body
+
+
+def _chunk_program(body: Callable, chunk: int) -> Callable:
+    """A loop over `count` <= chunk steps whose metrics go into buffers [chunk, S]."""
+
+    def program(state: Any, alive: guard.Alive, done: Any, count: Any, constants: Any, items: Any) -> tuple:
+        at = lambda i: jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), items)
+        shapes = jax.eval_shape(body, state, alive, done, constants, at(0))[2]
+        empty = jax.tree.map(lambda s: jnp.zeros((chunk, *s.shape), s.dtype), shapes)
+
+        def one(i: jax.Array, carry: tuple) -> tuple:
+            state, alive, buffers = carry
+            state, alive, metrics = body(state, alive, done + i + 1, constants, at(i))
+            return state, alive, jax.tree.map(lambda b, m: b.at[i].set(m), buffers, metrics)
+
+        return jax.lax.fori_loop(0, count, one, (state, alive, empty))
+
+    return program
+
+
+def _scan(program: Callable, state: Any, alive: Any, done: int, count: int, constants: Any, items: Any) -> tuple:
+    state, alive, metrics = program(state, alive, np.int32(done), np.int32(count), constants, items)
+    return state, alive, {k: np.asarray(v)[:count] for k, v in metrics.items()}
+
+
+def _loop(program: Callable, state: Any, alive: Any, done: int, count: int, constants: Any, items: Any) -> tuple:
+    rows = []
+    for i in range(count):
+        item = jax.tree.map(lambda x, i=i: x[i], items)
+        state, alive, metrics = program(state, alive, np.int32(done + i + 1), constants, item)
+        rows.append(metrics)
+    return state, alive, {k: np.stack([np.asarray(r[k]) for r in rows]) for k in rows[0]}
+
+
+def _shardings(num_seeds: int, devices: int) -> tuple[Any, Any]:
+    """(seed axis over a mesh, a copy on each device); (None, None) for one device."""
+    if devices == 1:
+        return None, None
+    if devices > jax.device_count():
+        raise UserError(f"devices={devices}: expected at most {jax.device_count()}, what this machine has")
+    if num_seeds % devices:
+        raise UserError(f"devices={devices}: expected a divisor of the {num_seeds} seeds")
+    mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:devices]), ("seed",))
+    spec = jax.sharding.PartitionSpec
+    return jax.sharding.NamedSharding(mesh, spec("seed")), jax.sharding.NamedSharding(mesh, spec())
