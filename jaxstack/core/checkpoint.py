@@ -179,7 +179,7 @@ def from_table(table: dict[str, Any], template: Any) -> Any:
             return jnp.zeros(like.shape, like.dtype)
         value = jnp.asarray(table[jax.tree_util.keystr(path)])
         if jnp.issubdtype(like.dtype, jax.dtypes.prng_key):
-            return jax.random.wrap_key_data(value)
+            return jax.random.wrap_key_data(value, impl=jax.random.key_impl(like))
         if value.shape != like.shape or value.dtype != like.dtype:
             raise ValueError(f"{jax.tree_util.keystr(path)}: {value.shape} {value.dtype}, expected {like.shape}")
         # a buffer of its own, so that it can be donated

@@ -32,23 +32,36 @@ class RunDir:
         self.path, self._lock = path, lock
         self._metrics: IO | None = None
 
-    @classmethod
-    def create(cls, path: str | Path, plan: dict[str, Any]) -> "RunDir":
-        """A new directory for `plan`; raises `UserError` if it exists with content or cannot be written."""
+    @staticmethod
+    def check(path: str | Path) -> Path:
+        """`path` if a new run may be made there; raises `UserError` if it has content already."""
         path = Path(path)
         if path.exists() and not path.is_dir():
             raise UserError(f"run directory {path}: is a file")
-        if path.is_dir() and (path / "run.yaml").exists():
+        if (path / "run.yaml").exists():
             raise UserError(f"run directory {path}: holds a run already; `jaxstack resume {path}` continues it")
-        if path.is_dir() and any(path.iterdir()):
+        if path.is_dir() and any(p.name != ".lock" for p in path.iterdir()):
             raise UserError(f"run directory {path}: is not empty and not a run; choose another")
+        return path
+
+    @classmethod
+    def create(cls, path: str | Path, plan: dict[str, Any]) -> "RunDir":
+        """A new directory for `plan`; raises `UserError` if it has content, is in use or cannot be written."""
+        path = cls.check(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
-            run = cls(path, _lock(path))
-            run._write("run.yaml", yaml.safe_dump(plan, sort_keys=False))
-            run.status("running", **environment())
         except OSError as e:
             raise UserError(f"run directory {path}: cannot be written ({e.strerror})") from e
+        run = cls(path, _lock(path))
+        try:
+            cls.check(path)  # another process may have been faster
+            run._write("run.yaml", yaml.safe_dump(plan, sort_keys=False))
+            run.status("running", **environment())
+        except BaseException as e:
+            run.close()
+            if isinstance(e, OSError):
+                raise UserError(f"run directory {path}: cannot be written ({e.strerror})") from e
+            raise
         return run
 
     @classmethod

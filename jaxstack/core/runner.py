@@ -5,9 +5,11 @@ recompiles, and how steps are grouped never changes a result. All buffers are do
 """
 
 import contextlib
+import dataclasses
 import signal
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -16,17 +18,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxstack.core import cache, config, guard, ledger
+from jaxstack.core import cache, config, guard, ledger, program
 from jaxstack.core.checkpoint import Checkpoints, Retention
 from jaxstack.core.data import Source
 from jaxstack.core.errors import UserError
-from jaxstack.core.learner import Learner, as_hypers
+from jaxstack.core.learner import Learner
 from jaxstack.core.progress import Progress
-from jaxstack.core.rundir import RunDir
-from jaxstack.core.sinks import Sink
-
-EVAL_STREAM = 7_777_777
-"""Evaluation draws from this key: the same episodes for all seeds, steps and methods, apart from training."""
+from jaxstack.core.rundir import RunDir, read_metrics, read_plan
+from jaxstack.core.sinks import Row, Sink
 
 
 @dataclass(frozen=True)
@@ -50,6 +49,9 @@ class RunOptions(config.Config):
     """Freeze seeds whose loss or parameters go non-finite."""
     devices: int = 1
     """Spread the seeds over this many devices."""
+    split_seeds: int | Literal["auto"] | None = None
+    """At most so many seeds at once, in groups one after another; auto: as many as fit; default: refuse a run that
+    does not fit. In a run directory each group is a run of its own, in a folder named after its seeds."""
     progress: bool = True
     memory_limit_mb: int | None = None
     """Refuse a run that needs more; default: what is free."""
@@ -58,10 +60,14 @@ class RunOptions(config.Config):
         config.require_at_least(self, 0, "chunk", "checkpoint_every", "keep_best")
         config.require_at_least(self, -1, "eval_every")
         config.require_at_least(self, 1, "keep_last", "devices")
+        for field in ("max_compiles", "split_seeds", "memory_limit_mb"):
+            value = getattr(self, field)
+            config.require(self, field, not isinstance(value, int) or value >= 1, "a number >= 1")
 
 
 class Result(NamedTuple):
-    """A finished run: final state [S, ...], metrics as a pandas frame (a row for each step and seed), seeds alive [S]."""
+    """A finished run: final state [S, ...], metrics as a pandas frame (a row for each step and seed, ordered by step),
+    seeds alive [S]."""
 
     state: Any
     metrics: Any
@@ -78,12 +84,19 @@ class Interrupted(Exception):
         self.signum = signum
 
 
-class Programs(NamedTuple):
-    """The compiled parts of a run."""
+class Job(NamedTuple):
+    """What is to be done, checked and with defaults filled in."""
 
-    advance: Callable[[Any, guard.Alive, int, int, Any, Any], tuple[Any, guard.Alive, dict[str, np.ndarray]]]
-    evaluate: Callable[[Any], dict[str, np.ndarray]] | None
-    chunk: int
+    learner: Learner
+    num_steps: int
+    seeds: list[int]
+    hypers: Any
+    data: Source | None
+    run_dir: Path | None
+    plan: dict[str, Any]
+    options: RunOptions
+    sinks: Sequence[Sink]
+    book: ledger.Ledger
 
 
 def train(
@@ -91,264 +104,217 @@ def train(
     num_steps: int | None = None,
     seeds: int | Sequence[int] = 1,
     *,
+    total_samples: int | None = None,
     hypers: Any = None,
     data: Source | None = None,
     run_dir: str | Path | None = None,
     plan: dict[str, Any] | None = None,
     options: RunOptions = RunOptions(),
     sinks: Sequence[Sink] = (),
+    **changes: Any,
 ) -> Result:
-    """Train `learner` for `num_steps` steps with each of `seeds` at once.
+    """Train `learner` for `num_steps` steps, or `total_samples` samples a seed, with each of `seeds` at once.
 
-    `num_steps` defaults to the config's `num_updates`; `hypers` may have leaves [S] (one setting a seed). `plan` is
-    stored in the run directory for `resume`. Raises `UserError` for wrong arguments before anything compiles, or when
-    every seed went non-finite; `Interrupted` after SIGINT or SIGTERM.
+    Steps default to the config's `num_updates`; `hypers` may have leaves [S] (one setting a seed). Options can be given
+    by name: `train(learner, 100, chunk=10)`. `plan` is stored in the run directory beside what `resume` needs. Raises
+    `UserError` for wrong arguments, a run that does not fit into memory, or when every seed went non-finite;
+    `Interrupted` after SIGINT or SIGTERM.
     """
-    num_steps = _num_steps(learner, num_steps)
+    options = config.replace(options, **changes)
+    num_steps = _num_steps(learner, num_steps, total_samples)
     seeds = _seeds(seeds)
     _check_data(learner, data)
-    run = None
-    if run_dir is not None:
-        full = {"agent": learner.name, "config": {}, "seeds": list(seeds), "num_steps": num_steps} | (plan or {})
-        run = RunDir.create(run_dir, full)
-    with _closing(run):
-        cache.enable()
-        book = ledger.Ledger(options.max_compiles)
-        state = jax.jit(lambda: _init(learner, seeds, hypers))()
-        alive = guard.start(len(seeds))
-        config = (plan or {}).get("config")
-        return _loop(learner, state, alive, 0, num_steps, seeds, data, run, options, sinks, book, config)
+    plan = {"agent": learner.name, "config": _config(learner), "seeds": seeds, "num_steps": num_steps} | (plan or {})
+    path = None if run_dir is None else RunDir.check(run_dir)
+    cache.enable()
+    book = ledger.Ledger(options.max_compiles)
+    job = Job(learner, num_steps, seeds, hypers, data, path, plan, options, sinks, book)
+    with contextlib.ExitStack() as stack:
+        for sink in sinks:
+            stack.callback(sink.close)
+        try:
+            at_once = options.split_seeds
+            result = _split(job, at_once) if isinstance(at_once, int) and at_once < len(seeds) else _fresh(job)
+        except ledger.DoesNotFit as e:
+            if options.split_seeds != "auto" or e.fit < 1:
+                raise
+            book.programs.clear()
+            result = _split(job, e.fit)
+    return _some_alive(result, job)
 
 
 def resume(
     learner: Learner,
     run_dir: str | Path,
-    num_steps: int,
-    seeds: Sequence[int],
+    num_steps: int | None = None,
+    seeds: Sequence[int] | None = None,
     *,
     hypers: Any = None,
     data: Source | None = None,
     plan: dict[str, Any] | None = None,
     options: RunOptions = RunOptions(),
     sinks: Sequence[Sink] = (),
+    **changes: Any,
 ) -> Result:
     """Continue a run from its newest undamaged checkpoint, to the bit as if it had not stopped.
 
-    Raises `UserError` when no checkpoint can be used, or when `plan` holds another config than the run was made with.
+    Steps and seeds default to those the run was made with. Raises `UserError` when no checkpoint can be used, or naming
+    the fields in which the learner's config (or `plan`'s) differs from that of the run.
     """
+    options = config.replace(options, **changes)
+    old = read_plan(run_dir)
+    new = (plan or {}).get("config", _config(learner))
+    _same_config(run_dir, old["config"], new)
+    seeds = list(old["seeds"] if seeds is None else seeds)
+    num_steps = int(old["num_steps"] if num_steps is None else num_steps)
+    _check_data(learner, data)
+    cache.enable()
     run = RunDir.open(run_dir)
-    with _closing(run):
-        cache.enable()
-        book = ledger.Ledger(options.max_compiles)
-        template = jax.eval_shape(lambda: (_init(learner, seeds, hypers), guard.start(len(seeds))))
+    book = ledger.Ledger(options.max_compiles)
+    job = Job(learner, num_steps, seeds, hypers, data, run.path, old, options, sinks, book)
+    with _closing(run, sinks):
+        template = jax.eval_shape(lambda: program.initial(learner, seeds, hypers))
         store = Checkpoints(run.checkpoints)
         step, (state, alive), meta, problems = store.restore(template)
         for problem in problems:
             print(f"{problem}; using the one of step {step}", flush=True)  # noqa: T201
         store.drop_after(step)
         store.close()
-        config = (plan or {}).get("config")
-        _same_config(run_dir, meta.get("config"), config)
-        if data is not None and meta.get("data") is not None:
+        programs = _programs(job)
+        if data is not None:
             data.restore(meta["data"])
         run.cut(step)
         run.status("running", resumed_at_step=step)
-        return _loop(learner, state, alive, step, num_steps, list(seeds), data, run, options, sinks, book, config)
+        result = _loop(job, programs, run, *programs.place((state, alive)), step)
+    return _some_alive(result, job)
 
 
-def _same_config(run_dir: str | Path, old: dict[str, Any] | None, new: dict[str, Any] | None) -> None:
-    if old is None or new is None:
-        return
-    changed = [k for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
-    if changed:
-        what = ", ".join(f"{k}: {old.get(k)!r} -> {new.get(k)!r}" for k in changed)
-        raise UserError(f"run directory {run_dir}: the config was changed since the run began ({what})")
-
-
-def load_state(learner: Learner, run_dir: str | Path, seeds: Sequence[int]) -> Any:
+def load_state(learner: Learner, run_dir: str | Path, seeds: Sequence[int] | None = None) -> Any:
     """The newest stored state [S, ...] of a run, for evaluation. Raises `UserError` when there is none."""
-    template = jax.eval_shape(lambda: (_init(learner, seeds, None), guard.start(len(seeds))))
+    seeds = read_plan(run_dir)["seeds"] if seeds is None else seeds
+    template = jax.eval_shape(lambda: program.initial(learner, seeds, None))
     store = Checkpoints(Path(run_dir) / "checkpoints")
     _, (state, _), _, _ = store.restore(template)
     store.close()
     return state
 
 
-def _init(learner: Learner, seeds: Sequence[int], hypers: Any) -> Any:
-    hypers = as_hypers(learner.hypers if hypers is None else hypers)
-    axes = jax.tree.map(lambda x: 0 if jnp.ndim(x) else None, hypers)
-    keys = jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
-    return jax.vmap(learner.init, in_axes=(0, axes))(keys, hypers)
+def _fresh(job: Job) -> Result:
+    """All seeds of the job from their first step."""
+    programs = _programs(job)  # before the directory is made: a run that does not fit leaves none behind
+    run = None if job.run_dir is None else RunDir.create(job.run_dir, job.plan)
+    with _closing(run):
+        return _loop(job, programs, run, *programs.init(), 0)
 
 
-def build(
-    learner: Learner, state: Any, data: Source | None, options: RunOptions, num_steps: int, book: ledger.Ledger
-) -> Programs:
-    """Compile the chunk (and the evaluation) for a state [S, ...]; refuses what does not fit into memory."""
-    num_seeds = jax.tree.leaves(state)[0].shape[0]
-    constants = () if data is None else data.constants()
-    body = _step_body(learner, data, options.guard)
-    chunk = options.chunk or int(np.clip(num_steps // 50, 1, 1000))
-    item = () if data is None else data.chunk(0, 1, chunk)
-    alive = guard.start(num_seeds)
-    scan = options.dispatch == "scan" or (options.dispatch == "auto" and not _convolves(learner, state, data, item))
-    zero = np.int32(0)
-    if scan:
-        program = _chunk_program(body, chunk)
-        compiled = book.compile("chunk", program, state, alive, zero, zero, constants, item, donate=(0, 1))
-    else:
-        single = lambda s, a, number, const, one: body(s, a, number, const, one)
-        one = jax.tree.map(lambda x: x[0], item)
-        compiled = book.compile("step", single, state, alive, zero, constants, one, donate=(0, 1))
-    limit = options.memory_limit_mb
-    ledger.check_memory(book.programs[-1], num_seeds, None if limit is None else limit * 2**20)
+def _split(job: Job, at_once: int) -> Result:
+    """Groups of at most `at_once` seeds, one after another; their results side by side."""
+    import pandas as pd
 
-    def advance(state: Any, alive: guard.Alive, start: int, count: int, const: Any, items: Any) -> tuple:
-        if scan:
-            state, alive, metrics = compiled(state, alive, np.int32(start), np.int32(count), const, items)
-            return state, alive, {k: np.asarray(v)[:count] for k, v in metrics.items()}
-        rows = []
-        for i in range(count):
-            one = jax.tree.map(lambda x, i=i: x[i], items)
-            state, alive, metrics = compiled(state, alive, np.int32(start + i + 1), const, one)
-            rows.append(metrics)
-        return state, alive, {k: np.stack([np.asarray(r[k]) for r in rows]) for k in rows[0]}
-
-    evaluate = None
-    if learner.evaluate is not None and options.eval_every >= 0:
-        key = jax.random.key(EVAL_STREAM)
-        compiled_eval = book.compile("evaluate", jax.vmap(learner.evaluate, in_axes=(0, None)), state, key)
-        evaluate = lambda s: {k: np.asarray(v) for k, v in compiled_eval(s, key).items()}
-    return Programs(advance, evaluate, chunk)
+    results = []
+    for i in range(0, len(job.seeds), at_once):
+        part = slice(i, i + at_once)
+        seeds = job.seeds[part]
+        hypers = None if job.hypers is None else jax.tree.map(lambda x: x[part] if np.ndim(x) else x, job.hypers)
+        folder = None if job.run_dir is None else job.run_dir / f"seeds_{'_'.join(map(str, seeds))}"
+        group = job._replace(seeds=seeds, hypers=hypers, run_dir=folder, plan=job.plan | {"seeds": seeds})
+        results.append(_fresh(group))
+    state = jax.tree.map(lambda *xs: jnp.concatenate(xs), *(r.state for r in results))
+    metrics = pd.concat([r.metrics for r in results]).sort_values("step", kind="stable", ignore_index=True)
+    return Result(state, metrics, np.concatenate([r.alive for r in results]), job.book, job.run_dir)
 
 
-def _step_body(learner: Learner, data: Source | None, guarded: bool) -> Callable:
-    """(state [S], alive, number, constants, item) -> one step of all seeds; the batch is shared by them."""
-    step = guard.guarded(learner.step) if guarded else _unguarded(learner.step)
-
-    def body(state: Any, alive: guard.Alive, number: jax.Array, constants: Any, item: Any) -> tuple:
-        batch = () if data is None else (data.batch(constants, item),)
-        return jax.vmap(lambda s, a: step(s, a, number, *batch))(state, alive)
-
-    return body
-
-
-def _unguarded(step: Callable) -> Callable:
-    def run(state: Any, alive: guard.Alive, number: jax.Array, *batch: Any) -> tuple:
-        new, metrics = step(state, *batch)
-        return new, alive, metrics
-
-    return run
-
-
-def _chunk_program(body: Callable, chunk: int) -> Callable:
-    """A loop over `count` <= chunk steps whose metrics go into buffers [chunk, S]."""
-
-    def program(state: Any, alive: guard.Alive, start: Any, count: Any, constants: Any, items: Any) -> tuple:
-        at = lambda i: jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), items)
-        shapes = jax.eval_shape(body, state, alive, jnp.int32(0), constants, at(0))[2]
-        empty = jax.tree.map(lambda s: jnp.zeros((chunk, *s.shape), s.dtype), shapes)
-
-        def one(i: jax.Array, c: tuple) -> tuple:
-            state, alive, buffers = c
-            state, alive, metrics = body(state, alive, start + i + 1, constants, at(i))
-            return state, alive, jax.tree.map(lambda b, m: b.at[i].set(m), buffers, metrics)
-
-        return jax.lax.fori_loop(0, count, one, (state, alive, empty))
-
-    return program
+def _programs(job: Job) -> program.Programs:
+    options, limit = job.options, job.options.memory_limit_mb
+    return program.build(
+        job.learner,
+        job.seeds,
+        job.book,
+        hypers=job.hypers,
+        data=job.data,
+        chunk=options.chunk or int(np.clip(job.num_steps // 50, 1, 1000)),
+        dispatch=options.dispatch,
+        guarded=options.guard,
+        evaluate=options.eval_every >= 0,
+        devices=options.devices,
+        memory_limit=None if limit is None else limit * 2**20,
+    )
 
 
 def _loop(
-    learner: Learner,
-    state: Any,
-    alive: guard.Alive,
-    step: int,
-    num_steps: int,
-    seeds: Sequence[int],
-    data: Source | None,
-    run: RunDir | None,
-    options: RunOptions,
-    sinks: Sequence[Sink],
-    book: ledger.Ledger,
-    config: dict[str, Any] | None,
+    job: Job, programs: program.Programs, run: RunDir | None, state: Any, alive: guard.Alive, step: int
 ) -> Result:
-    state, alive = _spread((state, alive), len(seeds), options.devices)
-    programs = build(learner, state, data, options, num_steps, book)
-    retention = Retention(options.keep_last, options.keep_best, options.best_metric)
-    store = None if run is None else Checkpoints(run.checkpoints, retention)
-    constants = () if data is None else data.constants()
-    table: list[dict[str, Any]] = []
-    reported = np.asarray(alive.failed_step).copy()
-    rows: list[dict[str, Any]] = []
+    """Chunks until the last step, a signal or the death of all seeds; the host's side of the run."""
+    options, total = job.options, job.num_steps
+    store = None
     if run is not None:
-        run.write_json("ledger.json", book.rows())
-    progress = Progress(learner, num_steps, step, len(seeds), book, options.progress)
+        store = Checkpoints(run.checkpoints, Retention(options.keep_last, options.keep_best, options.best_metric))
+        run.write_json("ledger.json", job.book.rows())
+    table = _earlier(run, step)
+    failed = np.asarray(alive.failed_step)
+    progress = Progress(job.learner, total, step, len(job.seeds), job.book, options.progress)
     with _signals() as stop, progress:
-        while step < num_steps and not stop:
-            count = _until(step, num_steps, programs.chunk, options)
-            items = () if data is None else data.chunk(step, count, programs.chunk)
-            t0 = time.perf_counter()
-            state, alive, metrics = programs.advance(state, alive, step, count, constants, items)
-            seconds = time.perf_counter() - t0
-            extra = {}
-            if programs.evaluate is not None and _due(step + count, num_steps, options.eval_every):
-                extra = programs.evaluate(state)
-            rows = _rows(learner, seeds, step, metrics, extra, reported)
+        while step < total and not stop and not failed.all():
+            count = _until(step, total, programs.chunk, options)
+            begun = time.perf_counter()
+            state, alive, metrics = programs.advance(state, alive, step, count)
+            seconds = time.perf_counter() - begun
+            evaluate = programs.evaluate is not None and _due(step + count, total, options.eval_every)
+            extra = programs.evaluate(state) if evaluate and programs.evaluate else {}
+            before, failed = failed, np.asarray(alive.failed_step)
+            rows = _rows(job, step, metrics, extra, failed)
             step += count
             table += rows
             if run is not None:
                 run.append(rows)
-            for sink in sinks:
+            for sink in job.sinks:
                 sink.write(rows)
             progress.update(step, rows, count, seconds)
-            reported = _report_dead(alive, reported, seeds, progress)
-            if (
-                store is not None
-                and run is not None
-                and (_due(step, num_steps, options.checkpoint_every) or stop or reported.all())
-            ):
-                scores = [r[options.best_metric] for r in rows if r["step"] == step and options.best_metric in r]
-                meta = {"data": None if data is None else data.state(), "config": config}
-                store.save(step, (state, alive), meta, float(np.mean(scores)) if scores else None)
-            if reported.all():
-                break
-    return _finish(learner, state, alive, step, num_steps, table, run, store, sinks, book, stop)
-
-
-def _finish(
-    learner: Learner,
-    state: Any,
-    alive: guard.Alive,
-    step: int,
-    num_steps: int,
-    table: list[dict[str, Any]],
-    run: RunDir | None,
-    store: Checkpoints | None,
-    sinks: Sequence[Sink],
-    book: ledger.Ledger,
-    stop: list[int],
-) -> Result:
-    import pandas as pd
-
-    for sink in sinks:
-        sink.close()
+            for s in np.flatnonzero((failed > 0) & (before == 0)):
+                progress.say(
+                    f"seed {job.seeds[s]}: loss or parameters not finite at step {failed[s]}; frozen before it"
+                )
+            if store is not None and (_due(step, total, options.checkpoint_every) or stop or failed.all()):
+                _save(job, store, step, state, alive, rows)
     if store is not None:
         store.close()
-    ok = np.asarray(alive.ok)
-    if not ok.any():
-        if run is not None:
-            run.status("failed", step=step)
-        first = int(np.asarray(alive.failed_step).min())
-        raise UserError(f"{learner.name}: loss or parameters went non-finite in every seed, first at step {first}")
-    if step < num_steps and stop:
-        how = "nothing was saved: the run has no directory" if run is None else f"`jaxstack resume {run.path}` goes on"
-        if run is not None:
-            run.status("interrupted", step=step)
-        raise Interrupted(stop[0], f"stopped after step {step} of {num_steps}; {how}")
+    _settle(job, run, step, failed, stop)
+    import pandas as pd
+
+    return Result(state, pd.DataFrame(table), failed == 0, job.book, job.run_dir)
+
+
+def _save(job: Job, store: Checkpoints, step: int, state: Any, alive: guard.Alive, rows: list[Row]) -> None:
+    name = job.options.best_metric
+    scores = [r[name] for r in rows if r["step"] == step and name in r]
+    meta = {"data": None if job.data is None else job.data.state()}
+    store.save(step, (state, alive), meta, float(np.mean(scores)) if scores else None)
+
+
+def _settle(job: Job, run: RunDir | None, step: int, failed: np.ndarray, stop: list[int]) -> None:
+    """Record how the loop ended; raises `Interrupted` when a signal ended it early."""
+    interrupted = step < job.num_steps and bool(stop) and not failed.all()
     if run is not None:
-        run.status("finished", step=step)
-    return Result(state, pd.DataFrame(table), ok, book, None if run is None else run.path)
+        run.status("interrupted" if interrupted else "failed" if failed.all() else "finished", step=step)
+    if interrupted:
+        how = "nothing was saved: the run has no directory" if run is None else f"`jaxstack resume {run.path}` goes on"
+        raise Interrupted(stop[0], f"stopped after step {step} of {job.num_steps}; {how}")
+
+
+def _some_alive(result: Result, job: Job) -> Result:
+    if not result.alive.any():
+        first = int(result.metrics.groupby("seed").step.max().min())
+        kept = "" if result.run_dir is None else f"; the last good states are in {result.run_dir}"
+        raise UserError(f"{job.learner.name}: loss or parameters not finite in every seed, first at step {first}{kept}")
+    return result
+
+
+def _earlier(run: RunDir | None, step: int) -> list[Row]:
+    """Rows of the part before a resume, as the uninterrupted run would hold them."""
+    if run is None or step == 0:
+        return []
+    frame = read_metrics(run.path)
+    return [{k: v for k, v in row.items() if not k.startswith("eval/") or v == v} for row in frame.to_dict("records")]
 
 
 def _until(step: int, num_steps: int, chunk: int, options: RunOptions) -> int:
@@ -362,60 +328,44 @@ def _due(step: int, num_steps: int, every: int) -> bool:
     return step == num_steps or (every > 0 and step % every == 0)
 
 
-def _rows(
-    learner: Learner, seeds: Sequence[int], start: int, metrics: dict, extra: dict, failed: np.ndarray
-) -> list[dict[str, Any]]:
-    """A row for each step and seed; the evaluation belongs to the last step. Frozen seeds write no rows."""
-    count = next(iter(metrics.values())).shape[0] if metrics else 0
+def _rows(job: Job, start: int, metrics: dict, extra: dict, failed: np.ndarray) -> list[Row]:
+    """A row for each step and seed; the evaluation belongs to the last step. A seed's last row is the one it failed in."""
+    lists = {k: v.astype(float).tolist() for k, v in metrics.items()}
     rows = []
+    count = len(next(iter(lists.values()))) if lists else 0
     for i in range(count):
-        for s, seed in enumerate(seeds):
-            if failed[s]:
+        step = start + i + 1
+        for s, seed in enumerate(job.seeds):
+            if 0 < failed[s] < step:
                 continue
-            step = start + i + 1
-            row = {"step": step, "samples": step * learner.samples_per_step, "seed": int(seed)}
-            row |= {k: float(v[i, s]) for k, v in metrics.items()}
+            row: Row = {"step": step, "samples": step * job.learner.samples_per_step, "seed": seed}
+            row |= {k: v[i][s] for k, v in lists.items()}
             if i == count - 1:
                 row |= {k: float(v[s]) for k, v in extra.items()}
             rows.append(row)
     return rows
 
 
-def _report_dead(alive: guard.Alive, reported: np.ndarray, seeds: Sequence[int], progress: Progress) -> np.ndarray:
-    failed = np.asarray(alive.failed_step)
-    for s in np.flatnonzero((failed > 0) & (reported == 0)):
-        progress.say(f"seed {seeds[s]}: loss or parameters went non-finite at step {failed[s]}; frozen before it")
-    return failed.copy()
+def _config(learner: Learner) -> dict[str, Any]:
+    return config.to_dict(learner.config) if dataclasses.is_dataclass(learner.config) else {}
 
 
-def _spread(tree: Any, num_seeds: int, devices: int) -> Any:
-    """Lay the seed axis over a mesh of devices."""
-    if devices == 1:
-        return tree
-    if devices > jax.device_count():
-        raise UserError(f"devices={devices}: expected at most {jax.device_count()}, what this machine has")
-    if num_seeds % devices:
-        raise UserError(f"devices={devices}: expected a divisor of the {num_seeds} seeds")
-    mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:devices]), ("seed",))
-    return jax.device_put(tree, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("seed")))
+def _same_config(run_dir: str | Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+    changed = [k for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
+    if changed:
+        what = ", ".join(f"{k}: {old.get(k)!r} -> {new.get(k)!r}" for k in changed)
+        raise UserError(f"run directory {run_dir}: the config was changed since the run began ({what})")
 
 
-def _convolves(learner: Learner, state: Any, data: Source | None, item: Any) -> bool:
-    """Convolution gradients inside a loop are several times slower than outside on XLA's CPU backend."""
-    if jax.default_backend() != "cpu":
-        return False
-    body = _step_body(learner, data, False)
-    constants = () if data is None else data.constants()
-    one = jax.tree.map(lambda x: x[0], item)
-    jaxpr = jax.make_jaxpr(body)(state, guard.start(jax.tree.leaves(state)[0].shape[0]), jnp.int32(0), constants, one)
-    return "conv_general_dilated" in str(jaxpr)
-
-
-def _num_steps(learner: Learner, num_steps: int | None) -> int:
-    if num_steps is None:
+def _num_steps(learner: Learner, num_steps: int | None, total_samples: int | None) -> int:
+    if num_steps is not None and total_samples is not None:
+        raise UserError(f"num_steps={num_steps}, total_samples={total_samples}: expected one of the two")
+    if total_samples is not None:
+        num_steps = -(-int(total_samples) // learner.samples_per_step)
+    elif num_steps is None:
         num_steps = getattr(learner.config, "num_updates", None)
-    if num_steps is None or num_steps < 1:
-        raise UserError(f"num_steps={num_steps}: expected at least 1")
+    if num_steps is None or not 1 <= num_steps < 2**31:
+        raise UserError(f"num_steps={num_steps}: expected 1 to 2^31-1")
     return int(num_steps)
 
 
@@ -434,26 +384,39 @@ def _check_data(learner: Learner, data: Source | None) -> None:
 
 
 @contextlib.contextmanager
-def _closing(run: RunDir | None) -> Iterator[None]:
+def _closing(run: RunDir | None, sinks: Sequence[Sink] = ()) -> Iterator[None]:
+    """Release the directory; a run that ends with an error is marked so."""
     try:
         yield
+    except Interrupted:
+        raise
+    except BaseException as e:
+        if run is not None:
+            with contextlib.suppress(OSError):  # the error itself may be a full disk
+                run.status("failed", error=f"{type(e).__name__}: {e}"[:500])
+        raise
     finally:
+        for sink in sinks:
+            sink.close()
         if run is not None:
             run.close()
 
 
 @contextlib.contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM so that the chunk can finish; only the main thread may do so."""
-    import threading
-
+    """Collect SIGINT and SIGTERM so that the chunk can finish; a second one acts at once. Main thread only."""
     caught: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield caught
         return
-    old = {}
+    old: dict[int, Any] = {}
+
+    def note(number: int, _: Any) -> None:
+        caught.append(number)
+        signal.signal(number, old[number])
+
     for s in (signal.SIGINT, signal.SIGTERM):
-        old[s] = signal.signal(s, lambda number, _: caught.append(number))
+        old[s] = signal.signal(s, note)
     try:
         yield caught
     finally:
