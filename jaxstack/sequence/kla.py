@@ -17,7 +17,7 @@ from jaxtyping import Array, ArrayLike
 
 from jaxstack.core.errors import UserError, unknown
 from jaxstack.sequence import scan
-from jaxstack.sequence.kla_filter import CHANNELS_FIRST, Token, filter_scan, filter_step
+from jaxstack.sequence.kla_filter import Token, filter_scan, filter_step
 from jaxstack.sequence.mixer import ShortConv, check_sequence, check_state
 
 METHODS = (*scan.METHODS, "pallas")
@@ -108,8 +108,8 @@ def kla_step(
     batch, _, channels, d_state = _check(tokens, abar, pbar, None, "freeze", read)
     state = _prior(state, batch, channels, d_state, dtype)
     token = Token(*(x[0] for x in _time_first(_silence(tokens, None, "freeze"))))
-    lam, mean, y, var = filter_step(*state, token, abar, pbar, prior=read == "prior", layout=CHANNELS_FIRST)
-    return y[..., 0], var[..., 0], KLAState(lam, mean)
+    lam, mean, y, var = filter_step(*_swap(state), token, abar.T, pbar.T, prior=read == "prior")
+    return y[:, 0], var[:, 0], _swap((lam, mean))
 
 
 def _check(
@@ -153,17 +153,22 @@ def _silence(tokens: Token, keep: Array | None, masked: str) -> Token:
 
 
 def _time_first(tokens: Token) -> Token:
-    """[B, T, M] -> [T, B, M, 1] and [B, T, S] -> [T, B, 1, S]."""
+    """[B, T, M] -> [T, B, 1, M] and [B, T, S] -> [T, B, S, 1]."""
     v, precision, k, q = (jnp.swapaxes(x, 0, 1) for x in tokens)
-    return Token(v[..., None], precision[..., None], k[..., None, :], q[..., None, :])
+    return Token(v[:, :, None], precision[:, :, None], k[..., None], q[..., None])
+
+
+def _swap(state: tuple[Array, Array]) -> KLAState:
+    """[B, M, S] <-> [B, S, M]."""
+    return KLAState(*(jnp.swapaxes(x, 1, 2) for x in state))
 
 
 def _sequential(
     tokens: Token, keep: Array | None, abar: Array, pbar: Array, state: KLAState, read: str
 ) -> tuple[Array, Array, KLAState]:
     on = None if keep is None else keep.T[:, :, None, None].astype(abar.dtype)
-    y, var, *last = filter_scan(_time_first(tokens), on, abar, pbar, *state, read == "prior")
-    return jnp.swapaxes(y[..., 0], 0, 1), jnp.swapaxes(var[..., 0], 0, 1), KLAState(*last)
+    y, var, *last = filter_scan(_time_first(tokens), on, abar.T, pbar.T, *_swap(state), read == "prior")
+    return jnp.swapaxes(y[:, :, 0], 0, 1), jnp.swapaxes(var[:, :, 0], 0, 1), _swap((last[0], last[1]))
 
 
 def _parallel(

@@ -8,8 +8,9 @@ Every (channel m, state s) pair is a scalar filter that sees v_m through k_s (Sh
     y_t    = sum_s q_t mu_t,   var_t = sum_s q_t^2 / lam_t      (read="prior": of abar mu_t, abar^2 / lam_t + pbar)
 
 The mean is carried instead of the information vector eta = lam mu: its coefficients stay in [0, abar], where those of
-eta exceed 1 and overflow once pbar is small. `filter_step` and `filter_step_grad` do not fix a layout, so that the scan
-here and the GPU/TPU kernels of scan_pallas.py are the same mathematics.
+eta exceed 1 and overflow once pbar is small. `filter_step` and `filter_step_grad` serve the scan here and the GPU/TPU
+kernels of scan_pallas.py. State arrays are [.., S, M]: with channels innermost the sums over S are vector additions
+(which makes the scan up to 2.5 times faster on CPU than S innermost does), and channels fill the lanes of a TPU.
 """
 
 import functools
@@ -23,27 +24,16 @@ from jaxstack.sequence.scan import precision_range
 
 
 class Token(NamedTuple):
-    """What one time step sees, already shaped to broadcast against the state's M and S axes."""
+    """What one time step sees, shaped to broadcast against a state [.., S, M]."""
 
     v: Array
-    """Values; 1 on the S axis."""
+    """Values [.., 1, M]."""
     precision: Array
-    """Observation precision Lambda >= 0; 1 on the S axis."""
+    """Observation precision Lambda >= 0 [.., 1, M]."""
     k: Array
-    """Keys; 1 on the M axis."""
+    """Keys [.., S, 1]."""
     q: Array
-    """Queries; 1 on the M axis."""
-
-
-class Layout(NamedTuple):
-    """Where a state array has its M (channel) and S (state) axes, counted from the end."""
-
-    m: int
-    s: int
-
-
-CHANNELS_FIRST = Layout(-2, -1)
-STATES_FIRST = Layout(-1, -2)
+    """Queries [.., S, 1]."""
 
 
 class _Quantities(NamedTuple):
@@ -57,7 +47,7 @@ class _Quantities(NamedTuple):
 
 def _update(lam: Array, mean: Array, token: Token, abar: Array, pbar: Array) -> _Quantities:
     low, high = precision_range(lam.dtype)
-    rho = 1.0 / jnp.maximum(abar * abar + pbar * lam, low)
+    rho = 1.0 / jnp.maximum(abar * abar + pbar * lam, low**0.5)
     before = jnp.minimum(lam * rho, high)
     after = jnp.clip(before + token.k * token.k * token.precision, low, high)
     kept, gain = before / after, token.k * token.precision / after
@@ -65,18 +55,15 @@ def _update(lam: Array, mean: Array, token: Token, abar: Array, pbar: Array) -> 
 
 
 def filter_step(
-    lam: Array, mean: Array, token: Token, abar: Array, pbar: Array, *, prior: bool, layout: Layout
+    lam: Array, mean: Array, token: Token, abar: Array, pbar: Array, *, prior: bool
 ) -> tuple[Array, Array, Array, Array]:
-    """lam, mean: state [.., M, S] in the order of `layout`; abar, pbar broadcast to it.
-
-    -> (lam, mean, y, variance of y), the last two with 1 on the S axis.
-    """
+    """State lam, mean [.., S, M], coefficients that broadcast to it -> (lam, mean, y, variance of y [.., 1, M])."""
     new = _update(lam, mean, token, abar, pbar)
     mu, var = new.mean, 1.0 / new.lam
     if prior:
         mu, var = abar * mu, abar * abar * var + pbar
-    y = (token.q * mu).sum(layout.s, keepdims=True)
-    return new.lam, new.mean, y, (token.q * token.q * var).sum(layout.s, keepdims=True)
+    y = (token.q * mu).sum(-2, keepdims=True)
+    return new.lam, new.mean, y, (token.q * token.q * var).sum(-2, keepdims=True)
 
 
 class StepGrad(NamedTuple):
@@ -98,7 +85,6 @@ def filter_step_grad(
     cotangent: tuple[Array, Array, Array, Array],
     *,
     prior: bool,
-    layout: Layout,
 ) -> StepGrad:
     """Adjoint of `filter_step` at its inputs, for cotangents of (lam, mean, y, variance).
 
@@ -127,10 +113,10 @@ def filter_step_grad(
         lam=through * abar * abar,
         mean=d_mean * abar * new.kept,
         token=Token(
-            v=(new.gain * d_mean).sum(layout.s, keepdims=True),
-            precision=(k * k * d_lam + per_lam * k * v).sum(layout.s, keepdims=True),
-            k=(precision * (2.0 * k * d_lam + per_lam * v)).sum(layout.m, keepdims=True),
-            q=d_q.sum(layout.m, keepdims=True),
+            v=(new.gain * d_mean).sum(-2, keepdims=True),
+            precision=(k * k * d_lam + per_lam * k * v).sum(-2, keepdims=True),
+            k=(precision * (2.0 * k * d_lam + per_lam * v)).sum(-1, keepdims=True),
+            q=d_q.sum(-1, keepdims=True),
         ),
         abar=d_abar + d_mean * mean * new.kept - 2.0 * abar * lam * through,
         pbar=d_pbar - lam * lam * through,
@@ -150,12 +136,12 @@ def filter_scan(
 ) -> tuple[Array, Array, Array, Array]:
     """The filter as one lax.scan; nothing of size T M S is stored unless a gradient is asked for.
 
-    tokens: v, precision [T, B, M, 1], k, q [T, B, 1, S]; keep [T, B, 1, 1] in {0, 1} or None; abar, pbar [M, S];
-    lam, mean [B, M, S] -> (y [T, B, M, 1], variance [T, B, M, 1], last lam, last mean).
+    tokens: v, precision [T, B, 1, M], k, q [T, B, S, 1]; keep [T, B, 1, 1] in {0, 1} or None; abar, pbar [S, M];
+    lam, mean [B, S, M] -> (y [T, B, 1, M], variance [T, B, 1, M], last lam, last mean).
     """
 
     def body(state: Any, xs: Any) -> Any:
-        lam, mean, y, var = filter_step(*state, xs[0], *hold(abar, pbar, xs[1]), prior=prior, layout=CHANNELS_FIRST)
+        lam, mean, y, var = filter_step(*state, xs[0], *hold(abar, pbar, xs[1]), prior=prior)
         return (lam, mean), (y, var)
 
     (lam, mean), (y, var) = jax.lax.scan(body, (lam, mean), (tokens, keep))
@@ -166,7 +152,7 @@ def _filter_fwd(
     tokens: Token, keep: Array | None, abar: Array, pbar: Array, lam: Array, mean: Array, prior: bool
 ) -> Any:
     def body(state: Any, xs: Any) -> Any:
-        lam, mean, y, var = filter_step(*state, xs[0], *hold(abar, pbar, xs[1]), prior=prior, layout=CHANNELS_FIRST)
+        lam, mean, y, var = filter_step(*state, xs[0], *hold(abar, pbar, xs[1]), prior=prior)
         return (lam, mean), (y, var, state)
 
     (lam, mean), (y, var, states) = jax.lax.scan(body, (lam, mean), (tokens, keep))
@@ -181,7 +167,7 @@ def _filter_bwd(prior: bool, saved: Any, cotangent: Any) -> Any:
         d_lam, d_mean, d_abar, d_pbar = carry
         token, keep, state, d_y, d_var = xs
         a, p = hold(abar, pbar, keep)
-        grad = filter_step_grad(*state, token, a, p, (d_lam, d_mean, d_y, d_var), prior=prior, layout=CHANNELS_FIRST)
+        grad = filter_step_grad(*state, token, a, p, (d_lam, d_mean, d_y, d_var), prior=prior)
         on = 1.0 if keep is None else keep
         return (grad.lam, grad.mean, d_abar + on * grad.abar, d_pbar + on * grad.pbar), grad.token
 

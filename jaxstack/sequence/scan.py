@@ -296,9 +296,10 @@ def _apply(m: _Map, lam: Array) -> Array:
 
 
 def predict_precision(lam: Array, abar2: Array, pbar: Array) -> Array:
-    """Precision after the transition and before the observation: 1 / (abar2 / lam + pbar), saturating."""
+    """Precision after the transition and before the observation: 1 / (abar2 / lam + pbar), saturating. The divisor is
+    kept above 4e-16 (float32), so that its inverse squared, which gradients need, is finite."""
     low, high = precision_range(lam.dtype)
-    return jnp.minimum(lam / jnp.maximum(abar2 + pbar * lam, low), high)
+    return jnp.minimum(lam / jnp.maximum(abar2 + pbar * lam, low**0.5), high)
 
 
 def _moebius_step(lam: Array, phi: Array, abar2: Array, pbar: Array) -> Array:
@@ -360,7 +361,7 @@ def _moebius_bwd(form: str, chunk: int, saved: Any, cotangent: Any) -> tuple[Arr
     low, high = precision_range(lam.dtype)
     before = jnp.concatenate([lam0[None], lam[:-1]])
     inside = (lam > low) & (lam < high)
-    rho = jnp.where(inside, 1.0 / jnp.maximum(abar2 + pbar * before, low), 0.0)
+    rho = jnp.where(inside, 1.0 / jnp.maximum(abar2 + pbar * before, low**0.5), 0.0)
     gain = abar2 * rho * rho
     shifted = jnp.concatenate([gain[1:], jnp.zeros_like(gain[:1])])
     nu, _ = _affine(shifted, d.at[-1].add(d_last), jnp.zeros_like(lam0), form, chunk, True)

@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array
 
 from jaxstack.core.errors import UserError
-from jaxstack.sequence.kla_filter import STATES_FIRST, Token, filter_step, filter_step_grad, hold
+from jaxstack.sequence.kla_filter import Token, filter_step, filter_step_grad, hold
 
 PLATFORMS = ("gpu", "tpu")
 
@@ -226,9 +226,7 @@ def _forward_kernel(plan: _Plan, v, precision, k, q, keep, abar, pbar, lam0, mea
         for store, x in zip(states, state):
             store[0, t] = x
         token = Token(v[0, t], precision[0, t], k[0, t], q[0, t])
-        *state, y[0, t], var[0, t] = filter_step(
-            *state, token, *hold(a, p, keep[0, t]), prior=plan.prior, layout=STATES_FIRST
-        )
+        *state, y[0, t], var[0, t] = filter_step(*state, token, *hold(a, p, keep[0, t]), prior=plan.prior)
         return tuple(state)
 
     lam[0], mean[0] = jax.lax.fori_loop(0, plan.steps, body, start)
@@ -248,9 +246,7 @@ def _backward_kernel(
         to_lam, to_mean, to_abar, to_pbar = carry
         token, on = Token(v[0, t], precision[0, t], k[0, t], q[0, t]), keep[0, t]
         cotangent = (to_lam, to_mean, d_y[0, t], d_var[0, t])
-        grad = filter_step_grad(
-            lams[0, t], means[0, t], token, *hold(a, p, on), cotangent, prior=plan.prior, layout=STATES_FIRST
-        )
+        grad = filter_step_grad(lams[0, t], means[0, t], token, *hold(a, p, on), cotangent, prior=plan.prior)
         for out, x in zip((d_v, d_precision), grad.token[:2]):
             out[0, t] = x
         for out, x in zip((d_k, d_q), grad.token[2:]):

@@ -1,4 +1,4 @@
-"""Textbook float64 references in numpy: scalar Kalman filters in covariance form, one (batch, channel, state) at a time."""
+"""Textbook float64 references in numpy: scalar Kalman filters in covariance form, one after the other."""
 
 import numpy as np
 
