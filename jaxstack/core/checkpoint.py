@@ -98,7 +98,7 @@ class Checkpoints:
             if problem is None:
                 try:
                     args = self._ocp.args
-                    table = jax.eval_shape(to_table, template)
+                    table = _shapes(template)
                     got = self._manager.restore(
                         step, args=args.Composite(state=args.StandardRestore(table), meta=args.JsonRestore())
                     )
@@ -167,7 +167,17 @@ def to_table(state: Any) -> dict[str, Any]:
             x = jax.random.key_data(x)
         if x.size:
             # a copy on the host: the device buffer may be donated to the next chunk while this one is written
-            table[jax.tree_util.keystr(path)] = x if isinstance(x, jax.core.Tracer) else np.array(x)
+            table[jax.tree_util.keystr(path)] = np.array(x)
+    return table
+
+
+def _shapes(template: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    """The table of a state that is given as shapes."""
+    table = {}
+    for path, x in jax.tree_util.tree_leaves_with_path(template):
+        if x.size:
+            is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+            table[jax.tree_util.keystr(path)] = jax.eval_shape(lambda k: jax.random.key_data(k), x) if is_key else x
     return table
 
 
@@ -179,13 +189,20 @@ def from_table(table: dict[str, Any], template: Any) -> Any:
             return jnp.zeros(like.shape, like.dtype)
         value = jnp.asarray(table[jax.tree_util.keystr(path)])
         if jnp.issubdtype(like.dtype, jax.dtypes.prng_key):
-            return jax.random.wrap_key_data(value, impl=jax.random.key_impl(like))
+            return jax.random.wrap_key_data(value, impl=_key_impl(like))
         if value.shape != like.shape or value.dtype != like.dtype:
             raise ValueError(f"{jax.tree_util.keystr(path)}: {value.shape} {value.dtype}, expected {like.shape}")
         # a buffer of its own, so that it can be donated
         return jnp.array(value, copy=True)
 
     return jax.tree_util.tree_map_with_path(leaf, template)
+
+
+def _key_impl(like: Any) -> Any:
+    """The generator of a key array or of its shape, which `jax.random.key_impl` reads from traced keys only."""
+    found = []
+    jax.eval_shape(lambda key: found.append(jax.random.key_impl(key)), like)
+    return found[0]
 
 
 def _files(folder: Path) -> list[Path]:

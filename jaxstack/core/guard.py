@@ -29,7 +29,7 @@ def finite(state: Any, metrics: dict[str, Array]) -> Array:
 
 
 def guarded(step: Callable[..., tuple[Any, dict[str, Array]]]) -> Callable[..., tuple[Any, Alive, dict[str, Array]]]:
-    """(state, alive, number of this step, *batch) -> (state, alive, metrics); a dead or failing seed keeps its state."""
+    """(state, alive, number of this step, *batch) -> (state, alive, metrics); a dead or failing seed stays as it is."""
 
     def run(state: Any, alive: Alive, number: Array, *batch: Any) -> tuple[Any, Alive, dict[str, Array]]:
         new, metrics = step(state, *batch)

@@ -21,8 +21,8 @@ class DoesNotFit(UserError):
 
 @dataclass
 class Program:
-    """One compiled program. How often it was traced, seconds of tracing and of compiling; flops and bytes of XLA's cost analysis (loop bodies
-    count once); bytes of its memory analysis."""
+    """One compiled program: how often it was traced, seconds of tracing and of compiling, flops and bytes of XLA's cost
+    analysis (loop bodies count once), bytes of its memory analysis (of one device)."""
 
     name: str
     traces: int

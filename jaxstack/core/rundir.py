@@ -2,7 +2,7 @@
 
 run.yaml        agent, config, seeds, run options: what `resume` needs
 run.json        command, versions, device, git commit, start, status
-metrics.jsonl   one line a step and seed; pandas.read_json(path, lines=True) reads it
+metrics.jsonl   one line a step and seed; pandas.read_json(path, lines=True, precise_float=True) reads it to the bit
 ledger.json     compiles
 checkpoints/    orbax, with checksums/ beside it
 """
@@ -30,7 +30,6 @@ class RunDir:
 
     def __init__(self, path: Path, lock: IO):
         self.path, self._lock = path, lock
-        self._metrics: IO | None = None
 
     @staticmethod
     def check(path: str | Path) -> Path:
@@ -79,26 +78,28 @@ class RunDir:
     def append(self, rows: list[Row]) -> None:
         """Append metric rows; non-finite numbers become null. Raises `UserError` when the disk is full."""
         try:
-            if self._metrics is None:
-                self._metrics = open(self.path / "metrics.jsonl", "a", encoding="utf-8")
-            self._metrics.write("".join(json.dumps(_clean(row)) + "\n" for row in rows))
-            self._metrics.flush()
+            with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
+                file.write("".join(json.dumps(_clean(row)) + "\n" for row in rows))
         except OSError as e:
             raise UserError(f"{self.path}/metrics.jsonl: cannot be written ({e.strerror})") from e
 
-    def cut(self, step: int) -> None:
-        """Drop metric lines after `step` and a torn last line: a resumed run writes them again."""
+    def cut(self, step: int) -> list[Row]:
+        """Drop metric lines after `step` and a torn last line, which a resumed run writes again; returns what is left."""
         path = self.path / "metrics.jsonl"
         if not path.exists():
-            return
-        keep = []
+            return []
+        keep, rows = [], []
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
-                if json.loads(line)["step"] <= step:
-                    keep.append(line + "\n")
-            except (ValueError, KeyError):
+                row = json.loads(line)
+                early = row["step"] <= step
+            except (ValueError, KeyError, TypeError):
                 continue
+            if early:
+                keep.append(line + "\n")
+                rows.append({k: math.nan if v is None else v for k, v in row.items()})
         self._write("metrics.jsonl", "".join(keep))
+        return rows
 
     def status(self, status: str, **facts: Any) -> None:
         """Update run.json."""
@@ -113,9 +114,6 @@ class RunDir:
         self._write(name, json.dumps(content, indent=1))
 
     def close(self) -> None:
-        if self._metrics is not None:
-            self._metrics.close()
-            self._metrics = None
         self._lock.close()
 
     def _write(self, name: str, text: str) -> None:
@@ -146,7 +144,8 @@ def read_metrics(path: str | Path) -> Any:
     file = Path(path) / "metrics.jsonl"
     if not file.exists() or not file.stat().st_size:
         raise UserError(f"run directory {path}: no metrics found (metrics.jsonl is missing or empty)")
-    return pd.read_json(file, lines=True)
+    # pandas' default parser is off by an ulp now and then
+    return pd.read_json(file, lines=True, precise_float=True)
 
 
 def environment() -> dict[str, Any]:
@@ -183,7 +182,7 @@ def _commit() -> str | None:
 
 def _lock(path: Path) -> IO:
     try:
-        lock = open(path / ".lock", "w")
+        lock = open(path / ".lock", "w")  # noqa: SIM115 - held as long as the run
     except OSError as e:
         raise UserError(f"run directory {path}: cannot be written ({e.strerror})") from e
     try:

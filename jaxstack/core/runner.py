@@ -24,7 +24,7 @@ from jaxstack.core.data import Source
 from jaxstack.core.errors import UserError
 from jaxstack.core.learner import Learner
 from jaxstack.core.progress import Progress
-from jaxstack.core.rundir import RunDir, read_metrics, read_plan
+from jaxstack.core.rundir import RunDir, read_plan
 from jaxstack.core.sinks import Row, Sink
 
 
@@ -183,7 +183,6 @@ def resume(
         programs = _programs(job)
         if data is not None:
             data.restore(meta["data"])
-        run.cut(step)
         run.status("running", resumed_at_step=step)
         result = _loop(job, programs, run, *programs.place((state, alive)), step)
     return _some_alive(result, job)
@@ -215,7 +214,8 @@ def _split(job: Job, at_once: int) -> Result:
     for i in range(0, len(job.seeds), at_once):
         part = slice(i, i + at_once)
         seeds = job.seeds[part]
-        hypers = None if job.hypers is None else jax.tree.map(lambda x: x[part] if np.ndim(x) else x, job.hypers)
+        take = lambda x, part=part: jnp.asarray(x)[part] if np.ndim(x) else x
+        hypers = None if job.hypers is None else jax.tree.map(take, job.hypers)
         folder = None if job.run_dir is None else job.run_dir / f"seeds_{'_'.join(map(str, seeds))}"
         group = job._replace(seeds=seeds, hypers=hypers, run_dir=folder, plan=job.plan | {"seeds": seeds})
         results.append(_fresh(group))
@@ -250,7 +250,7 @@ def _loop(
     if run is not None:
         store = Checkpoints(run.checkpoints, Retention(options.keep_last, options.keep_best, options.best_metric))
         run.write_json("ledger.json", job.book.rows())
-    table = _earlier(run, step)
+    table = [] if run is None else run.cut(step)  # the part before a resume
     failed = np.asarray(alive.failed_step)
     progress = Progress(job.learner, total, step, len(job.seeds), job.book, options.progress)
     with _signals() as stop, progress:
@@ -309,14 +309,6 @@ def _some_alive(result: Result, job: Job) -> Result:
     return result
 
 
-def _earlier(run: RunDir | None, step: int) -> list[Row]:
-    """Rows of the part before a resume, as the uninterrupted run would hold them."""
-    if run is None or step == 0:
-        return []
-    frame = read_metrics(run.path)
-    return [{k: v for k, v in row.items() if not k.startswith("eval/") or v == v} for row in frame.to_dict("records")]
-
-
 def _until(step: int, num_steps: int, chunk: int, options: RunOptions) -> int:
     """Steps to the next stop: end of chunk, evaluation, checkpoint or run."""
     stops = [num_steps - step, chunk - step % chunk]
@@ -329,7 +321,7 @@ def _due(step: int, num_steps: int, every: int) -> bool:
 
 
 def _rows(job: Job, start: int, metrics: dict, extra: dict, failed: np.ndarray) -> list[Row]:
-    """A row for each step and seed; the evaluation belongs to the last step. A seed's last row is the one it failed in."""
+    """A row for each step and seed, for a frozen seed up to the step it failed in; evaluations go to the last step."""
     lists = {k: v.astype(float).tolist() for k, v in metrics.items()}
     rows = []
     count = len(next(iter(lists.values()))) if lists else 0

@@ -1,5 +1,7 @@
-"""Where metrics go beside the run directory's own lines. A sink is `write(rows)` and `close()`; rows are flat dicts with
-`step`, `samples`, `seed` and metrics."""
+"""Where metrics go beside the run directory's own lines.
+
+A sink is `write(rows)` and `close()`; rows are flat dicts with `step`, `samples`, `seed` and metrics.
+"""
 
 import math
 from pathlib import Path
@@ -28,10 +30,10 @@ class TensorBoard:
 
     def write(self, rows: list[Row]) -> None:
         for row in rows:
-            writer = self._writers.setdefault(row["seed"], None) or self._make(row["seed"])
-            self._writers[row["seed"]] = writer
+            if row["seed"] not in self._writers:
+                self._writers[row["seed"]] = self._make(row["seed"])
             for name, value in metrics_of(row).items():
-                writer.add_scalar(name, value, row["samples"])
+                self._writers[row["seed"]].add_scalar(name, value, row["samples"])
 
     def close(self) -> None:
         for writer in self._writers.values():
