@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxstack.core.errors import UserError, unknown
-from jaxstack.envs.base import Box, Discrete, Environment, Spec, TimeStep, first_step
+from jaxstack.envs.base import Box, Discrete, Environment, Spec, TimeStep, action_limits, first_step
 
 MPE = [
     "simple_v3",
@@ -296,6 +296,8 @@ class JaxMARL(Environment):
         if family.mask is not None:
             masks = family.mask(lib, lib_state)
             out["action_mask"] = jnp.stack([masks[a] for a in lib.agents]).astype(bool)
+        elif self.spec.has_action_mask:
+            out["action_mask"] = jnp.asarray(action_limits(self.spec))
         if family.state is not None:
             out["state"] = jnp.asarray(family.state(lib, lib_state), jnp.float32).reshape(-1)
         if family.alive is not None:
@@ -390,8 +392,11 @@ def _spec(env: JaxMARL) -> Spec:
         horizon=horizon,
         can_terminate=family.terminal is not None or env.name == "switch_riddle",
         can_truncate=horizon is not None,
-        has_action_mask=family.mask is not None,
-        shared_reward=env.name.startswith(("smax/", "hanabi", "switch", "overcooked")) or env.name in MABRAX,
+        # padded actions of agents with fewer choices are illegal
+        has_action_mask=family.mask is not None or (isinstance(space, Discrete) and len(set(counts)) > 1),
+        # the shaped reward is each cook's own
+        shared_reward=not env.shaped_reward
+        and (env.name.startswith(("smax/", "hanabi", "switch", "overcooked")) or env.name in MABRAX),
         notes=family.notes,
     )
 
