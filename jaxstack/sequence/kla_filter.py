@@ -119,7 +119,7 @@ def filter_step_grad(
             q=d_q.sum(-1, keepdims=True),
         ),
         abar=d_abar + d_mean * mean * new.kept - 2.0 * abar * lam * through,
-        pbar=d_pbar - lam * lam * through,
+        pbar=d_pbar - lam * (lam * through),
     )
 
 

@@ -140,7 +140,7 @@ def choose(recurrence: str, method: str, length: int, lanes: int, methods: tuple
 
 @functools.lru_cache(maxsize=1)
 def _table() -> dict[str, Any]:
-    return json.loads(resources.files(__package__).joinpath("scan_table.json").read_text())
+    return json.loads(resources.files("jaxstack.sequence").joinpath("scan_table.json").read_text())
 
 
 # ---------------------------------------------------------------- shapes

@@ -226,8 +226,10 @@ def _forward_kernel(plan: _Plan, v, precision, k, q, keep, abar, pbar, lam0, mea
         for store, x in zip(states, state):
             store[0, t] = x
         token = Token(v[0, t], precision[0, t], k[0, t], q[0, t])
-        *state, y[0, t], var[0, t] = filter_step(*state, token, *hold(a, p, keep[0, t]), prior=plan.prior)
-        return tuple(state)
+        after_lam, after_mean, y[0, t], var[0, t] = filter_step(
+            *state, token, *hold(a, p, keep[0, t]), prior=plan.prior
+        )
+        return after_lam, after_mean
 
     lam[0], mean[0] = jax.lax.fori_loop(0, plan.steps, body, start)
 
