@@ -15,6 +15,9 @@ AGENTS = Registry(
         "ippo": "jaxstack.agents.ippo:ippo",
         "mappo": "jaxstack.agents.mappo:mappo",
         "hypermarl": "jaxstack.agents.hypermarl:hypermarl",
+        "happo": "jaxstack.agents.happo:happo",
+        "dico": "jaxstack.agents.dico:dico",
+        "kaleidoscope": "jaxstack.agents.kaleidoscope:kaleidoscope",
     },
 )
 """Name -> factory; the factory's module holds its `Config`. `AGENTS.add(name, "module:factory")` registers another."""

@@ -19,4 +19,4 @@ def mappo(config: Config = Config()) -> Learner:
     """Raises `UserError` where config and environment do not fit."""
     env = team_ppo.make_env(config)
     shape = team_ppo.team_shape(env, config, central=True)
-    return team_ppo.make_learner("mappo", team_ppo.make_task(config, env, shape, team_network(config, shape)))
+    return team_ppo.make_learner("mappo", team_ppo.make_task(config, env, shape, team_network(config, shape, env)))

@@ -3,8 +3,12 @@
 from dataclasses import dataclass
 from typing import Literal
 
+import jax
+
+from jaxstack.agents import seps
 from jaxstack.agents.team_ppo import PPOConfig
-from jaxstack.core.config import require
+from jaxstack.core.config import require, require_at_least
+from jaxstack.envs.base import Environment
 from jaxstack.nn import team
 from jaxstack.nn.team import Shape, TeamNet
 
@@ -15,24 +19,28 @@ class SharingConfig(PPOConfig):
 
     sharing: Literal["full", "full+id", "id", "none", "partial"] = "full"
     """full: one network; full+id: one network that sees a one-hot agent id; id: one network that sees only the id;
-    none: a network for each agent; partial: a network for each group."""
+    none: a network for each agent; partial: a network for each group (SePS)."""
     groups: tuple[int, ...] = ()
-    """Partial sharing: the group of each agent, 0 first, e.g. `0 0 1`; `jaxstack.measures.seps` finds them."""
+    """Partial sharing: the group of each agent, 0 first, e.g. `0 0 1`; empty: SePS finds them by random play."""
+    groups_seed: int = 0
+    """Seed of that search."""
 
     def validate(self) -> None:
         super().validate()
-        require(self, "groups", bool(self.groups) == (self.sharing == "partial"), "given exactly with sharing=partial")
+        require(self, "groups", not self.groups or self.sharing == "partial", "nothing unless sharing=partial")
+        require_at_least(self, 0, "groups_seed")
         used = sorted(set(self.groups))
         require(self, "groups", used == list(range(len(used))), "groups numbered 0, 1, ... without gaps")
         require(self, "cnn", not (self.cnn and self.sharing in ("full+id", "id")), "off with ids in the input")
 
 
-def team_network(config: SharingConfig, shape: Shape) -> TeamNet:
+def team_network(config: SharingConfig, shape: Shape, env: Environment) -> TeamNet:
     """Raises `UserError` when `groups` does not name every agent."""
     if config.sharing == "none":
         return team.separate(shape, config.arch)
     if config.sharing == "partial":
         count = shape.num_agents
-        require(config, "groups", len(config.groups) == count, f"one entry for each of {count} agents")
-        return team.separate(shape, config.arch, config.groups)
+        require(config, "groups", len(config.groups) in (0, count), f"one entry for each of {count} agents")
+        groups = config.groups or seps.find_groups(env, jax.random.key(config.groups_seed))
+        return team.separate(shape, config.arch, groups)
     return team.shared(shape, config.arch, with_id=config.sharing != "full", with_obs=config.sharing != "id")

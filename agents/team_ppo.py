@@ -180,8 +180,11 @@ def make_task(cfg: PPOConfig, env: Environment, shape: Shape, team: TeamNet) -> 
     return Task(cfg, vector.vectorise(env, cfg.num_envs, cfg.auto_reset, cfg.pool_size), shape, team)
 
 
-def make_learner(name: str, task: Task, update: Callable | None = None) -> Learner:
-    """The learner of a team network; `update(task, state, batch, key) -> (state, metrics)` replaces PPO's epochs."""
+def make_learner(
+    name: str, task: Task, update: Callable | None = None, init_opt: Callable[[Task, Hypers, Any], Any] | None = None
+) -> Learner:
+    """The learner of a team network; `update(task, state, batch, key) -> (state, metrics)` replaces PPO's epochs and
+    `init_opt(task, hypers, params)` its optimiser state."""
     cfg = task.cfg
     update = update or ppo_epochs
 
@@ -193,7 +196,7 @@ def make_learner(name: str, task: Task, update: Callable | None = None) -> Learn
         reward = running.init_reward(cfg.num_envs, task.env.spec.num_agents) if cfg.normalise_reward else ()
         norms = Norms(running.init(()) if cfg.normalise_value else (), obs_stats, reward)
         vec = vector.init(task.vec, k_env)
-        opt = optimiser(cfg, hypers).init(params)
+        opt = optimiser(cfg, hypers).init(params) if init_opt is None else init_opt(task, hypers, params)
         carry = task.team.carry(cfg.num_envs)
         return State(hypers, params, task.team.init_extra(), opt, vec, carry, norms, key, jnp.int32(0))
 

@@ -1,0 +1,145 @@
+"""HAPPO: heterogeneous-agent PPO (Kuba et al., ICLR 2022; Zhong et al., JMLR 2024).
+
+Agents with networks of their own are updated one after another in a random order. Agent i maximises the clipped
+surrogate of M * A, where A is the joint advantage and M the product of the ratios of the agents updated before it; then
+M <- M * pi_new^i / pi_old^i on all samples. Each agent has a critic of its own on the global state, trained beside it.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array
+
+from jaxstack.agents import team_ppo
+from jaxstack.agents.team_ppo import Batch, Hypers, PPOConfig, State, Task
+from jaxstack.core import losses
+from jaxstack.core.config import require
+from jaxstack.core.learner import Key, Learner, Metrics
+from jaxstack.nn import team
+from jaxstack.nn.distributions import TeamDistribution
+from jaxstack.nn.team import TeamNet
+
+
+@dataclass(frozen=True)
+class Config(PPOConfig):
+    """HAPPO with a network for each agent and a centralised critic, feed-forward."""
+
+    def validate(self) -> None:
+        super().validate()
+        require(self, "gru", self.gru == 0, "0: HAPPO is feed-forward here")
+
+
+def happo(config: Config = Config()) -> Learner:
+    """Raises `UserError` where config and environment do not fit."""
+    env = team_ppo.make_env(config)
+    shape = team_ppo.team_shape(env, config, central=True)
+    fits = shape.actions.kind != "continuous" or shape.actions.valid is None
+    require(config, "env", fits, "equal numbers of action dimensions for all agents")
+    task = team_ppo.make_task(config, env, shape, team.separate(shape, config.arch))
+    return team_ppo.make_learner("happo", task, sequential_update, init_optimisers)
+
+
+def init_optimisers(task: Task, hypers: Hypers, params: Any) -> Any:
+    """An optimiser for each agent, leaves [A, ...]."""
+    return jax.vmap(team_ppo.optimiser(task.cfg, hypers).init)(params)
+
+
+def sequential_update(task: Task, s: State, batch: Batch, key: Key) -> tuple[State, Metrics]:
+    """All epochs of one agent, then of the next, in random order; the factor M [T, N] is carried along."""
+    k_order, k_agents = jax.random.split(key)
+    count = task.shape.num_agents
+    row = lambda tree, i: jax.tree.map(lambda x: x[i], tree)
+
+    def one_agent(c: tuple, inputs: tuple[Array, Key]) -> tuple[tuple, Metrics]:
+        params, opt, factor = c
+        agent, key = inputs
+        own = select(batch, agent)
+        mask = _mask(task, batch, agent)
+        new, new_opt, metrics = agent_epochs(task, row(params, agent), row(opt, agent), s, own, mask, factor, key)
+        ratio = jnp.exp(_distribution(task, new, own, mask).log_prob(own.action) - own.logp)[..., 0]
+        factor = factor * jnp.where(own.weight[..., 0] > 0, ratio, 1.0)
+        put = lambda tree, value: jax.tree.map(lambda x, v: x.at[agent].set(v), tree, value)
+        return (put(params, new), put(opt, new_opt), factor), metrics
+
+    inputs = (jax.random.permutation(k_order, count), jax.random.split(k_agents, count))
+    (params, opt, factor), metrics = jax.lax.scan(one_agent, (s.params, s.opt, jnp.ones(batch.first.shape)), inputs)
+    metrics = jax.tree.map(jnp.mean, metrics) | {"train/factor": factor.mean()}
+    return s._replace(params=params, opt=opt), metrics
+
+
+def agent_epochs(
+    task: Task, params: Any, opt: Any, s: State, own: Batch, mask: Array | None, factor: Array, key: Key
+) -> tuple[Any, Any, Metrics]:
+    """E epochs of M minibatches on one agent's data: (its parameters, its optimiser, metrics)."""
+    tx = team_ppo.optimiser(task.cfg, s.hypers)
+    data = (own._replace(start=()), mask, factor)
+
+    def sgd(c: tuple, index: Array) -> tuple[tuple, Metrics]:
+        params, opt = c
+        mb, legal, m = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[index][None], data)
+        grads, metrics = jax.grad(agent_loss, argnums=1, has_aux=True)(task, params, s, mb, legal, m)
+        updates, opt = tx.update(grads, opt, params)
+        return (optax.apply_updates(params, updates), opt), metrics
+
+    def epoch(c: tuple, key: Key) -> tuple[tuple, Metrics]:
+        return jax.lax.scan(sgd, c, team_ppo.minibatch_indices(task, key))
+
+    (params, opt), metrics = jax.lax.scan(epoch, (params, opt), jax.random.split(key, task.cfg.num_epochs))
+    return params, opt, jax.tree.map(jnp.mean, metrics)
+
+
+def agent_loss(
+    task: Task, params: Any, s: State, mb: Batch, mask: Array | None, factor: Array
+) -> tuple[Array, Metrics]:
+    """Clipped surrogate of M times the joint advantage (the team's mean), value loss and entropy of one agent."""
+    cfg, hypers = task.cfg, s.hypers
+    dist = _distribution(task, params, mb, mask)
+    solo = _solo(task)
+    _, value = solo.critic(jax.tree.map(lambda x: x[None], params), (), mb.critic_x, mb.first)
+    mean = lambda x: losses.masked_mean(x, mb.weight)
+    advantage = losses.standardise(mb.advantage, mb.weight) if cfg.normalise_advantage else mb.advantage
+    # M is positive, so it may stand outside of the minimum
+    actor = mean(factor[..., None] * losses.ppo_clip(dist.log_prob(mb.action), mb.logp, advantage, hypers.clip))
+    clip = hypers.clip if cfg.clip_value else jnp.inf
+    critic = mean(losses.clipped_value(value, mb.value, mb.target, clip))
+    bonus = mean(dist.entropy())
+    total = actor + hypers.vf_coef * critic - hypers.ent_coef * bonus
+    return total, {"loss/total": total, "loss/actor": actor, "loss/critic": critic, "train/entropy": bonus}
+
+
+def select(batch: Batch, agent: Array) -> Batch:
+    """One agent's part of a batch, with an agent axis of length 1; the advantage is the team's."""
+    pick = lambda x: jax.lax.dynamic_slice_in_dim(x, agent, 1, axis=2)
+    return batch._replace(
+        obs=pick(batch.obs),
+        action=pick(batch.action),
+        action_mask=None,
+        weight=pick(batch.weight),
+        logp=pick(batch.logp),
+        value=pick(batch.value),
+        advantage=batch.advantage.mean(2, keepdims=True),
+        target=pick(batch.target),
+        start=(),
+    )
+
+
+def _mask(task: Task, batch: Batch, agent: Array) -> Array | None:
+    """Legal actions of one agent [T, N, 1, n]: the environment's, or those that its action space really has."""
+    if batch.action_mask is not None:
+        return jax.lax.dynamic_slice_in_dim(batch.action_mask, agent, 1, axis=2)
+    if task.actions.valid is None:
+        return None
+    return jnp.broadcast_to(jnp.asarray(task.actions.valid)[agent], (*batch.first.shape, 1, task.actions.params))
+
+
+def _solo(task: Task) -> TeamNet:
+    return team.separate(task.shape._replace(num_agents=1), task.cfg.arch)
+
+
+def _distribution(task: Task, params: Any, mb: Batch, mask: Array | None) -> TeamDistribution:
+    one = jax.tree.map(lambda x: x[None], params)
+    _, raw = _solo(task).actor(one, (), mb.obs, mb.first)
+    return task.actions._replace(valid=None).distribution(raw, one.get("log_std"), mask)

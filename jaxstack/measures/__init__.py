@@ -1,0 +1,1 @@
+"""Measures of behaviour and learning: plain functions of arrays."""
