@@ -38,15 +38,17 @@ class Checkpoints:
         self._ocp, self.directory, self.retention = ocp, directory.absolute(), retention
         policies = ocp.checkpoint_managers
         keep: list[Any] = [policies.LatestN(max(retention.keep_last, 1))]
+        best = lambda metrics: metrics["best"]
         if retention.keep_best:
-            get = lambda metrics: metrics.get("best", float("-inf"))
             keep.append(
-                policies.BestN(get_metric_fn=get, n=retention.keep_best, keep_checkpoints_without_metrics=False)
+                policies.BestN(get_metric_fn=best, n=retention.keep_best, keep_checkpoints_without_metrics=False)
             )
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=policies.AnyPreservationPolicy(keep), cleanup_tmp_directories=True
+                preservation_policy=policies.AnyPreservationPolicy(keep),
+                best_fn=best,  # without it orbax does not store the metrics
+                cleanup_tmp_directories=True,
             ),
         )
         self._pending: int | None = None

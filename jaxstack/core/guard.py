@@ -1,4 +1,9 @@
-"""Freeze a seed whose numbers go non-finite; the others go on."""
+"""Freeze a seed whose numbers go non-finite; the others go on.
+
+A frozen seed keeps the state before the bad step, but for replay buffers and the like (leaves of LARGE elements or more
+that are not shaped as a parameter, which spares optimiser moments): choosing between old and new would copy them on
+every step, so they run on, unused.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -6,6 +11,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
+
+LARGE = 2**16
 
 
 class Alive(NamedTuple):
@@ -35,7 +42,9 @@ def guarded(step: Callable[..., tuple[Any, dict[str, Array]]]) -> Callable[..., 
         new, metrics = step(state, *batch)
         ok = alive.ok & finite(new, metrics)
         failed = jnp.where(alive.ok & ~ok, number, alive.failed_step)
-        state = jax.tree.map(lambda n, o: _where(ok, n, o), new, state)
+        shapes = {jnp.shape(x) for x in jax.tree.leaves(getattr(new, "params", ()))}
+        keep = lambda x: x.size >= LARGE and x.shape not in shapes
+        state = jax.tree.map(lambda n, o: n if n is o or keep(n) else _where(ok, n, o), new, state)
         return state, Alive(ok, failed), metrics
 
     return run
@@ -55,4 +64,4 @@ def _where(ok: Array, new: Array, old: Array) -> Array:
     if jnp.issubdtype(new.dtype, jax.dtypes.prng_key):
         data = jnp.where(ok, jax.random.key_data(new), jax.random.key_data(old))
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(new))
-    return new if new is old else jnp.where(ok, new, old)
+    return jnp.where(ok, new, old)

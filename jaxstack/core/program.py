@@ -130,10 +130,10 @@ def _step_body(learner: Learner, data: Source | None, guarded: bool) -> Callable
     def body(state: Any, alive: guard.Alive, number: Any, constants: Any, item: Any) -> tuple:
         if data is None:
             return jax.vmap(lambda s, a: step(s, a, number))(state, alive)
-        batch = lambda one: data.batch(constants, one)
+        batch = data.batch
         if data.per_seed:
-            return jax.vmap(lambda s, a, one: step(s, a, number, batch(one)))(state, alive, item)
-        shared = batch(item)
+            return jax.vmap(lambda s, a, one: step(s, a, number, batch(constants, one)))(state, alive, item)
+        shared = batch(constants, item)
         return jax.vmap(lambda s, a: step(s, a, number, shared))(state, alive)
 
     return body

@@ -84,7 +84,7 @@ class RunDir:
             raise UserError(f"{self.path}/metrics.jsonl: cannot be written ({e.strerror})") from e
 
     def cut(self, step: int) -> list[Row]:
-        """Drop metric lines after `step` and a torn last line, which a resumed run writes again; returns what is left."""
+        """Drop metric lines after `step` and a torn last line, which a resumed run writes again; returns the others."""
         path = self.path / "metrics.jsonl"
         if not path.exists():
             return []

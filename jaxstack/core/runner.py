@@ -184,14 +184,15 @@ def resume(
         if data is not None:
             data.restore(meta["data"])
         run.status("running", resumed_at_step=step)
-        result = _loop(job, programs, run, *programs.place((state, alive)), step)
+        state, alive = programs.place((state, alive))
+        result = _loop(job, programs, run, state, alive, step)
     return _some_alive(result, job)
 
 
 def load_state(learner: Learner, run_dir: str | Path, seeds: Sequence[int] | None = None) -> Any:
     """The newest stored state [S, ...] of a run, for evaluation. Raises `UserError` when there is none."""
-    seeds = read_plan(run_dir)["seeds"] if seeds is None else seeds
-    template = jax.eval_shape(lambda: program.initial(learner, seeds, None))
+    chosen: Sequence[int] = read_plan(run_dir)["seeds"] if seeds is None else seeds
+    template = jax.eval_shape(lambda: program.initial(learner, chosen, None))
     store = Checkpoints(Path(run_dir) / "checkpoints")
     _, (state, _), _, _ = store.restore(template)
     store.close()

@@ -52,13 +52,19 @@ def test_round_trip_with_typed_keys_and_empty_arrays(tmp_path, impl):
 
 
 def test_keeps_the_last_and_the_best(tmp_path):
-    store = Checkpoints(tmp_path / "c", Retention(keep_last=2, keep_best=1))
+    open_store = lambda: Checkpoints(tmp_path / "c", Retention(keep_last=2, keep_best=1))
+    store = open_store()
     for step, score in enumerate([0.0, 9.0, 1.0, 2.0, float("nan")], start=1):
         store.save(step, tree(), {}, score)
     store.wait()
     assert store.steps() == [2, 4, 5]
     store.close()
-    assert sorted(p.stem for p in (tmp_path / "checksums").iterdir()) == ["2", "4", "5"]
+    store = open_store()  # scores are remembered by the next process
+    store.save(6, tree(), {}, 3.0)
+    store.wait()
+    assert store.steps() == [2, 5, 6]
+    store.close()
+    assert sorted(p.stem for p in (tmp_path / "checksums").iterdir()) == ["2", "5", "6"]
 
 
 def largest(folder):
@@ -169,7 +175,7 @@ def test_resume_without_a_checkpoint_is_refused(tmp_path):
 
     quiet(train, LEARNER, 2, run_dir=tmp_path / "r")
     shutil.rmtree(tmp_path / "r" / "checkpoints" / "2")
-    with pytest.raises(UserError, match="no usable checkpoint .*there is none"):
+    with pytest.raises(UserError, match=r"no usable checkpoint .*there is none"):
         quiet(resume, LEARNER, tmp_path / "r")
 
 
@@ -250,6 +256,6 @@ def test_errno_of_a_full_disk_is_reported(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(store._manager, "save", full)
-    with pytest.raises(UserError, match="No space left on device.*intact: none"):
+    with pytest.raises(UserError, match=r"No space left on device.*intact: none"):
         store.save(1, tree(), {})
     store.close()

@@ -51,7 +51,9 @@ def test_a_run_stores_its_ledger(tmp_path):
 
 
 def test_memory_advice(monkeypatch):
-    program = ledger.Program("chunk", 1, 0.0, 0.0, 0.0, 0.0, argument_bytes=0, output_bytes=0, temp_bytes=100, donated_bytes=0)
+    program = ledger.Program(
+        "chunk", 1, 0.0, 0.0, 0.0, 0.0, argument_bytes=0, output_bytes=0, temp_bytes=100, donated_bytes=0
+    )
     ledger.check_memory(program, 4, 100)
     with pytest.raises(ledger.DoesNotFit, match=r"split_seeds=2 \(or 'auto'\) runs 2 groups") as e:
         ledger.check_memory(program, 4, 60)

@@ -160,6 +160,23 @@ def test_guard_looks_at_parameters_and_losses():
     assert check({}, **{"train/x": jnp.nan * jnp.ones(())})
 
 
+def test_the_guard_rolls_back_all_but_large_buffers():
+    size = guard.LARGE
+    state = LEARNER.init(jax.random.key(0), Hypers())._replace(
+        params={"w": jnp.zeros(size)}, opt=(jnp.zeros(size), jnp.zeros(size + 1), jnp.zeros(3), jax.random.key(1))
+    )
+
+    def step(s):
+        opt = (*(x + 1 for x in s.opt[:3]), jax.random.key(2))
+        return s._replace(params={"w": s.params["w"] + 1}, opt=opt), {"loss/x": jnp.float32(jnp.nan)}
+
+    alive = guard.Alive(jnp.bool_(True), jnp.int32(0))
+    new, alive, _ = jax.jit(guard.guarded(step))(state, alive, 5)
+    assert (bool(alive.ok), int(alive.failed_step)) == (False, 5)
+    assert [float(x[0]) for x in (new.params["w"], *new.opt[:3])] == [0.0, 0.0, 1.0, 0.0]
+    assert_same(new.opt[3], state.opt[3])
+
+
 def test_split_seeds_gives_the_same_runs(whole):
     got = train(LEARNER, 7, 3, split_seeds=2, progress=False)
     assert len(jax.tree.leaves(got.state.params)[0]) == 3
