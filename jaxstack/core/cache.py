@@ -20,8 +20,9 @@ def enable() -> Path | None:
     choice = os.environ.get("JAXSTACK_CACHE", "")
     if choice == "off":
         return None
-    if jax.config.jax_compilation_cache_dir:  # the user's own choice
-        return Path(jax.config.jax_compilation_cache_dir)
+    own = jax.config.values["jax_compilation_cache_dir"]
+    if own:
+        return Path(own)
     path = Path(choice) if choice else default_dir()
     try:
         path.mkdir(parents=True, exist_ok=True)

@@ -123,7 +123,8 @@ def test_a_bad_seed_is_frozen_in_its_last_good_state_and_others_go_on(capsys):
     clean, got = poisoned(3, steps=(-1.0, -1.0, -1.0)), poisoned(3)
     assert got.alive.tolist() == [True, False, True]
     for s in (0, 2):
-        assert_same(jax.tree.map(lambda x: x[s], clean.state.params), jax.tree.map(lambda x: x[s], got.state.params))
+        pick = lambda x, s=s: x[s]
+        assert_same(jax.tree.map(pick, clean.state.params), jax.tree.map(pick, got.state.params))
         columns = ["step", "loss/total", "train/w0"]
         mine, theirs = (r.metrics.query(f"seed == {s}")[columns].reset_index(drop=True) for r in (got, clean))
         assert mine.equals(theirs)
@@ -276,7 +277,7 @@ def test_signals_are_left_alone_outside_the_main_thread():
 
 
 def test_a_second_signal_acts_at_once():
-    with pytest.raises(KeyboardInterrupt), _signals() as stop:
+    with pytest.raises(KeyboardInterrupt), _signals() as stop:  # noqa: PT012
         signal.raise_signal(signal.SIGINT)
         assert stop == [signal.SIGINT]
         signal.raise_signal(signal.SIGINT)
