@@ -313,7 +313,8 @@ class KalmanLinearAttention(nn.Module):
         self._validate()
         m, s = self.channels, self.d_state
         value, var = self.ranks()
-        widths = [{"full": m, "conv": 0}.get(r, r) if isinstance(r, str) else r for r in (value, var)]
+        wide = {"full": m, "conv": 0}
+        widths = [wide[r] if isinstance(r, str) else r for r in (value, var)]
         dense = lambda width: nn.Dense(width, self.use_bias, self.dtype, kernel_init=_LINEAR, bias_init=_zeros)
         self.in_proj = dense(2 * m if self.use_gate else m)
         self.conv = ShortConv(m, self.conv_size) if self.use_conv else None
@@ -365,8 +366,9 @@ class KalmanLinearAttention(nn.Module):
         check_sequence(x[:, None], self.features)
         check_state(state, self.init_state(x.shape[0]))
         z, gate, window = self._inputs(x[:, None], None, state.conv)
-        token = (t[:, 0] for t in self._sense(z))
-        y, var, belief = kla_step(*token, *self.dynamics(), state.belief, read=self.read)
+        v, precision, k, q = (t[:, 0] for t in self._sense(z))
+        abar, pbar = self.dynamics()
+        y, var, belief = kla_step(v, precision, k, q, abar, pbar, state.belief, read=self.read)
         out, out_var = self._outputs(y[:, None], var[:, None], z, gate, return_variance)
         out, state = out[:, 0].astype(x.dtype), KLALayerState(window, belief)
         return (out, out_var[:, 0], state) if out_var is not None else (out, state)

@@ -13,14 +13,13 @@ kernels of scan_pallas.py. State arrays are [.., S, M]: with channels innermost 
 (which makes the scan up to 2.5 times faster on CPU than S innermost does), and channels fill the lanes of a TPU.
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jaxstack.sequence.scan import precision_range
+from jaxstack.sequence.scan import own_adjoint, precision_range
 
 
 class Token(NamedTuple):
@@ -130,7 +129,7 @@ def hold(abar: Array, pbar: Array, keep: Array | None) -> tuple[Array, Array]:
     return jnp.where(keep > 0, abar, 1.0), jnp.where(keep > 0, pbar, 0.0)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+@own_adjoint(6)
 def filter_scan(
     tokens: Token, keep: Array | None, abar: Array, pbar: Array, lam: Array, mean: Array, prior: bool
 ) -> tuple[Array, Array, Array, Array]:
@@ -141,7 +140,8 @@ def filter_scan(
     """
 
     def body(state: Any, xs: Any) -> Any:
-        lam, mean, y, var = filter_step(*state, xs[0], *hold(abar, pbar, xs[1]), prior=prior)
+        a, p = hold(abar, pbar, xs[1])
+        lam, mean, y, var = filter_step(state[0], state[1], xs[0], a, p, prior=prior)
         return (lam, mean), (y, var)
 
     (lam, mean), (y, var) = jax.lax.scan(body, (lam, mean), (tokens, keep))
@@ -152,7 +152,8 @@ def _filter_fwd(
     tokens: Token, keep: Array | None, abar: Array, pbar: Array, lam: Array, mean: Array, prior: bool
 ) -> Any:
     def body(state: Any, xs: Any) -> Any:
-        lam, mean, y, var = filter_step(*state, xs[0], *hold(abar, pbar, xs[1]), prior=prior)
+        a, p = hold(abar, pbar, xs[1])
+        lam, mean, y, var = filter_step(state[0], state[1], xs[0], a, p, prior=prior)
         return (lam, mean), (y, var, state)
 
     (lam, mean), (y, var, states) = jax.lax.scan(body, (lam, mean), (tokens, keep))
@@ -167,7 +168,7 @@ def _filter_bwd(prior: bool, saved: Any, cotangent: Any) -> Any:
         d_lam, d_mean, d_abar, d_pbar = carry
         token, keep, state, d_y, d_var = xs
         a, p = hold(abar, pbar, keep)
-        grad = filter_step_grad(*state, token, a, p, (d_lam, d_mean, d_y, d_var), prior=prior)
+        grad = filter_step_grad(state[0], state[1], token, a, p, (d_lam, d_mean, d_y, d_var), prior=prior)
         on = 1.0 if keep is None else keep
         return (grad.lam, grad.mean, d_abar + on * grad.abar, d_pbar + on * grad.pbar), grad.token
 

@@ -18,6 +18,7 @@ whatever the inputs; float64 stays float64. Reverse mode can be nested; forward 
 import functools
 import json
 import math
+from collections.abc import Callable
 from importlib import resources
 from typing import Any, NamedTuple
 
@@ -114,6 +115,11 @@ def compute_dtype(*arrays: ArrayLike) -> Any:
     if not jnp.issubdtype(dtype, jnp.floating):
         raise UserError(f"a scan takes real numbers, found {dtype}")
     return dtype
+
+
+def own_adjoint(*static: int) -> Callable[[Callable[..., Any]], Any]:
+    """Decorator for a function whose gradient `defvjp` gives; `static`: positions of arguments that are not data."""
+    return functools.partial(jax.custom_vjp, nondiff_argnums=static)
 
 
 def precision_range(dtype: Any) -> tuple[float, float]:
@@ -222,7 +228,7 @@ def _affine_compose(first: tuple[Array, Array], then: tuple[Array, Array]) -> tu
     return then[0] * first[0], then[0] * first[1] + then[1]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+@own_adjoint(3, 4, 5)
 def _affine(a: Array, b: Array, h0: Array, form: str, chunk: int, reverse: bool) -> tuple[Array, Array]:
     """a, b [T, ...] with a's other axes broadcasting, h0 [...] -> (h [T, ...], last state)."""
     if form == "sequential":
@@ -322,7 +328,7 @@ def _scan_moebius(phi: Array, abar2: Array, pbar: Array, lam0: Array) -> tuple[A
     return jax.lax.scan(body, lam0, (phi,) if fixed else (phi, abar2, pbar))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+@own_adjoint(4, 5)
 def _moebius(phi: Array, abar2: Array, pbar: Array, lam0: Array, form: str, chunk: int) -> tuple[Array, Array]:
     """phi [T, ...], abar2 and pbar [1 or T, ...], lam0 [...] -> (lam [T, ...], last lam)."""
     if form == "sequential":

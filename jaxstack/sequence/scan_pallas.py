@@ -19,6 +19,7 @@ from jaxtyping import Array
 
 from jaxstack.core.errors import UserError
 from jaxstack.sequence.kla_filter import Token, filter_step, filter_step_grad, hold
+from jaxstack.sequence.scan import own_adjoint
 
 PLATFORMS = ("gpu", "tpu")
 
@@ -117,7 +118,7 @@ def _compiler(plan: _Plan) -> Any:
 # ---------------------------------------------------------------- calls
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+@own_adjoint(6)
 def _filter(
     tokens: Token, keep: Array, abar: Array, pbar: Array, lam: Array, mean: Array, plan: _Plan
 ) -> tuple[Array, Array, Array, Array]:
