@@ -104,5 +104,11 @@ class BlindParticleSpread(Config, Environment):
         from jaxstack.envs import render2d
 
         return render2d.particles(
-            np.asarray(state.pos), 0.1, np.asarray(state.landmarks), 0.15, extent=3.5, groups=self.group_of
+            np.asarray(state.pos),
+            0.1,
+            np.asarray(state.landmarks),
+            0.15,
+            extent=3.5,
+            groups=self.group_of,
+            landmark_groups=np.arange(len(self.sizes)),
         )

@@ -15,6 +15,7 @@ from jaxstack.envs.particles import contact_force, distances
 AGENT_RADIUS, GOAL_RADIUS = 0.1, 0.05
 MIN_SPAWN_DISTANCE = 0.25
 RAYS, LIDAR_RANGE = 12, 0.35
+MAX_AGENTS = 20  # rejection sampling of starts and goals in [-1, 1]^2 needs room
 
 
 class State(NamedTuple):
@@ -43,10 +44,12 @@ class Navigation(Config, Environment):
     shared_reward: bool = True
     collisions: bool = True
     observe_all_goals: bool = False
+    """Positions relative to the goals of all agents, in order of agents, instead of to the own goal alone."""
     horizon: int = 100
 
     def validate(self) -> None:
         require_at_least(self, 1, "num_agents", "horizon", "agents_with_same_goal")
+        require(self, "num_agents", self.num_agents <= MAX_AGENTS, f"at most {MAX_AGENTS}: no room for more")
         require(self, "agents_with_same_goal", self.agents_with_same_goal <= self.num_agents, "at most num_agents")
         alone = self.agents_with_same_goal == 1
         require(self, "collisions", alone or not self.collisions, "off when agents share a goal")
@@ -68,7 +71,8 @@ class Navigation(Config, Environment):
             obs_shape=(4 + goals + (RAYS if self.collisions else 0),),
             action_space=Box((2,), -1.0, 1.0),
             horizon=self.horizon,
-            shared_reward=False,
+            # the penalty of a contact is paid by those who touch
+            shared_reward=self.shared_reward and not self.collisions,
         )
 
     def reset(self, key: jax.Array) -> tuple[State, TimeStep]:
@@ -113,7 +117,13 @@ class Navigation(Config, Environment):
         from jaxstack.envs import render2d
 
         return render2d.particles(
-            np.asarray(state.pos), AGENT_RADIUS, np.asarray(state.goal), GOAL_RADIUS, extent=1.5, groups=self.goal_of
+            np.asarray(state.pos),
+            AGENT_RADIUS,
+            np.asarray(state.goal),
+            GOAL_RADIUS,
+            extent=1.5,
+            groups=self.goal_of,
+            landmark_groups=self.goal_of,
         )
 
 

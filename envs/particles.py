@@ -14,13 +14,15 @@ def moves(action: Array) -> Array:
 
 
 def contact_force(pos: Array, min_dist: float, stiffness: float = 100.0, margin: float = 1e-3) -> Array:
-    """Soft repulsion between all pairs [A, 2]: 100 d/|d| k log(1 + exp(-(|d| - r) / k)), zero for coinciding points."""
+    """Soft repulsion between all pairs [A, 2]: 100 d/|d| k log(1 + exp(-(|d| - r) / k)) for |d| <= r, as in VMAS (the
+    original MPE has no cut-off); zero for coinciding points."""
     delta = pos[:, None] - pos[None]
     square = jnp.sum(jnp.square(delta), -1)
     apart = square > 0
     dist = jnp.sqrt(jnp.where(apart, square, 1.0))
+    touching = apart & (dist <= min_dist)
     depth = jax.nn.softplus(-(dist - min_dist) / margin) * margin
-    size = jnp.where(apart, stiffness * depth / dist, 0.0)
+    size = jnp.where(touching, stiffness * depth / dist, 0.0)
     return jnp.sum(delta * size[..., None], axis=1)
 
 
@@ -28,11 +30,3 @@ def distances(a: Array, b: Array) -> Array:
     """[A, 2], [B, 2] -> [A, B] Euclidean distances."""
     return jnp.sqrt(jnp.sum(jnp.square(a[:, None] - b[None]), -1))
 
-
-def others(x: Array) -> Array:
-    """[A, A, ...] pairwise quantities -> [A, A-1, ...] without the diagonal, in order of agents."""
-    count = x.shape[0]
-    index = jnp.asarray([[j for j in range(count) if j != i] for i in range(count)], jnp.int32).reshape(
-        count, count - 1
-    )
-    return jax.vmap(lambda row, idx: row[idx])(x, index)

@@ -16,17 +16,16 @@ def particles(
     landmark_radius: float | np.ndarray,
     extent: float = 1.3,
     groups: np.ndarray | None = None,
+    landmark_groups: np.ndarray | None = None,
 ) -> np.ndarray:
-    """[H, W, 3] uint8: agents as discs (coloured by `groups`, else each its own), landmarks as rings; the view is
-    [-extent, extent]^2 with y upwards, widened if something lies outside."""
+    """[H, W, 3] uint8: agents as discs (coloured by `groups`, else each its own), landmarks as rings (coloured by
+    `landmark_groups`, else dark); the view is [-extent, extent]^2 with y upwards, widened if something lies outside."""
     points = np.concatenate([agents.reshape(-1, 2), landmarks.reshape(-1, 2)])
     extent = max(extent, float(np.abs(points).max(initial=0.0)) + 0.1)
     image, draw = _canvas()
     groups = np.arange(len(agents)) if groups is None else groups
     for i, (p, r) in enumerate(zip(landmarks, np.broadcast_to(landmark_radius, len(landmarks)))):
-        colour = (
-            COLOURS[int(groups[i]) % len(COLOURS)] if len(landmarks) == len(agents) and len(set(groups)) > 1 else INK
-        )
+        colour = INK if landmark_groups is None else COLOURS[int(landmark_groups[i]) % len(COLOURS)]
         draw.ellipse(_box(p, max(float(r), 0.02 * extent), extent), outline=colour, width=3)
     for i, (p, r) in enumerate(zip(agents, np.broadcast_to(agent_radius, len(agents)))):
         draw.ellipse(_box(p, max(float(r), 0.02 * extent), extent), fill=COLOURS[int(groups[i]) % len(COLOURS)])

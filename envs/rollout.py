@@ -78,8 +78,7 @@ def collect(
         return (new, carry, pool), out
 
     (vs, carry, pool), steps = jax.lax.scan(body, (vs, carry, pool), jnp.arange(num_steps))
-    reused = jnp.int32(0) if pool is None else jnp.maximum(pool.used - pool.ts.reward.shape[0], 0)
-    return vs, carry, steps, reused
+    return vs, carry, steps, vector.reused(pool)
 
 
 def statistics(steps: Step) -> Metrics:

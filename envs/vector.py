@@ -3,7 +3,7 @@
 `auto_reset="pool"` (default) draws each new episode's start from a pool of fresh resets that is made in bulk once a
 rollout, so that no step pays for a reset; `"exact"` computes a reset in every step, as most libraries do, and is the
 reference. Start states are never used twice within a rollout unless more episodes end than the pool holds, which
-`VecState.reused` counts.
+`reused` counts.
 """
 
 import math
@@ -52,13 +52,14 @@ class VecEnv(NamedTuple):
 
     def rollout_pool_size(self, num_steps: int) -> int:
         """How many starts a rollout of `num_steps` gets: enough for every episode of full length, doubled if they can
-        end early (at least one for each environment)."""
+        end early; at least one for each environment, never more than can be used."""
         if self.pool_size is not None:
             return self.pool_size
         spec = self.env.spec
         length = spec.horizon or 100
         ends = self.num_envs * math.ceil(num_steps / length)
-        return max(self.num_envs, 2 * ends if spec.can_terminate else ends)
+        wanted = max(self.num_envs, 2 * ends if spec.can_terminate else ends)
+        return min(wanted, self.num_envs * num_steps)
 
 
 def vectorise(env: Environment, num_envs: int, auto_reset: AutoReset = "pool", pool_size: int | None = None) -> VecEnv:
@@ -85,6 +86,11 @@ def make_pool(vec: VecEnv, key: jax.Array, num_steps: int) -> Pool | None:
         return None
     env, ts = jax.vmap(vec.env.reset)(jax.random.split(key, vec.rollout_pool_size(num_steps)))
     return Pool(env, ts, jnp.int32(0))
+
+
+def reused(pool: Pool | None) -> Array:
+    """How many episodes began from a start state that had been used before; 0 in exact mode."""
+    return jnp.int32(0) if pool is None else jnp.maximum(pool.used - pool.ts.reward.shape[0], 0)
 
 
 def step(
