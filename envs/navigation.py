@@ -29,7 +29,7 @@ class State(NamedTuple):
 
 @dataclass(frozen=True)
 class Navigation(Config, Environment):
-    """Reward: progress towards the goal (summed over agents if `shared_reward`), 0.01 when all agents are at their goals
+    """Reward: progress towards the goal (summed over agents if `shared_reward`), 0.01 when all are at their goals
     and -1 for each partner in contact. Ends when all are within a body's radius of their goals; the limit truncates.
 
     Contacts are judged in each environment by itself; VMAS gives the penalty whenever any environment of the batch has

@@ -134,7 +134,7 @@ def evaluate(vec: vector.VecEnv, act: Act, key: jax.Array, carry: Any, num_steps
 
 
 def record(env: Environment, policy: Policy, state: Any, seed: int, max_steps: int) -> np.ndarray:
-    """One greedy episode drawn on the host: frames [T, H, W, 3] uint8. Raises `UserError` where `env` has no picture."""
+    """One greedy episode drawn on the host: frames [T, H, W, 3] uint8. Raises `UserError` if `env` has no picture."""
     k_reset, k_step = jax.random.split(jax.random.key(seed))
     params = policy.params(state)
     carry = policy.init_carry(params, 1)
