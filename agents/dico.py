@@ -93,6 +93,8 @@ def dico_team(cfg: Config, shape: Shape, arch: Arch) -> TeamNet:
 def _scale(cfg: Config, running: Array) -> Array:
     if cfg.diversity == -1:
         return jnp.float32(1.0)
+    if cfg.diversity == 0:
+        return jnp.float32(0.0)
     return jnp.where(running < 0, 1.0, cfg.diversity / jnp.maximum(running, 1e-8))
 
 

@@ -48,8 +48,8 @@ def masked_team(cfg: Config, shape: Shape, arch: Arch) -> TeamNet:
     count = shape.num_agents
 
     def init(key: Array) -> Any:
-        params = common.init(key)
-        k_mask = jax.random.fold_in(key, 1)
+        k_net, k_mask = jax.random.split(key)
+        params = common.init(k_net)
         leaves, tree = jax.tree.flatten(params["actor_head"])
         keys = jax.random.split(k_mask, len(leaves))
         # agents must start a little apart: equal masks get equal gradients; biases start at 0 and are not masked

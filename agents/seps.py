@@ -51,10 +51,10 @@ def transitions(env: Environment, key: Array, total: int) -> tuple[Array, Array,
     k_init, k_roll = jax.random.split(key)
 
     def act(key: Array, carry: Any, vs: vector.VecState) -> tuple[Any, Array, Any]:
-        action = jax.vmap(lambda k, ts: sample_action(spec, k, ts))(jax.random.split(key, 10), vs.ts)
+        k_action, k_step = jax.random.split(key)
+        action = jax.vmap(lambda k, ts: sample_action(spec, k, ts))(jax.random.split(k_action, 10), vs.ts)
         # the pool replaces observations at episode ends, so the true next one is taken from a second step
-        keys = jax.random.split(jax.random.fold_in(key, 1), 10)
-        _, nxt = jax.vmap(env.step)(keys, vs.env, action)
+        _, nxt = jax.vmap(env.step)(jax.random.split(k_step, 10), vs.env, action)
         return carry, action, (nxt.obs, nxt.reward)
 
     _, _, data, _ = rollout.collect(vec, act, k_roll, vector.init(vec, k_init), (), steps)

@@ -219,11 +219,12 @@ def make_learner(
 
 
 def optimiser(cfg: PPOConfig, hypers: Hypers) -> optax.GradientTransformation:
-    """Global-norm clipping, then Adam (eps 1e-5) with a learning rate that may fall linearly to zero."""
+    """Global-norm clipping, then Adam (eps 1e-5) with a learning rate that may fall linearly to zero, then stays."""
     steps = cfg.num_updates * cfg.num_epochs * cfg.num_minibatches
 
     def lr(count: Array) -> Array:
-        return hypers.lr * (1.0 - count / steps) if cfg.anneal_lr else jnp.asarray(hypers.lr)
+        # a run that is continued beyond total_steps must not climb the loss
+        return hypers.lr * jnp.maximum(1.0 - count / steps, 0.0) if cfg.anneal_lr else jnp.asarray(hypers.lr)
 
     return optax.chain(
         optax.clip_by_global_norm(hypers.max_grad_norm),

@@ -1,7 +1,7 @@
 """Typed, frozen configs: checked where they are made, one YAML form, one command-line form."""
 
 import dataclasses
-import math
+import sys
 import types
 import typing
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
@@ -182,7 +182,7 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
                 value = float(value)
             except ValueError:
                 raise UserError(f"{where}={value!r}: expected a finite number") from None
-        ok = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        ok = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
         expected = "a finite number"
         value = float(value) if ok else value
     elif isinstance(hint, type):
