@@ -30,8 +30,8 @@ class State(NamedTuple):
 
 @dataclass(frozen=True)
 class Dispersion(Config, Environment):
-    """Agents within reach of an uneaten food share it: reward 1 / (agents on it) each, or with `share_reward` the number
-    of foods eaten in this step for everybody. Ends when all is eaten; the time limit truncates."""
+    """Agents within reach of an uneaten food share it: reward 1 / (agents on it) each, or with `share_reward` the
+    number of foods eaten in this step for everybody. Ends when all is eaten; the time limit truncates."""
 
     num_agents: int = 4
     num_food: int = 0

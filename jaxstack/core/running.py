@@ -27,12 +27,23 @@ def init(shape: tuple[int, ...]) -> Running:
     return Running(jnp.zeros(shape), jnp.ones(shape), jnp.float32(1e-4))
 
 
-def update(stats: Running, x: Array) -> Running:
-    """Fold in x [..., *shape] by the parallel formula of Chan et al. (1979)."""
+def update(stats: Running, x: Array, weight: Array | None = None) -> Running:
+    """Fold in x [..., *shape] by the parallel formula of Chan et al. (1979).
+
+    `weight` [...] (broadcast) counts each entry; zeros leave out absent agents, and weights of zero alone change
+    nothing.
+    """
     axes = tuple(range(x.ndim - stats.mean.ndim))
     x = x.astype(jnp.float32)
-    count = jnp.float32(x.size / max(stats.mean.size, 1))
-    mean, var = x.mean(axes), x.var(axes)
+    if weight is None:
+        count = jnp.float32(x.size / max(stats.mean.size, 1))
+        mean, var = x.mean(axes), x.var(axes)
+    else:
+        weight = jnp.broadcast_to(weight, x.shape[: len(axes)]).astype(jnp.float32)
+        count = weight.sum()
+        share = (weight / jnp.maximum(count, 1e-8)).reshape(*weight.shape, *[1] * stats.mean.ndim)
+        mean = (share * x).sum(axes)
+        var = (share * jnp.square(x - mean)).sum(axes)
     total = stats.count + count
     delta = mean - stats.mean
     m2 = stats.var * stats.count + var * count + jnp.square(delta) * stats.count * count / total

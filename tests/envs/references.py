@@ -93,7 +93,7 @@ def navigation(pos, vel, goal, force, shared_reward, collisions, observe_all_goa
 
 
 def lidar(pos: np.ndarray, i: int) -> tuple[np.ndarray, np.ndarray]:
-    """Smallest root t >= 0 of |p + t u - c| = 0.1 over the other agents, at most 0.35: [E, 12]; and where it is sure."""
+    """Smallest root t >= 0 of |p + t u - c| = 0.1 over the other agents, at most 0.35 [E, 12]; where it is sure."""
     best = np.full((len(pos), 12), 0.35)
     sure = np.ones((len(pos), 12), bool)
     for ray in range(12):

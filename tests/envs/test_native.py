@@ -66,9 +66,9 @@ def test_matrix_game_is_its_definition(kind):
     assert np.all(MatrixGame(temporal=False).reset(jax.random.key(0))[1].obs == np.ones((4, 1)))
 
 
-@pytest.mark.parametrize("n, a", [(2, 2), (4, 4), (3, 5)])
+@pytest.mark.parametrize(("n", "a"), [(2, 2), (4, 4), (3, 5)])
 def test_matrix_game_in_closed_form(n, a):
-    """Uniform play over all joint actions: 1 - (1 - 1/A)^N of A actions are taken, each worth 1 in all; the best is 1."""
+    """Uniform play over all joint actions: of A actions the share 1 - (1 - 1/A)^N is taken, each worth 1 in all."""
     joint = jnp.asarray(list(itertools.product(range(a), repeat=n)))
 
     def payoffs(kind):
@@ -269,7 +269,7 @@ def test_pictures_show_what_moved(env):
 
 
 @pytest.mark.parametrize(
-    "id, options, named",
+    ("id", "options", "named"),
     [
         ("matrix_game", {"kind": "chicken"}, "kind"),
         ("matrix_game", {"num_agents": 0}, "num_agents"),
