@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from jaxstack.core.errors import UserError
+
 
 def gae(
     r_t: Array, v_t: Array, v_tp1: Array, terminated_t: Array, done_t: Array, gamma: Array | float, lam: Array | float
@@ -34,6 +36,25 @@ def lambda_returns(
     # the last step has no return after it: its own value stands for it
     base = base.at[-1].add(gamma * lam * (live * v)[-1])
     return _backward(base, gamma * lam * live, jnp.zeros_like(r_t[0]))
+
+
+def n_step_returns(r_t: Array, v_tp1: Array, terminated_t: Array, done_t: Array, gamma: Array | float, n: int) -> Array:
+    """n-step returns (Sutton & Barto, 2018, eq. 7.1) [T, ...]: n discounted rewards and the value after them.
+
+    Fewer where the episode or the data ends before: then the value after the last reward stands (0 at termination).
+    Raises `UserError` for n < 1.
+    """
+    if n < 1:
+        raise UserError(f"n={n}: expected at least 1")
+    v = jnp.where(terminated_t, 0.0, v_tp1)
+    ends = done_t.at[-1].set(True)
+
+    def longer(_: Array, after: Array) -> Array:
+        # `after` holds the return with one step less; one index on it is what follows the reward
+        following = jnp.concatenate([after[1:], after[-1:]])
+        return r_t + gamma * jnp.where(ends, v, following)
+
+    return jax.lax.fori_loop(1, n, longer, r_t + gamma * v)
 
 
 def discounted_returns(r_t: Array, done_t: Array, gamma: Array | float) -> Array:
