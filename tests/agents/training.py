@@ -1,0 +1,74 @@
+"""Tiny training runs on the probe environments, shared by the tests of the agents."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxstack import agents, envs
+from jaxstack.agents import hypermarl, sharing, team_ppo
+from jaxstack.agents.dico import dico_team
+from jaxstack.agents.kaleidoscope import masked_team
+from jaxstack.nn import team
+
+envs.NATIVE.add("probe", "probes:Probe")
+
+SMALL = dict(env="probe", num_steps=16, num_envs=16, num_minibatches=2, hidden=(32,), anneal_lr=False, lr=1e-2)
+
+
+class Trained(NamedTuple):
+    learner: Any
+    state: Any
+    metrics: Any
+    returns: float
+    """Mean return of greedy episodes after training."""
+
+
+def make(agent: str, kind: str, count: int = 1, /, **options: Any) -> Any:
+    """A learner of a probe environment."""
+    return agents.make(agent, **(SMALL | dict(env_args=(f"kind={kind}", f"count={count}")) | options))
+
+
+@functools.cache
+def run(agent: str, kind: str, count: int = 1, /, updates: int = 50, **options: Any) -> Trained:
+    """Train for `updates` updates and evaluate, in one program."""
+    learner = make(agent, kind, count, total_steps=256 * updates, **options)
+
+    @jax.jit
+    def train(key):
+        k_init, k_eval = jax.random.split(key)
+        state, metrics = jax.lax.scan(lambda s, _: learner.step(s), learner.init(k_init), None, length=updates)
+        return state, metrics, learner.evaluate(state, k_eval)["eval/return"]
+
+    state, metrics, returns = train(jax.random.key(0))
+    return Trained(learner, state, metrics, float(returns))
+
+
+def network(agent: str, config: Any) -> team_ppo.Task:
+    """The task behind a learner: environment, shapes and the team's networks."""
+    env = team_ppo.make_env(config)
+    central = agent in ("mappo", "happo") or getattr(config, "algorithm", "") == "mappo"
+    shape = team_ppo.team_shape(env, config, central)
+    if agent == "hypermarl":
+        net = hypermarl.hyper_team(config, shape, config.arch)
+    elif agent in ("ippo", "mappo"):
+        net = sharing.team_network(config, shape, env)
+    elif agent == "happo":
+        net = team.separate(shape, config.arch)
+    elif agent == "dico":
+        net = dico_team(config, shape, config.arch)
+    elif agent == "kaleidoscope":
+        net = masked_team(config, shape, config.arch)
+    else:
+        net = team.shared(shape, config.arch, with_id=False)
+    return team_ppo.make_task(config, env, shape, net)
+
+
+def values(agent: str, trained: Trained, obs: Any) -> jax.Array:
+    """The trained critic [B, A] on observations [B, A, 2], feed-forward."""
+    task = network(agent, trained.learner.config)
+    obs = jnp.asarray(obs, jnp.float32)
+    weights, _ = task.team.prepare(trained.state.params, trained.state.extra, None)
+    x = obs.reshape(obs.shape[0], -1) if task.shape.central else obs
+    return task.team.critic(weights, (), x[None], jnp.zeros((1, len(obs)), bool))[1][0]
