@@ -52,7 +52,7 @@ class Check(NamedTuple):
 
 
 class Claim(NamedTuple):
-    """`small` runs in minutes on 2 CPU cores, `full` is the paper's scale; `scope` says what the experiment can show."""
+    """`small` takes minutes on 2 CPU cores, `full` is the paper's scale; `scope` says what can be shown."""
 
     method: str
     paper: str
