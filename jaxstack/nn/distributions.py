@@ -59,7 +59,7 @@ class MultiCategorical:
         return self._join(parts)
 
     def mode(self) -> Array:
-        return self._join([p.mode() for p in self.parts])
+        return self._join([jnp.asarray(p.mode()) for p in self.parts])
 
     def log_prob(self, action: Array) -> Array:
         """[..., A]."""
@@ -70,7 +70,7 @@ class MultiCategorical:
 
     def entropy(self) -> Array:
         """[..., A], nats."""
-        each = [p.entropy() for p in self.parts]
+        each = [jnp.asarray(p.entropy()) for p in self.parts]
         return sum(each[1:], each[0])
 
     def _join(self, parts: list[Array]) -> Array:
@@ -101,13 +101,13 @@ class Normal:
 
     @property
     def mean(self) -> Array:
-        return self.each.loc
+        return jnp.asarray(self.each.loc)
 
     @property
     def std(self) -> Array:
-        return self.each.scale
+        return jnp.asarray(self.each.scale)
 
-    def _clean(self, x: Array) -> Array:
+    def _clean(self, x: Any) -> Array:
         return x if self.valid is None else jnp.where(self.valid, x, 0.0)
 
 

@@ -62,7 +62,7 @@ class Torso(nn.Module):
         x = x.reshape(*lead, -1)
         if self.gru:
             x = act(nn.Dense(self.gru, kernel_init=orthogonal(2**0.5))(x))
-            carry, x = GRU(self.gru)(carry, x, first)
+            carry, x = GRU(self.gru)(jnp.asarray(carry), x, first)
         return carry, x
 
 
