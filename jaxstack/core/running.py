@@ -23,8 +23,8 @@ class RewardScale(NamedTuple):
 
 
 def init(shape: tuple[int, ...]) -> Running:
-    """Mean 0, variance 1, a small count so that the first batch decides."""
-    return Running(jnp.zeros(shape), jnp.ones(shape), jnp.float32(1e-4))
+    """Mean 0, variance 1, count 0: the first batch decides alone."""
+    return Running(jnp.zeros(shape), jnp.ones(shape), jnp.float32(0.0))
 
 
 def update(stats: Running, x: Array, weight: Array | None = None) -> Running:

@@ -122,7 +122,8 @@ def test_mlp_gains_and_zero_biases():
     first, last = p["Dense_0"], p["Dense_1"]
     np.testing.assert_allclose(first["kernel"] @ first["kernel"].T, 2 * np.eye(4), atol=1e-5)
     np.testing.assert_allclose(last["kernel"].T @ last["kernel"], 1e-4 * np.eye(3), atol=1e-8)
-    assert not np.any(first["bias"]) and not np.any(last["bias"])
+    assert not np.any(first["bias"])
+    assert not np.any(last["bias"])
 
 
 def test_plain_torso_flattens_and_has_no_weights():

@@ -1,0 +1,151 @@
+"""What every registered learner must do."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from training import make
+
+from jaxstack.agents import AGENTS
+from jaxstack.core.bundle import load_policy, save_policy
+from jaxstack.core.learner import as_hypers, with_hypers
+from jaxstack.core.runner import resume, train
+
+TINY = dict(num_envs=4, num_steps=4, hidden=(8,), total_steps=160, eval_episodes=4, anneal_lr=True)
+VARIANTS = {name: (name, {}) for name in AGENTS} | {
+    "mappo, recurrent": ("mappo", {"gru": 4, "sharing": "full+id"}),
+    "hypermarl, recurrent": ("hypermarl", {"gru": 4, "algorithm": "mappo"}),
+    "ippo, normalised": ("ippo", {"normalise_obs": True, "normalise_reward": True, "normalise_value": True}),
+}
+ALL = pytest.mark.parametrize("name", VARIANTS)
+EACH = pytest.mark.parametrize("name", list(AGENTS))
+
+
+@functools.cache
+def learner(name):
+    agent, options = VARIANTS[name]
+    return make(agent, "target" if name == "dico" else "match", 1 if agent == "ppo" else 3, **(TINY | options))
+
+
+@functools.cache
+def compiled(name):
+    one = learner(name)
+    return jax.jit(one.init), jax.jit(one.step)
+
+
+def leaves(tree):
+    return [
+        jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x for x in jax.tree.leaves(tree)
+    ]
+
+
+def assert_close(a, b, rtol=1e-4, atol=1e-5):
+    for x, y in zip(leaves(a), leaves(b), strict=True):
+        np.testing.assert_allclose(x, y, rtol=rtol, atol=atol)
+
+
+@ALL
+def test_step_keeps_the_state_and_returns_named_scalars(name):
+    init, step = compiled(name)
+    state = init(jax.random.key(0), as_hypers(learner(name).hypers))
+    new, metrics = step(state)
+    chex.assert_trees_all_equal_shapes_and_dtypes(new, state)
+    assert all(x.dtype in (jnp.float32, jnp.int32, jnp.bool_) for x in leaves(state) if x.dtype != jnp.uint32)
+    assert int(new.step) == int(state.step) + 1
+    changed = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), new.params, state.params)
+    assert any(jax.tree.leaves(changed))
+    for key, value in metrics.items():
+        group, _, rest = key.partition("/")
+        assert group in ("rollout", "train", "loss")
+        assert rest
+        assert value.shape == ()
+        assert np.isfinite(value), key
+    assert {"loss/total", "rollout/return", "train/entropy"} <= set(metrics)
+
+
+@EACH
+def test_one_trace_serves_all_steps(name):
+    one = learner(name)
+    step = jax.jit(chex.assert_max_traces(one.step, n=1))
+    state = compiled(name)[0](jax.random.key(0), as_hypers(one.hypers))
+    for _ in range(3):
+        state, _ = step(state)
+    assert int(state.step) == 3
+
+
+@EACH
+def test_seeds_and_hypers_are_vmapped(name):
+    one = learner(name)
+    init, step = compiled(name)
+    keys = jax.random.split(jax.random.key(7), 2)
+    hypers = as_hypers(with_hypers(one, lr=jnp.array([1e-2, 0.0]), gamma=jnp.array([0.9, 0.5])))
+    hypers = jax.tree.map(lambda x: jnp.broadcast_to(x, (2,)), hypers)
+    states = [init(k, jax.tree.map(lambda x, i=i: x[i], hypers)) for i, k in enumerate(keys)]
+    both, metrics = jax.jit(jax.vmap(one.step))(jax.tree.map(lambda *x: jnp.stack(x), *states))
+    for i, state in enumerate(states):
+        alone, m = step(state)
+        assert_close(jax.tree.map(lambda x, i=i: x[i], both), alone)
+        assert_close({k: v[i] for k, v in metrics.items()}, m, rtol=1e-3, atol=1e-4)
+    still = jax.tree.map(lambda x: x[1], both.params)
+    assert_close(still, states[1].params, rtol=0, atol=0)  # lr 0 leaves its seed alone
+
+
+@EACH
+def test_no_key_is_used_twice(name):
+    one = learner(name)
+    with jax.debug_key_reuse(True):
+        state = jax.jit(one.init)(jax.random.key(0))
+        state, _ = jax.jit(one.step)(state)
+        jax.jit(one.evaluate)(state, jax.random.key(1))
+
+
+@ALL
+def test_a_resumed_run_equals_a_whole_one_to_the_bit(name, tmp_path):
+    options = dict(seeds=2, progress=False, eval_every=-1, chunk=1)
+    whole = train(learner(name), 3, **options)
+    train(learner(name), 2, run_dir=tmp_path / "r", **options)
+    got = resume(learner(name), tmp_path / "r", 3, progress=False, eval_every=-1, chunk=1)
+    for a, b in zip(leaves(whole.state), leaves(got.state), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert got.metrics.equals(whole.metrics)
+
+
+@ALL
+def test_policies_act_and_survive_a_bundle(name, tmp_path):
+    one = learner(name)
+    state = compiled(name)[0](jax.random.key(0), as_hypers(one.hypers))
+    count = 1 if name == "ppo" else 3
+    obs, first = jax.random.normal(jax.random.key(1), (5, count, 2)), jnp.zeros(5, bool)
+    params = one.policy.params(state)
+    carry, action = one.policy.act(params, one.policy.init_carry(params, 5), obs, None, first, None)
+    assert action.shape == ((5, count, 1) if name == "dico" else (5, count))
+    _, drawn = one.policy.act(params, one.policy.init_carry(params, 5), obs, None, first, jax.random.key(2))
+    assert drawn.shape == action.shape
+    assert bool(jnp.any(drawn != action))
+    loaded = load_policy(save_policy(tmp_path / "p", one, state))
+    carry2, again = loaded.act(obs)
+    np.testing.assert_array_equal(again, action)
+    assert_close(carry, carry2, 0, 0)
+    np.testing.assert_array_equal(loaded.act(obs, key=jax.random.key(2))[1], drawn)
+
+
+@EACH
+def test_evaluation_is_a_function_of_state_and_key(name):
+    one = learner(name)
+    state = compiled(name)[0](jax.random.key(0), as_hypers(one.hypers))
+    evaluate = jax.jit(one.evaluate)
+    a, b = evaluate(state, jax.random.key(1)), evaluate(state, jax.random.key(1))
+    assert a == b
+    assert float(a["eval/finished"]) == 1.0
+    assert float(a["eval/length"]) == 1.0
+
+
+def test_an_annealed_rate_ends_at_zero_and_stays_there():
+    one = make("ppo", "match", **(TINY | dict(total_steps=16)))
+    step = jax.jit(one.step)
+    state, _ = step(one.init(jax.random.key(0)))
+    later, _ = step(state)
+    assert_close(later.params, state.params, 0, 0)
