@@ -145,5 +145,5 @@ def test_changed_hypers_are_checked():
     assert with_hypers(learner(), lr=0.5) == Hypers(0.5, 2)
     with pytest.raises(UnknownName, match="unknown hyperparameter of toy 'lrate': did you mean 'lr'"):
         with_hypers(learner(), lrate=1.0)
-    with pytest.raises(UserError, match="toy.lr=nan must be finite"):
+    with pytest.raises(UserError, match=r"toy\.lr=nan must be finite"):
         with_hypers(learner(), lr=float("nan"))
