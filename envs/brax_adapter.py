@@ -16,19 +16,17 @@ from jaxtyping import Array
 from jaxstack.core.errors import UserError, unknown
 from jaxstack.envs.base import Box, Environment, Spec, TimeStep, first_step
 
-IDS: tuple[str, ...] = tuple(
-    [
-        "ant",
-        "halfcheetah",
-        "hopper",
-        "humanoid",
-        "humanoidstandup",
-        "inverted_pendulum",
-        "inverted_double_pendulum",
-        "pusher",
-        "reacher",
-        "walker2d",
-    ]
+IDS: tuple[str, ...] = (
+    "ant",
+    "halfcheetah",
+    "hopper",
+    "humanoid",
+    "humanoidstandup",
+    "inverted_pendulum",
+    "inverted_double_pendulum",
+    "pusher",
+    "reacher",
+    "walker2d",
 )
 """All of brax but `swimmer`, which fails with this jax."""
 
@@ -65,7 +63,8 @@ class Brax(Environment):
         return State(lib_state, jnp.int32(0)), first_step(self.spec, lib_state.obs[None])
 
     def step(self, key: jax.Array, state: State, action: Array) -> tuple[State, TimeStep]:
-        lib_state = self.lib.step(state.lib, jnp.clip(action[0], -1.0, 1.0))
+        # a copy: some tasks write into the metrics of the state that they are given
+        lib_state = self.lib.step(jax.tree.map(lambda x: x, state.lib), jnp.clip(action[0], -1.0, 1.0))
         # some tasks return Python numbers: keep the types of the state
         lib_state = jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), lib_state, state.lib)
         t = state.t + 1

@@ -4,8 +4,10 @@ Only the library's transition is used, never its `step`, which computes a reset 
 observation. What else differs from the library stands in each `Spec.notes`.
 """
 
+import contextlib
+import io
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -201,7 +203,11 @@ def _storm() -> Family:
     return Family(
         horizon=lambda lib: int(lib.num_inner_steps * lib.num_outer_steps),
         terminal=None,
-        notes=("the time limit truncates", "observation parts are flattened and joined"),
+        notes=(
+            "the time limit truncates",
+            "the view and the inventory of an agent are flattened and joined",
+            "the library's last step of an inner episode shows the next one's start and pays no reward",
+        ),
     )
 
 
@@ -241,13 +247,15 @@ class JaxMARL(Environment):
         return _spec(self)
 
     def reset(self, key: jax.Array) -> tuple[State, TimeStep]:
-        obs, lib_state = self.lib.reset(key)
+        with _quiet(self.name):
+            obs, lib_state = self.lib.reset(key)
         state = State(lib_state, jnp.int32(0))
         return state, first_step(self.spec, self._obs(obs), **self._facts(lib_state, {}))
 
     def step(self, key: jax.Array, state: State, action: Array) -> tuple[State, TimeStep]:
         lib, family, spec = self.lib, self.family, self.spec
-        obs, lib_state, rewards, dones, info = lib.step_env(key, state.lib, self._actions(action))
+        with _quiet(self.name):
+            obs, lib_state, rewards, dones, info = lib.step_env(key, state.lib, self._actions(action))
         t = state.t + 1
         terminated = jnp.bool_(False)
         if self.name == "switch_riddle":
@@ -285,10 +293,7 @@ class JaxMARL(Environment):
         return super().frame(state)
 
     def _obs(self, obs: Any) -> Array:
-        spec = self.spec
-        if not isinstance(obs, dict):
-            return jnp.asarray(obs).reshape(spec.num_agents, *spec.obs_shape)
-        return _stack([_flat(obs[_key(obs, i, a)]) for i, a in enumerate(spec.agents)], spec.obs_shape)
+        return _stack(_per_agent(obs, self.spec.agents), self.spec.obs_shape)
 
     def _facts(self, lib_state: Any, info: dict) -> dict[str, Any]:
         lib, family = self.lib, self.family
@@ -330,7 +335,8 @@ def make(rest: str, **options: Any) -> JaxMARL:
 def _library(name: str, options: tuple[tuple[str, Any], ...]) -> tuple[Any, Family]:
     with warnings.catch_warnings(), jax.ensure_compile_time_eval():
         warnings.simplefilter("ignore")
-        import jaxmarl
+        with contextlib.redirect_stdout(io.StringIO()):  # the import prints two lines about optional submodules
+            import jaxmarl
 
         kwargs = dict(options)
         if name.startswith("MPE_"):
@@ -362,11 +368,9 @@ def _library(name: str, options: tuple[tuple[str, Any], ...]) -> tuple[Any, Fami
 def _spec(env: JaxMARL) -> Spec:
     lib, family = _library(env.name, env.options)
     agents = tuple(str(a) for a in lib.agents)
-    obs, lib_state = jax.eval_shape(lib.reset, jax.random.key(0))
-    if isinstance(obs, dict):
-        shapes = [_flat_shape(obs[_key(obs, i, a)]) for i, a in enumerate(agents)]
-    else:
-        shapes = [tuple(obs.shape[1:])] * len(agents)
+    with _quiet(env.name):
+        obs, lib_state = jax.eval_shape(lib.reset, jax.random.key(0))
+    shapes = [tuple(x.shape) for x in jax.eval_shape(lambda obs: _per_agent(obs, agents), obs)]
     equal = len(set(shapes)) == 1
     sizes = tuple(int(np.prod(s)) for s in shapes)
     spaces = [_action_space(lib, a) for a in lib.agents]
@@ -413,17 +417,30 @@ def _key(obs: dict, index: int, agent: str) -> Any:
     return agent if agent in obs else index
 
 
-def _flat(x: Any) -> Array:
-    """STORM's observations are dicts; join their parts."""
-    if isinstance(x, dict):
-        return jnp.concatenate([jnp.ravel(x[k]).astype(jnp.float32) for k in sorted(x)])
-    return x
+@contextlib.contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """jaxnav's lidar writes the integer 1 into a boolean array: exact, but jax warns about it while tracing."""
+    with warnings.catch_warnings():
+        if name == "jaxnav":
+            warnings.filterwarnings("ignore", message="scatter inputs have incompatible types", category=FutureWarning)
+        yield
 
 
-def _flat_shape(x: Any) -> tuple[int, ...]:
-    if isinstance(x, dict):
-        return (sum(int(np.prod(v.shape)) for v in x.values()),)
-    return tuple(x.shape)
+def _per_agent(obs: Any, agents: tuple[str, ...]) -> list[Array]:
+    """One array an agent from the library's four forms: a dict by agent, an array [A, ...], a tuple of parts by agent
+    (storm_2p), or parts that each hold all agents (storm: views [A, ...], inventories [5, A])."""
+    if isinstance(obs, dict) and "observations" in obs:
+        views, inventories = obs["observations"], obs["inventory"]
+        return [_join(views[i], inventories[:, i]) for i in range(len(agents))]
+    if isinstance(obs, tuple):
+        return [_join(part["observation"], part["inventory"]) for part in obs]
+    if isinstance(obs, dict):
+        return [obs[_key(obs, i, a)] for i, a in enumerate(agents)]
+    return list(obs)
+
+
+def _join(view: Array, inventory: Array) -> Array:
+    return jnp.concatenate([jnp.ravel(view).astype(jnp.float32), jnp.ravel(inventory).astype(jnp.float32)])
 
 
 def _stack(rows: list[Array], shape: tuple[int, ...]) -> Array:

@@ -29,4 +29,3 @@ def contact_force(pos: Array, min_dist: float, stiffness: float = 100.0, margin:
 def distances(a: Array, b: Array) -> Array:
     """[A, 2], [B, 2] -> [A, B] Euclidean distances."""
     return jnp.sqrt(jnp.sum(jnp.square(a[:, None] - b[None]), -1))
-

@@ -65,7 +65,7 @@ def grid(layers: np.ndarray) -> np.ndarray:
     for y in range(rows):
         for x in range(cols):
             active = np.flatnonzero(layers[y, x])
-            fill = COLOURS[int(active[0]) % len(COLOURS)] if active.size else PAPER
+            fill = COLOURS[int(active[-1]) % len(COLOURS)] if active.size else PAPER
             draw.rectangle((x * cell, y * cell, (x + 1) * cell - 1, (y + 1) * cell - 1), fill=fill, outline=SOFT)
     return np.asarray(image)
 

@@ -2,8 +2,13 @@
 
 Scores are tables [S, M]: S runs (seeds) of M tasks. Intervals are percentile bootstraps, stratified: runs are resampled
 within each task. The same key gives the same interval.
+
+Percentile intervals of few runs are too short: the 95% interval of a mean of normal scores of one task covers the
+truth in about 74% of cases with 3 runs, 84% with 5, 90% with 10 and 93% with 20.
 """
 
+import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,31 +19,34 @@ from jaxtyping import Array
 
 from jaxstack.core.errors import UserError
 
-RESAMPLES = 10_000
+RESAMPLES = 50_000
 
 
 class Estimate(NamedTuple):
-    """A point estimate and its interval."""
+    """A point estimate and its interval; the ends are NaN where there is none."""
 
     value: float
     low: float
     high: float
 
     def __str__(self) -> str:
+        if math.isnan(self.low):
+            return f"{self.value:.3f} (no interval)"
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
 def table(scores: Any, name: str = "scores") -> Array:
     """[S] or [S, M] -> [S, M] float32; raises `UserError` for empty, ragged or non-finite tables."""
     try:
-        out = np.asarray(scores, np.float32)
+        with np.errstate(over="ignore"):
+            out = np.asarray(scores, np.float32)
     except (ValueError, TypeError) as e:
         raise UserError(f"{name}: expected a full table of numbers [runs, tasks]") from e
     out = out[:, None] if out.ndim == 1 else out
     if out.ndim != 2 or 0 in out.shape:
         raise UserError(f"{name}: expected a table [runs, tasks], found shape {out.shape}")
     if not np.isfinite(out).all():
-        raise UserError(f"{name}: {int((~np.isfinite(out)).sum())} entries are not finite")
+        raise UserError(f"{name}: {int((~np.isfinite(out)).sum())} of {out.size} entries are not finite float32")
     return jnp.asarray(out)
 
 
@@ -54,9 +62,7 @@ def median(x: Array) -> Array:
 
 def iqm(x: Array) -> Array:
     """Interquartile mean: the mean of the middle half of all S * M scores (floor(n / 4) cut from each end)."""
-    flat = jnp.sort(x.reshape(-1))
-    cut = flat.size // 4
-    return flat[cut : flat.size - cut].mean()
+    return _middle(x.reshape(-1, 1))[0]
 
 
 def optimality_gap(x: Array, target: float = 1.0) -> Array:
@@ -75,6 +81,45 @@ def profile(x: Array, taus: Array) -> Array:
     return (x[None] > taus[:, None, None]).astype(jnp.float32).mean((1, 2))
 
 
+def by_task(x: Array) -> Array:
+    """[M] mean over runs of each task: with positions of a learning curve as tasks, a curve."""
+    return x.mean(0)
+
+
+def iqm_by_task(x: Array) -> Array:
+    """[M] interquartile mean over runs of each task."""
+    return _middle(x)
+
+
+class Profile(NamedTuple):
+    """`profile` at fixed thresholds, as a statistic for `bootstrap`."""
+
+    taus: tuple[float, ...]
+
+    def __call__(self, x: Array) -> Array:
+        return profile(x, jnp.asarray(self.taus, x.dtype))
+
+
+class OptimalityGap(NamedTuple):
+    """`optimality_gap` below a fixed target, as a statistic for `bootstrap`."""
+
+    target: float = 1.0
+
+    def __call__(self, x: Array) -> Array:
+        return optimality_gap(x, self.target)
+
+
+class Difference(NamedTuple):
+    """statistic(X) - statistic(Y); with `relative`, in units of |statistic(Y)|."""
+
+    statistic: Callable[[Array], Array] = mean
+    relative: bool = False
+
+    def __call__(self, x: Array, y: Array) -> Array:
+        a, b = self.statistic(x), self.statistic(y)
+        return (a - b) / jnp.abs(b) if self.relative else a - b
+
+
 def bootstrap(
     statistic: Callable[..., Array],
     *scores: Any,
@@ -82,12 +127,23 @@ def bootstrap(
     resamples: int = RESAMPLES,
     confidence: float = 0.95,
 ) -> tuple[Array, Array, Array]:
-    """(estimate, low, high) of `statistic(*tables)`, which may return an array; each table is resampled by itself."""
-    tables = [table(s) for s in scores]
+    """(estimate, low, high) of `statistic(*tables)`, which may return an array; each table is resampled by itself.
+
+    The ends are NaN when a table has one run only: nothing says how runs vary. `statistic` is compiled once for each
+    shape if it is the same (hashable) object. Raises `UserError` for bad tables, tables of different numbers of tasks,
+    `resamples` < 1 or `confidence` outside (0, 1).
+    """
+    if resamples < 1:
+        raise UserError(f"resamples={resamples}: expected at least 1")
+    if not 0 < confidence < 1:
+        raise UserError(f"confidence={confidence}: expected a number between 0 and 1")
+    tables = [table(s, "scores" if len(scores) == 1 else f"scores {i + 1}") for i, s in enumerate(scores)]
+    if len({t.shape[1] for t in tables}) != 1:
+        raise UserError(f"scores: expected the same tasks in each table, found shapes {[t.shape for t in tables]}")
     key = jax.random.key(0) if key is None else key
-    value, draws = _draws(statistic, key, resamples, *tables)
-    tail = (1.0 - confidence) / 2.0
-    low, high = jnp.quantile(draws, jnp.asarray([tail, 1.0 - tail]), axis=0)
+    value, low, high = _interval(statistic, resamples, key, jnp.float32((1.0 - confidence) / 2.0), *tables)
+    if min(t.shape[0] for t in tables) == 1:
+        low = high = jnp.full_like(value, jnp.nan)
     return value, low, high
 
 
@@ -98,33 +154,22 @@ def estimate(statistic: Callable[..., Array], *scores: Any, **options: Any) -> E
 
 def difference(x: Any, y: Any, statistic: Callable[[Array], Array] = mean, **options: Any) -> Estimate:
     """statistic(X) - statistic(Y) with its interval."""
-    return estimate(_Difference(statistic), x, y, **options)
+    return estimate(Difference(statistic), x, y, **options)
 
 
 def summary(scores: Any, target: float = 1.0, **options: Any) -> dict[str, Estimate]:
     """IQM, mean, median and optimality gap with intervals."""
-    gap = _Gap(target)
-    return {
-        name: estimate(f, scores, **options)
-        for name, f in (("iqm", iqm), ("mean", mean), ("median", median), ("optimality_gap", gap))
-    }
+    statistics = {"iqm": iqm, "mean": mean, "median": median, "optimality_gap": OptimalityGap(target)}
+    return {name: estimate(f, scores, **options) for name, f in statistics.items()}
 
 
-class _Difference(NamedTuple):  # a hashable closure: one compile for each statistic
-    statistic: Callable
-
-    def __call__(self, x: Array, y: Array) -> Array:
-        return self.statistic(x) - self.statistic(y)
+def _middle(x: Array) -> Array:
+    cut = x.shape[0] // 4
+    return jnp.sort(x, 0)[cut : x.shape[0] - cut].mean(0)
 
 
-class _Gap(NamedTuple):
-    target: float
-
-    def __call__(self, x: Array) -> Array:
-        return optimality_gap(x, self.target)
-
-
-def _draws(statistic: Callable, key: Array, resamples: int, *tables: Array) -> tuple[Array, Array]:
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _interval(statistic: Callable, resamples: int, key: Array, tail: Array, *tables: Array) -> tuple:
     def resample(key: Array, x: Array) -> Array:
         index = jax.random.randint(key, x.shape, 0, x.shape[0])
         return jnp.take_along_axis(x, index, axis=0)
@@ -133,5 +178,6 @@ def _draws(statistic: Callable, key: Array, resamples: int, *tables: Array) -> t
         return statistic(*(resample(k, x) for k, x in zip(jax.random.split(key, len(tables)), tables)))
 
     # in batches: all resamples of a large table at once would not fit
-    run = jax.jit(lambda key: (statistic(*tables), jax.lax.map(one, jax.random.split(key, resamples), batch_size=1000)))
-    return run(key)
+    draws = jax.lax.map(one, jax.random.split(key, resamples), batch_size=min(resamples, 1000))
+    low, high = jnp.quantile(draws, jnp.stack([tail, 1.0 - tail]), axis=0)
+    return statistic(*tables), low, high

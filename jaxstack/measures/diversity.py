@@ -1,8 +1,8 @@
 """How differently a team behaves: distances between agents' action distributions on the SAME observations.
 
 System neural diversity (SND, Bettini et al., 2023) is the mean distance over pairs of agents and over a fixed set of
-observations. Take the observations from a mixture of policies, not from the team that is judged: agents that merely visit
-different states are not diverse.
+observations. Take the observations from a mixture of policies, not from the team that is judged: agents that merely
+visit different states are not diverse.
 """
 
 import jax

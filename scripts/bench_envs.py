@@ -1,0 +1,246 @@
+"""Speed of the environments under random play: ours against the wrapped library, used as its own scripts use it.
+
+    python scripts/bench_envs.py                                      # native and cheap wrapped ids; minutes on 2 cores
+    python scripts/bench_envs.py --env jaxmarl/MPE_simple_spread_v3 --widths 16 1024
+    python scripts/bench_envs.py --env dispersion --widths 16 --steps 2000 --repeats 5          # seconds
+
+Each form is one jitted scan over rollouts of 128 steps of `width` environments with uniformly random legal actions:
+
+    pool     jaxstack, new episodes from a pool of starts made once a rollout (the default)
+    exact    jaxstack, a reset in every step
+    library  the library's own auto-reset: `step` of JaxMARL and gymnax under vmap, brax with its training wrappers
+
+Each repeat runs all forms one after the other on the same number of steps, so that load on the machine hits all alike.
+Shown are the median of steps per second (wall clock; in the JSON also per CPU second) and the median of the ratios
+pool / other within a repeat, in CPU time, with its quartiles. Above 1 the pool is faster.
+"""
+
+import argparse
+import contextlib
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import time
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxstack import envs
+from jaxstack.core.errors import UserError
+from jaxstack.envs import vector
+from jaxstack.envs.base import Environment, sample_action
+
+DEFAULT_ENVS = (
+    *envs.ids("native"),
+    "jaxmarl/MPE_simple_spread_v3",
+    "jaxmarl/overcooked/cramped_room",
+    "gymnax/CartPole-v1",
+)
+DEFAULT_WIDTHS = (1, 16, 128, 1024)
+FORMS = ("pool", "exact", "library")
+PACKAGES = ("jax", "jaxlib", "jaxmarl", "gymnax", "brax", "numpy")
+
+Run = Callable[[Any, jax.Array], tuple[Any, jax.Array]]
+"""(carry, key) -> (carry, sum of all outputs, so that nothing is left out)"""
+Step = Callable[[Any, jax.Array], tuple[Any, Any]]
+"""(carry, key) -> (carry, outputs) of one step of all environments"""
+
+
+def total(tree: Any) -> jax.Array:
+    return sum((jnp.sum(x, dtype=jnp.float32) for x in jax.tree.leaves(tree)), jnp.float32(0))
+
+
+def rollout(step: Step, carry: Any, key: jax.Array, num_steps: int) -> tuple[Any, jax.Array]:
+    def body(c: tuple[Any, jax.Array], key: jax.Array) -> tuple[tuple[Any, jax.Array], None]:
+        carry, out = step(c[0], key)
+        return (carry, c[1] + total(out)), None
+
+    return jax.lax.scan(body, (carry, jnp.float32(0)), jax.random.split(key, num_steps))[0]
+
+
+def ours(env: Environment, width: int, num_steps: int, auto_reset: vector.AutoReset) -> tuple[Run, Any]:
+    vec = envs.vectorise(env, width, auto_reset)
+
+    def run(vs: vector.VecState, key: jax.Array) -> tuple[vector.VecState, jax.Array]:
+        k_pool, key = jax.random.split(key)
+
+        def step(c: tuple, key: jax.Array) -> tuple[tuple, Any]:
+            vs, pool = c
+            k_act, k_step = jax.random.split(key)
+            action = jax.vmap(partial(sample_action, env.spec))(jax.random.split(k_act, width), vs.ts)
+            vs, last, pool = vector.step(vec, k_step, vs, action, pool)
+            return (vs, pool), (vs.ts.obs, last.obs, last.reward, last.terminated | last.truncated)
+
+        (vs, _), out = rollout(step, (vs, vector.make_pool(vec, k_pool, num_steps)), key, num_steps)
+        return vs, out
+
+    return jax.jit(run), jax.jit(partial(vector.init, vec))(jax.random.key(0))
+
+
+def library(id: str, env: Any, width: int, num_steps: int) -> tuple[Run, Any] | None:
+    """None for native environments, which wrap nothing."""
+    family = id.partition("/")[0]
+    if family not in PEERS:
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        step, carry = PEERS[family](env, width)
+    return jax.jit(partial(rollout, step, num_steps=num_steps)), carry
+
+
+def jaxmarl_step(env: Any, width: int) -> tuple[Step, Any]:
+    import jaxmarl
+
+    from jaxstack.envs.jaxmarl_adapter import MABRAX
+
+    # ours switches off the first of the two auto-resets of these; their users get both
+    lib = jaxmarl.make(env.name, **dict(env.options)) if env.name in MABRAX else env.lib
+    legal = {"smax": "get_avail_actions", "hanabi": "get_legal_moves"}.get(env.name.split("/")[0])
+
+    def act(key: jax.Array, state: Any) -> dict[str, jax.Array]:
+        keys = dict(zip(lib.agents, jax.random.split(key, lib.num_agents)))
+        if legal is None:
+            return {a: lib.action_space(a).sample(keys[a]) for a in lib.agents}
+        masks = getattr(lib, legal)(state)
+        return {a: jax.random.categorical(keys[a], jnp.where(masks[a], 0.0, -jnp.inf)) for a in lib.agents}
+
+    def step(state: Any, key: jax.Array) -> tuple[Any, Any]:
+        k_act, k_step = jax.random.split(key)
+        action = jax.vmap(act)(jax.random.split(k_act, width), state)
+        obs, state, reward, done, _ = jax.vmap(lib.step)(jax.random.split(k_step, width), state, action)
+        return state, (obs, reward, done)
+
+    return step, jax.jit(jax.vmap(lib.reset))(jax.random.split(jax.random.key(0), width))[1]
+
+
+def gymnax_step(env: Any, width: int) -> tuple[Step, Any]:
+    import gymnax
+
+    lib, params = gymnax.make(env.name)
+    params = params.replace(**dict(env.options))
+    keys = jax.random.split(jax.random.key(0), width)
+
+    def step(state: Any, key: jax.Array) -> tuple[Any, Any]:
+        k_act, k_step = jax.random.split(key)
+        action = jax.vmap(lib.action_space(params).sample)(jax.random.split(k_act, width))
+        env_step = jax.vmap(lib.step, in_axes=(0, 0, 0, None))
+        obs, state, reward, terminated, truncated, _ = env_step(jax.random.split(k_step, width), state, action, params)
+        return state, (obs, reward, terminated | truncated)
+
+    return step, jax.jit(jax.vmap(lib.reset, in_axes=(0, None)))(keys, params)[1]
+
+
+def brax_step(env: Any, width: int) -> tuple[Step, Any]:
+    from brax import envs as brax_envs
+
+    lib = brax_envs.create(env.name, env.episode_length, batch_size=width, backend=env.backend, **dict(env.options))
+
+    def step(state: Any, key: jax.Array) -> tuple[Any, Any]:
+        action = jax.random.uniform(key, (width, lib.action_size), minval=-1.0, maxval=1.0)
+        state = lib.step(state, action)
+        return state, (state.obs, state.reward, state.done)
+
+    return step, jax.jit(lib.reset)(jax.random.key(0))
+
+
+PEERS: dict[str, Callable[[Any, int], tuple[Step, Any]]] = {
+    "jaxmarl": jaxmarl_step,
+    "gymnax": gymnax_step,
+    "brax": brax_step,
+}
+
+
+def measure(id: str, width: int, args: argparse.Namespace) -> dict[str, Any]:
+    """One row: steps per wall and CPU second of each form, and quartiles of the ratios pool / form."""
+    with contextlib.redirect_stdout(None):  # jaxmarl greets
+        env = envs.make(id)
+    forms: dict[str, tuple[Run, Any]] = {
+        "pool": ours(env, width, args.num_steps, "pool"),
+        "exact": ours(env, width, args.num_steps, "exact"),
+    }
+    peer = library(id, env, width, args.num_steps)
+    if peer is not None:
+        forms["library"] = peer
+    calls = max(1, round(args.steps / (width * args.num_steps)))
+    steps = calls * width * args.num_steps
+    wall: dict[str, list[float]] = {form: [] for form in forms}
+    cpu: dict[str, list[float]] = {form: [] for form in forms}
+    for repeat in range(args.repeats + 1):  # the first one compiles
+        for form, (run, carry) in forms.items():
+            begin = time.perf_counter(), time.process_time()
+            for call in range(calls):
+                carry, out = run(carry, jax.random.key(repeat * calls + call))
+            jax.block_until_ready((carry, out))
+            end = time.perf_counter(), time.process_time()
+            if not bool(jnp.isfinite(out)):
+                raise UserError(f"{id}, {form}: outputs are not finite")
+            forms[form] = run, carry
+            if repeat:
+                wall[form].append(end[0] - begin[0])
+                cpu[form].append(end[1] - begin[1])
+    row: dict[str, Any] = {"env": id, "width": width, "steps_per_repeat": steps}
+    for form in forms:
+        row[form] = {
+            "steps_per_s": steps / float(np.median(wall[form])),
+            "steps_per_cpu_s": steps / float(np.median(cpu[form])),
+        }
+        if form != "pool":
+            ratios = np.asarray(cpu[form]) / np.asarray(cpu["pool"])
+            row[form]["pool_ratio_quartiles"] = [float(q) for q in np.quantile(ratios, (0.25, 0.5, 0.75))]
+    return row
+
+
+def line(row: dict[str, Any]) -> str:
+    speeds = [f"{row[f]['steps_per_s'] / 1e3:>12.1f}" if f in row else f"{'-':>12}" for f in FORMS]
+    ratios = []
+    for form in FORMS[1:]:
+        low, mid, high = row[form]["pool_ratio_quartiles"] if form in row else (np.nan,) * 3
+        ratios.append(f"{mid:.2f} [{low:.2f}, {high:.2f}]" if form in row else "-")
+    return f"{row['env']:<38}{row['width']:>6}{''.join(speeds)}{ratios[0]:>22}{ratios[1]:>22}"
+
+
+def header() -> str:
+    speeds = "".join(f"{f'{f} k/s':>12}" for f in FORMS)
+    return f"{'environment':<38}{'width':>6}{speeds}{'pool / exact':>22}{'pool / library':>22}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--env", nargs="+", default=list(DEFAULT_ENVS), metavar="ID")
+    parser.add_argument("--widths", nargs="+", type=int, default=list(DEFAULT_WIDTHS))
+    parser.add_argument("--num-steps", type=int, default=128, help="length of a rollout")
+    parser.add_argument("--steps", type=int, default=50_000, help="environment steps of one repeat, at least a rollout")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--out", type=Path, default=Path("runs/bench_envs.json"))
+    args = parser.parse_args()
+    if args.repeats < 5:
+        parser.error(f"--repeats {args.repeats}: expected at least 5, for quartiles")
+    report: dict[str, Any] = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": {p: importlib.metadata.version(p) for p in PACKAGES},
+        "machine": {"backend": jax.default_backend(), "cores": os.cpu_count(), "platform": platform.platform()},
+        "num_steps": args.num_steps,
+        "repeats": args.repeats,
+        "rows": [],
+    }
+    print(header())
+    for id in args.env:
+        for width in args.widths:
+            row = measure(id, width, args)
+            report["rows"].append(row)
+            print(line(row), flush=True)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(report, indent=1) + "\n")
+    print(f"written to {args.out}")
+
+
+if __name__ == "__main__":
+    main()
