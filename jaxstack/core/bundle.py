@@ -47,7 +47,7 @@ def save_policy(path: str | Path, learner: Learner, state: Any) -> Path:
 
     path = Path(path)
     params = _policy(learner).params(state)
-    tensors = {name: np.ascontiguousarray(x) for name, x in _table(params).items()}
+    tensors = {name: np.asarray(x, order="C") for name, x in _table(params).items()}
     spec = {
         "format": FORMAT,
         "agent": learner.name,

@@ -36,6 +36,7 @@ class Checkpoints:
 
         logging.getLogger("absl").setLevel(logging.ERROR)
         self._ocp, self.directory, self.retention = ocp, directory.absolute(), retention
+        self._set_aside = self._unreadable()
         policies = ocp.checkpoint_managers
         keep: list[Any] = [policies.LatestN(max(retention.keep_last, 1))]
         best = lambda metrics: metrics["best"]
@@ -94,7 +95,7 @@ class Checkpoints:
 
         Raises `UserError` when none can be used.
         """
-        problems = []
+        problems = list(self._set_aside)
         for step in reversed(self.steps()):
             problem = self.damage(step)
             if problem is None:
@@ -143,6 +144,21 @@ class Checkpoints:
             if int(old.stem) not in self.steps():
                 old.unlink(missing_ok=True)
         self._manager.close()
+
+    def _unreadable(self) -> list[str]:
+        """Move checkpoints whose metrics are no JSON out of orbax's sight, which fails on them; says which."""
+        problems = []
+        for file in sorted(self.directory.glob("*/metrics/metrics"), reverse=True):
+            try:
+                json.loads(file.read_bytes())
+            except ValueError:
+                folder = file.parents[1]
+                aside = folder.parent.with_name("damaged") / folder.name
+                shutil.rmtree(aside, ignore_errors=True)
+                aside.parent.mkdir(exist_ok=True)
+                folder.rename(aside)
+                problems.append(f"checkpoint {folder.name}: metrics/metrics is damaged (moved to {aside})")
+        return problems
 
     def _manifest(self, step: int) -> Path:
         return self.directory.parent / "checksums" / f"{step}.json"

@@ -107,6 +107,21 @@ def test_damage_is_noticed_and_the_previous_checkpoint_used(tmp_path, kind):
     store.close()
 
 
+def test_damaged_metrics_are_set_aside(tmp_path):
+    store = Checkpoints(tmp_path / "c")
+    store.save(1, tree(1.0), {}, best=1.0)
+    store.save(2, tree(2.0), {}, best=2.0)
+    store.close()
+    (tmp_path / "c" / "2" / "metrics" / "metrics").write_text('{"best')
+    store = Checkpoints(tmp_path / "c")
+    step, back, _, problems = store.restore(jax.eval_shape(tree))
+    store.close()
+    assert step == 1
+    assert "checkpoint 2: metrics/metrics is damaged" in problems[0]
+    assert (tmp_path / "damaged" / "2").is_dir()
+    assert_same(back, tree(1.0))
+
+
 def test_another_shape_is_refused(tmp_path):
     store = Checkpoints(tmp_path / "c")
     store.save(1, {"x": jnp.ones(3)}, {})
