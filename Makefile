@@ -3,13 +3,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help setup train test test-slow lint bench lock lowest clean
+.PHONY: help setup train test test-slow lint bench bench-quick lock lowest clean
 
 help:
 	@echo "make train   set up and train HyperMARL against its baselines (about two minutes on 2 cores)"
 	@echo "make test    set up and run the tests"
 	@echo "make lint    formatting, lint, types, import rules"
-	@echo "make bench   speed against the peers"
+	@echo "make bench   speed against the peers; ARGS='--jaxmarl PATH --purejaxrl PATH'"
+	@echo "make bench-quick   today's ratios beside the recorded ones, in under three minutes"
 	@echo "make lock    resolve the versions in pyproject.toml anew"
 	@echo "make lowest  train one step with the lowest versions that pyproject.toml allows"
 
@@ -38,7 +39,10 @@ lint: $(STAMP)
 	$(BIN)/pyright
 
 bench: $(STAMP)
-	$(BIN)/python scripts/bench.py
+	$(BIN)/python scripts/bench.py $(ARGS)
+
+bench-quick: $(STAMP)
+	$(BIN)/python scripts/bench.py --quick $(ARGS)
 
 lock: $(STAMP)
 	$(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --upgrade \

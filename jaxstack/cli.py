@@ -99,9 +99,15 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, default=0, help="of the episode")
     p.add_argument("--max-steps", type=int, default=200)
     p.add_argument("--fps", type=int, default=10)
-    p = command("export", _export, "Write a trained policy as a bundle (safetensors and JSON).")
+    p = command("export", _export, "Write a trained policy for other programs; the written file is run and compared.")
     p.add_argument("run_dir", metavar="RUN")
-    p.add_argument("out", metavar="DIR")
+    p.add_argument("out", metavar="PATH", help="a directory for a bundle, else a file")
+    p.add_argument(
+        "--format",
+        choices=["bundle", "stablehlo", "onnx"],
+        default="bundle",
+        help="safetensors and JSON for load_policy, jax.export for cpu, cuda and tpu, or ONNX (needs jax2onnx)",
+    )
     p.add_argument("--train-seed", type=int, help="which of the run's seeds (default: the first)")
     return parser
 
@@ -339,10 +345,21 @@ def _render(args: argparse.Namespace, _: list[str]) -> None:
 
 
 def _export(args: argparse.Namespace, _: list[str]) -> None:
-    from jaxstack.core import bundle
+    import tempfile
+
+    from jaxstack.agents.team_ppo import make_env
+    from jaxstack.core import bundle, export
 
     learner, _plan, state = _one_seed(args)
-    print(bundle.save_policy(args.out, learner, state))
+    if args.format == "bundle":
+        print(bundle.save_policy(args.out, learner, state))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        policy = bundle.load_policy(bundle.save_policy(folder, learner, state))
+    spec = make_env(learner.config).spec
+    mask = spec.action_space.n if spec.has_action_mask else None  # pyright: ignore[reportAttributeAccessIssue]
+    write = export.stablehlo if args.format == "stablehlo" else export.onnx
+    print(write(policy, (spec.num_agents, *spec.obs_shape), args.out, mask))
 
 
 if __name__ == "__main__":

@@ -131,6 +131,12 @@ def test_export_writes_the_policy_that_training_wrote(run, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, one.params, two.params)
 
 
+def test_export_writes_stablehlo_and_says_what_onnx_needs(run, tmp_path, capsys):
+    assert cli.main(["export", str(run), str(tmp_path / "p.stablehlo"), "--format", "stablehlo"]) == 0
+    assert json.loads((tmp_path / "p.stablehlo.json").read_text())["platforms"] == ["cpu", "cuda", "tpu"]
+    assert "jax2onnx" in fails(capsys, "export", str(run), str(tmp_path / "p.onnx"), "--format", "onnx")
+
+
 def test_resume_of_an_unfinished_run_ends_where_a_whole_one_does(run, capsys):
     whole = pd.read_json(run / "metrics.jsonl", lines=True, precise_float=True)
     shutil.rmtree(run / "checkpoints" / "4")

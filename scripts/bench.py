@@ -1,0 +1,79 @@
+"""All benchmarks, one after the other.
+
+    python scripts/bench.py                                          tens of minutes on 2 cores
+    python scripts/bench.py --jaxmarl PATH --purejaxrl PATH          with the peers; PATH is a clone
+    python scripts/bench.py --quick                                  under three minutes, beside the recorded figures
+    python scripts/bench.py --record                                 and keep the results in docs/results/bench
+
+`make bench` and `make bench-quick` call this; options go in ARGS, e.g. make bench ARGS="--jaxmarl ../JaxMARL".
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RECORDED = ROOT / "docs" / "results" / "bench"
+
+
+def commands(args: argparse.Namespace, out: Path) -> dict[str, list[str]]:
+    """Name of the result -> script and its options."""
+    peers = [x for name in ("jaxmarl", "purejaxrl") if (path := getattr(args, name)) for x in (f"--{name}", str(path))]
+    agents = ["bench_agents.py", *peers, "--out", str(out / "agents.json")]
+    envs = ["bench_envs.py", "--out", str(out / "envs.json")]
+    if not args.quick:
+        return {"agents": agents, "envs": envs}
+    cases = ["mpe-16"] * bool(args.jaxmarl) + ["cartpole"] * bool(args.purejaxrl) + ["seeds"]
+    few = ["--env", "dispersion", "jaxmarl/MPE_simple_spread_v3", "--widths", "16", "128", "--steps", "20000"]
+    return {"agents": [*agents, "--cases", *cases], "envs": [*envs, *few]}
+
+
+def ratios(file: Path) -> dict[str, float]:
+    """The median ratios of a result file by the name of their row."""
+    found = {}
+    for row in json.loads(file.read_text())["rows"]:
+        if "ratio_quartiles" in row:
+            found[row["case"]] = row["ratio_quartiles"][1]
+        for form, values in row.items():
+            if isinstance(values, dict) and "pool_ratio_quartiles" in values:
+                found[f"{row['env']}, {row['width']} wide, pool / {form}"] = values["pool_ratio_quartiles"][1]
+    return found
+
+
+def compare(out: Path, names: Any) -> None:
+    """Today's ratios beside the recorded ones."""
+    print(f"\n{'ratio':60s} {'today':>8s} {'recorded':>9s}")
+    for name in names:
+        file = RECORDED / f"{name}.json"
+        recorded = ratios(file) if file.exists() else {}
+        for key, value in ratios(out / f"{name}.json").items():
+            old = f"{recorded[key]:9.2f}" if key in recorded else "        -"
+            print(f"{key:60s} {value:8.2f} {old}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jaxmarl", type=Path, help="a clone of JaxMARL")
+    parser.add_argument("--purejaxrl", type=Path, help="a clone of PureJaxRL")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--record", action="store_true")
+    args = parser.parse_args()
+    if args.quick and args.record:
+        parser.error("--record: expected without --quick, whose sizes are others")
+    out = RECORDED if args.record else ROOT / "runs" / "bench"
+    out.mkdir(parents=True, exist_ok=True)
+    todo = commands(args, out)
+    for name, command in todo.items():
+        print(f"\n== {name}: {' '.join(command)}", flush=True)
+        done = subprocess.run([sys.executable, str(ROOT / "scripts" / command[0]), *command[1:]])
+        if done.returncode:
+            return done.returncode
+    compare(out, todo)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
