@@ -1,0 +1,249 @@
+"""Sequence models: an embedding, blocks of a mixer and a gated MLP, a head; any mixer, in any mixture.
+
+    x = embed(tokens);  x += mixer(norm(x));  x += swiglu(norm(x));  logits = head(norm(x))
+
+Norms are RMS norms (Zhang and Sennrich, 2019), the MLP is SwiGLU (Shazeer, 2020), and there are no position codes, as
+in Shaj et al. (2026). The state of the whole model is the tuple of its mixers' states: `model.apply(..., tokens)` is a
+prefill, `step` decodes one token in constant time for recurrent mixers, `generate` does both in one program.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from jaxstack.core.errors import UserError
+from jaxstack.core.learner import Key
+
+DECAYED = ("kernel", "embedding")
+"""Names of parameters that weight decay applies to: matrices of linear layers and embeddings. Biases, norms,
+convolutions and the parameters of a mixer's dynamics (KLA's delta and lambda_log) are left alone."""
+
+CAST = ("kernel", "embedding", "bias", "scale")
+"""Names of parameters that low-precision compute casts; dynamics stay float32."""
+
+
+class SwiGLU(nn.Module):
+    """W_out (silu(W_gate x) * W_in x), hidden width `hidden`, no biases."""
+
+    features: int
+    hidden: int
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        gate, value = jnp.split(nn.Dense(2 * self.hidden, use_bias=False, name="in")(x), 2, axis=-1)
+        return nn.Dense(self.features, use_bias=False, name="out")(jax.nn.silu(gate) * value)
+
+
+class SequenceModel(nn.Module):
+    """See the module's docstring. `mixers` are unbound modules as in mixer.py, one a block, of one width D."""
+
+    mixers: tuple[Any, ...]
+    num_tokens: int
+    """Input vocabulary, or 0 for real inputs [B, T, F]."""
+    num_targets: int
+    """Classes, or 0 for one real output."""
+    mlp_ratio: float = 8 / 3
+    """Hidden width of the MLP over D; 0 leaves it out."""
+    readout: Literal["each", "last"] = "each"
+    """"last": an auto-encoder; every output is decoded from the state after the last token and a position code."""
+    logit_cap: float = 0.0
+    """Bounds logits smoothly, cap * tanh(logits / cap); 0 does not."""
+
+    @property
+    def features(self) -> int:
+        return self.mixers[0].features
+
+    def setup(self) -> None:
+        d = self.features
+        if any(m.features != d for m in self.mixers):
+            raise UserError(f"mixers of widths {[m.features for m in self.mixers]}: expected one width")
+        if self.readout not in ("each", "last"):
+            raise UserError(f"readout={self.readout!r}: expected 'each' or 'last'")
+        self.embed = nn.Embed(self.num_tokens, d) if self.num_tokens else nn.Dense(d)
+        hidden = int(self.mlp_ratio * d)
+        self.mlps = [SwiGLU(d, hidden) for _ in self.mixers] if hidden else []
+        norm = lambda: nn.RMSNorm(epsilon=1e-5)
+        self.mixer_norms = [norm() for _ in self.mixers]
+        self.mlp_norms = [norm() for _ in self.mlps]
+        self.final_norm = norm()
+        self.head = nn.Dense(self.num_targets or 1, use_bias=False)
+        if self.readout == "last":
+            self.decoder = [layer for _ in range(2) for layer in (norm(), nn.Dense(d))]
+
+    @nn.nowrap
+    def init_state(self, batch: int) -> tuple[Any, ...]:
+        """States of all mixers before any token; works on an unbound model."""
+        return tuple(m.init_state(batch) for m in self.mixers)
+
+    def __call__(
+        self, tokens: Array, *, mask: Array | None = None, state: tuple[Any, ...] | None = None
+    ) -> tuple[Array, tuple[Any, ...]]:
+        """tokens [B, T] (or [B, T, F] reals) -> (logits [B, T, num_targets] or outputs [B, T], state).
+
+        mask [B, T]: False marks padding, which changes nothing at other positions. state: what an earlier call
+        returned; a sequence may be fed in pieces (with readout="each").
+        """
+        x = self._embed(tokens)
+        state = self.init_state(x.shape[0]) if state is None else state
+        states = []
+        for i, mixer in enumerate(self.mixers):
+            y, s = mixer(self.mixer_norms[i](x).astype(x.dtype), mask=mask, state=state[i])
+            x = self._after(i, x + y)
+            states.append(s)
+        if self.readout == "last":
+            x = self._decode(x, mask)
+        return self._read(x), tuple(states)
+
+    def step(self, token: Array, state: tuple[Any, ...]) -> tuple[Array, tuple[Any, ...]]:
+        """token [B] (or [B, F]) -> (logits [B, num_targets] or outputs [B], state). Raises `UserError` for an
+        auto-encoder."""
+        if self.readout == "last":
+            raise UserError("readout='last' has no single steps: its outputs depend on the last token")
+        x = self._embed(token)
+        states = []
+        for i, mixer in enumerate(self.mixers):
+            y, s = mixer.step(self.mixer_norms[i](x).astype(x.dtype), state[i])
+            x = self._after(i, x + y)
+            states.append(s)
+        return self._read(x), tuple(states)
+
+    def _embed(self, tokens: Array) -> Array:
+        kind, rank = (jnp.integer, 0) if self.num_tokens else (jnp.floating, 1)
+        if not jnp.issubdtype(tokens.dtype, kind):
+            expected = "whole numbers" if self.num_tokens else "real inputs"
+            raise UserError(f"tokens of type {tokens.dtype}: expected {expected}")
+        if tokens.ndim - rank not in (1, 2):
+            raise UserError(f"tokens have shape {tokens.shape}: expected [batch, time] or [batch] and inputs last")
+        return self.embed(tokens)
+
+    def _after(self, i: int, x: Array) -> Array:
+        return x + self.mlps[i](self.mlp_norms[i](x).astype(x.dtype)) if self.mlps else x
+
+    def _decode(self, x: Array, mask: Array | None) -> Array:
+        length = x.shape[1]
+        if mask is None:
+            last = x[:, -1]
+        else:
+            at = length - 1 - jnp.argmax(mask[:, ::-1], axis=1)
+            last = jnp.take_along_axis(x, at[:, None, None], axis=1)[:, 0]
+        x = last[:, None] + position_code(length, self.features).astype(x.dtype)
+        for norm, dense in zip(self.decoder[::2], self.decoder[1::2]):
+            x = jax.nn.gelu(dense(norm(x).astype(x.dtype)))
+        return x
+
+    def _read(self, x: Array) -> Array:
+        out = self.head(self.final_norm(x).astype(x.dtype)).astype(jnp.float32)
+        if self.logit_cap:
+            out = self.logit_cap * jnp.tanh(out / self.logit_cap)
+        return out if self.num_targets else out[..., 0]
+
+
+def position_code(length: int, features: int) -> Array:
+    """Sines and cosines of Vaswani et al. (2017), section 3.5: [T, D]."""
+    rate = 10_000.0 ** (-jnp.arange(0, features, 2) / features)
+    angle = jnp.arange(length)[:, None] * rate
+    return jnp.stack([jnp.sin(angle), jnp.cos(angle)], -1).reshape(length, -1)[:, :features]
+
+
+# ---------------------------------------------------------------- parameters
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    return path[-1].key if path else ""
+
+
+def decay_mask(params: Any) -> Any:
+    """True where weight decay applies, see `DECAYED`."""
+    return jax.tree_util.tree_map_with_path(lambda p, _: _name(p) in DECAYED, params)
+
+
+def cast(params: Any, dtype: Any) -> Any:
+    """Weights of linear layers, embeddings and norms in `dtype`; parameters of dynamics as they are."""
+    return jax.tree_util.tree_map_with_path(lambda p, x: x.astype(dtype) if _name(p) in CAST else x, params)
+
+
+def reinitialise(params: Any, key: Key, std: float) -> Any:
+    """Every linear weight and embedding, those inside mixers too, drawn anew from N(0, std^2) (Shaj et al., 2026)."""
+    leaves, tree = jax.tree_util.tree_flatten_with_path(params)
+    keys = jax.random.split(key, len(leaves))
+    new = [
+        std * jax.random.normal(k, x.shape, x.dtype) if _name(p) in DECAYED else x for k, (p, x) in zip(keys, leaves)
+    ]
+    return jax.tree.unflatten(tree, new)
+
+
+def count_parameters(params: Any) -> int:
+    """Number of weights."""
+    return sum(x.size for x in jax.tree.leaves(params))
+
+
+def state_bytes(model: SequenceModel) -> int:
+    """Memory of the decoding state of one sequence."""
+    shapes = jax.eval_shape(lambda: model.init_state(1))
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
+
+
+# ---------------------------------------------------------------- sampling
+
+
+def sample_token(key: Key, logits: Array, temperature: float = 1.0, top_k: int = 0) -> Array:
+    """logits [..., V] -> tokens [...]; temperature 0 takes the likeliest, top_k > 0 chooses among the k likeliest."""
+    if temperature == 0.0:
+        return logits.argmax(-1).astype(jnp.int32)
+    if top_k:
+        least = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))[0][..., -1:]
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    return jax.random.categorical(key, logits / temperature).astype(jnp.int32)
+
+
+def generate(
+    model: SequenceModel,
+    params: Any,
+    prompt: Array,
+    steps: int,
+    key: Key,
+    *,
+    mask: Array | None = None,
+    temperature: float = 1.0,
+    top_k: int = 0,
+) -> Array:
+    """Continue prompts [B, T] by `steps` tokens [B, steps]: a parallel prefill, then one step a token, in one program.
+
+    mask [B, T]: False marks padding of shorter prompts, best on the left; every row needs a token. Raises `UserError`
+    for an empty prompt, a negative temperature or top_k, or a model of other targets than its inputs.
+    """
+    if prompt.ndim != 2 or prompt.shape[1] < 1:
+        raise UserError(f"prompt has shape {prompt.shape}: expected [batch, time >= 1]")
+    if temperature < 0 or top_k < 0 or steps < 0:
+        raise UserError(f"temperature={temperature}, top_k={top_k}, steps={steps}: expected numbers >= 0")
+    if model.num_tokens != model.num_targets:
+        raise UserError(f"model of {model.num_tokens} tokens and {model.num_targets} targets: cannot be fed its output")
+    return _generator(model, steps, temperature, top_k)(params, prompt, mask, key)
+
+
+@functools.lru_cache(maxsize=16)
+def _generator(model: SequenceModel, steps: int, temperature: float, top_k: int) -> Callable[..., Array]:
+    @jax.jit
+    def run(params: Any, prompt: Array, mask: Array | None, key: Key) -> Array:
+        logits, state = model.apply({"params": params}, prompt, mask=mask)
+        if mask is None:
+            logits = logits[:, -1]
+        else:
+            at = prompt.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
+            logits = jnp.take_along_axis(logits, at[:, None, None], axis=1)[:, 0]
+
+        def step(carry: tuple[Any, Any], key: Key) -> tuple[tuple[Any, Any], Array]:
+            logits, state = carry
+            token = sample_token(key, logits, temperature, top_k)
+            logits, state = model.apply({"params": params}, token, state, method="step")
+            return (logits, state), token
+
+        _, tokens = jax.lax.scan(step, (logits, state), jax.random.split(key, steps))
+        return tokens.T
+
+    return run

@@ -1,0 +1,658 @@
+"""Synthetic sequence tasks, drawn on the device: recall, copying, memory and state tracking.
+
+    mqar                 Arora et al. (2023), "Zoology": several keys asked for after all pairs were shown
+    induction            Olsson et al. (2022), Gu and Dao (2023): what followed the special token?
+    recall, noisy_recall, fuzzy_recall, selective_copy, compression, memorisation
+                         the suite of Poli et al. (2024), "Mechanistic design and scaling of hybrid architectures"
+    parity, modular_arithmetic
+                         Deletang et al. (2023), "Neural networks and the Chomsky hierarchy"
+    group                word problems of finite groups, Merrill et al. (2024), "The illusion of state"
+    dyck                 brackets of bounded depth, Hewitt et al. (2020)
+    tracking             a noisy random walk whose optimal filter is known in closed form
+
+A task is a frozen config with `sample(key, count, test=False) -> Batch`, to be used inside jit: fresh examples cost no
+memory, and the same key gives the same examples. `make("mqar", length=64)` builds one by name.
+"""
+
+import functools
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from jaxstack.core import config
+from jaxstack.core.config import Config, require, require_at_least, require_unit
+from jaxstack.core.errors import UserError
+from jaxstack.core.learner import Key
+from jaxstack.core.registry import Registry
+
+
+class Batch(NamedTuple):
+    """Examples of one length; a single example lacks the axis B."""
+
+    tokens: Array
+    """[B, T] int32, or [B, T, num_inputs] float32 for a task with real inputs."""
+    targets: Array
+    """[B, T] int32, or [B, T] float32; what to say at each position, 0 where it is not scored."""
+    mask: Array
+    """[B, T] bool: scored positions."""
+
+
+@dataclass(frozen=True)
+class Task(Config):
+    """Base of all tasks; `length` is T."""
+
+    length: int = 64
+
+    readout: ClassVar[Literal["each", "last"]] = "each"
+    """"last": all targets are to be read from the state after the last token (an auto-encoder)."""
+    num_inputs: ClassVar[int] = 0
+    """Width of real inputs; 0 for tokens."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Size of the input vocabulary; 0 for real inputs."""
+        raise NotImplementedError
+
+    @property
+    def num_targets(self) -> int:
+        """Number of classes; 0 for real targets (squared error)."""
+        return self.num_tokens
+
+    def example(self, key: Key, test: bool) -> Batch:
+        """One example."""
+        raise NotImplementedError
+
+    def sample(self, key: Key, count: int, test: bool = False) -> Batch:
+        """`count` independent examples; `test` (static) chooses what is scored where the two differ."""
+        return jax.vmap(lambda k: self.example(k, test))(jax.random.split(key, count))
+
+    def validate(self) -> None:
+        require_at_least(self, 2, "length")
+
+
+def _scored(tokens: Array, targets: Array, mask: Array) -> Batch:
+    return Batch(tokens.astype(jnp.int32), jnp.where(mask, targets, 0).astype(jnp.int32), mask)
+
+
+def _next_token(sequence: Array, scored: Array) -> Batch:
+    """[T+1] -> inputs sequence[:-1], targets sequence[1:], scored where the predicted token is."""
+    return _scored(sequence[:-1], sequence[1:], scored[1:])
+
+
+# ---------------------------------------------------------------- recall
+
+
+@dataclass(frozen=True)
+class MQAR(Task):
+    """k1 v1 .. kN vN, then each key again at a distance drawn from a power law; its value is asked for at the key.
+
+    Keys 1..V/2-1 and values V/2..V-1 without replacement. The queries take N different ones of the (T - 2N)/2 slots of
+    two tokens, slot i with weight i^(power - 1); other positions are 0, or, with `filler`, any token (which may be a
+    key by chance).
+    """
+
+    vocab: int = 8192
+    pairs: int = 4
+    power: float = 0.01
+    filler: bool = False
+
+    @property
+    def num_tokens(self) -> int:
+        return self.vocab
+
+    def validate(self) -> None:
+        require_at_least(self, 1, "pairs")
+        require(self, "length", self.length % 2 == 0 and self.length >= 4 * self.pairs, "even and >= 4 pairs")
+        require(self, "vocab", self.vocab > self.length, f"more than length={self.length}")
+        require(self, "vocab", self.vocab % 2 == 0 and self.pairs < self.vocab // 2, "even, more than 2 pairs + 2")
+
+    def example(self, key: Key, test: bool) -> Batch:
+        k_keys, k_values, k_slots, k_fill = jax.random.split(key, 4)
+        n, half = self.pairs, self.vocab // 2
+        keys = 1 + jax.random.permutation(k_keys, half - 1)[:n]
+        values = half + jax.random.permutation(k_values, half)[:n]
+        slots = (self.length - 2 * n) // 2
+        # the n greatest of log-weights plus Gumbel noise are draws one after another without replacement
+        weight = (self.power - 1.0) * jnp.log(jnp.arange(1, slots + 1, dtype=jnp.float32))
+        _, slot = jax.lax.top_k(weight + jax.random.gumbel(k_slots, (slots,)), n)
+        at = 2 * n + 2 * slot
+        context = jnp.stack([keys, values], 1).reshape(-1)
+        empty = jnp.zeros(self.length, jnp.int32)
+        tokens = empty.at[: 2 * n].set(context).at[at].set(keys)
+        if self.filler:
+            tokens = jnp.where(tokens == 0, jax.random.randint(k_fill, (self.length,), 0, self.vocab), tokens)
+        return _scored(tokens, empty.at[at].set(values), jnp.zeros(self.length, bool).at[at].set(True))
+
+
+@dataclass(frozen=True)
+class Induction(Task):
+    """Random tokens 0..V-2; the special token V-1 stands once before the end and again at the end, where the token that
+    followed it is asked for."""
+
+    length: int = 256
+    vocab: int = 16
+
+    @property
+    def num_tokens(self) -> int:
+        return self.vocab
+
+    def validate(self) -> None:
+        require_at_least(self, 3, "length", "vocab")
+
+    def example(self, key: Key, test: bool) -> Batch:
+        k_tokens, k_place = jax.random.split(key)
+        tokens = jax.random.randint(k_tokens, (self.length,), 0, self.vocab - 1)
+        place = jax.random.randint(k_place, (), 0, self.length - 2)
+        target = tokens[place + 1]
+        tokens = tokens.at[place].set(self.vocab - 1).at[-1].set(self.vocab - 1)
+        last = jnp.arange(self.length) == self.length - 1
+        return _scored(tokens, jnp.full(self.length, target), last)
+
+
+@dataclass(frozen=True)
+class Recall(Task):
+    """Key-value pairs, T/2 of them: a new key gets a random value, a known key repeats its own; the last pair is known.
+
+    Keys 0..K/2-1, values K/2..K-1, K = vocab - noise_vocab. A pair is noise (two tokens of K..V-1) with probability
+    `noise`; one place is never noise. Training scores every next token, testing the values of known keys. The last
+    token has no successor and is not scored.
+    """
+
+    length: int = 128
+    vocab: int = 16
+    noise_vocab: int = 0
+    noise: float = 0.0
+
+    @property
+    def num_tokens(self) -> int:
+        return self.vocab
+
+    def validate(self) -> None:
+        require(self, "length", self.length % 2 == 0 and self.length >= 4, "an even number >= 4")
+        require_at_least(self, 0, "noise_vocab")
+        require(self, "vocab", self.vocab - self.noise_vocab >= 4, f"at least noise_vocab + 4 = {self.noise_vocab + 4}")
+        require(self, "noise", 0 <= self.noise < 1 and (self.noise == 0 or self.noise_vocab > 0), "0, or less than 1")
+
+    def example(self, key: Key, test: bool) -> Batch:
+        k_keys, k_map, k_noise, k_place, k_tokens, k_probe = jax.random.split(key, 6)
+        kinds, pairs = (self.vocab - self.noise_vocab) // 2, self.length // 2
+        keys = jax.random.randint(k_keys, (pairs,), 0, kinds)
+        last = jnp.arange(pairs) == pairs - 1
+        protected = jnp.arange(pairs) == jax.random.randint(k_place, (), 0, pairs - 1)
+        noisy = (jax.random.uniform(k_noise, (pairs,)) < self.noise) & ~protected & ~last
+        shown = jnp.zeros(kinds, bool).at[jnp.where(noisy | last, kinds, keys)].set(True, mode="drop")
+        probe = jax.random.categorical(k_probe, jnp.where(shown, 0.0, -jnp.inf))
+        keys = jnp.where(last, probe, keys)
+        earlier = jnp.tril(keys[:, None] == keys[None], -1) & ~noisy[None]
+        known = earlier.any(1) & ~noisy
+        total = self.vocab - self.noise_vocab
+        values = jax.random.randint(k_map, (kinds,), total // 2, total)[keys]
+        pair = jnp.stack([keys, values], 1)
+        if self.noise > 0:
+            junk = jax.random.randint(k_tokens, (pairs, 2), total, self.vocab)
+            pair = jnp.where(noisy[:, None], junk, pair)
+        tokens = pair.reshape(-1)
+        asked = jnp.stack([jnp.zeros_like(known), known], 1).reshape(-1)
+        mask = jnp.roll(asked if test else jnp.ones_like(asked), -1).at[-1].set(False)
+        return _scored(tokens, jnp.roll(tokens, -1), mask)
+
+
+@dataclass(frozen=True)
+class NoisyRecall(Recall):
+    """Recall with a fifth of the pairs replaced by noise."""
+
+    vocab: int = 32
+    noise_vocab: int = 16
+    noise: float = 0.2
+
+
+@dataclass(frozen=True)
+class FuzzyRecall(Task):
+    """Recall whose keys and values are ordered tuples of 1 to `key_motif` and `value_motif` different tokens.
+
+    Training draws key sizes evenly and scores every next token; testing has keys of the greatest size and scores the
+    values of known keys. A probe pair stands at a random place and again at the end. Padded on the left with V-1.
+    """
+
+    length: int = 128
+    vocab: int = 16
+    key_motif: int = 3
+    value_motif: int = 3
+
+    @property
+    def num_tokens(self) -> int:
+        return self.vocab
+
+    def validate(self) -> None:
+        require_at_least(self, 1, "key_motif", "value_motif")
+        need = 2 * max(self.key_motif, self.value_motif) + 1
+        require(self, "vocab", self.vocab >= need, f"at least {need} for such motifs")
+        kinds = (self.vocab - 1) // 2
+        require(self, "vocab", (kinds + 1) ** self.key_motif < 2**32, "fewer than 2^32 possible keys")
+        longest = self.key_motif + self.value_motif
+        require(self, "length", self.length >= 4 * longest, f"at least four pairs of {longest} tokens")
+
+    def example(self, key: Key, test: bool) -> Batch:
+        k_pairs, k_map, k_place = jax.random.split(key, 3)
+        count, longest = self.length // 2, self.key_motif + self.value_motif
+        motif = functools.partial(self._pair, k_map, test)
+        pair, size, code = jax.vmap(motif)(jax.random.split(k_pairs, count + 1))
+        # pairs begin as long as there is room for one of any size and the probe; the probe is the last one drawn
+        limit = self.length - size[-1] - longest
+        start = lambda s: jnp.cumsum(s) - s
+        place = jax.random.randint(k_place, (), 0, limit - longest + 1)
+        planted = (start(size[:-1]) < place).sum()
+        index = jnp.arange(count + 1).at[planted].set(count)
+        pair, size, code = pair[index], size[index], code[index]
+        begin = start(size)
+        kept = (begin < limit).at[-1].set(False)
+        end = jnp.where(kept, size, 0).sum()
+        begin, kept = begin.at[-1].set(end), kept.at[-1].set(True)
+        known = (jnp.tril(code[:, None] == code[None], -1) & kept[None]).any(1)
+        total = self.length + 1
+        inside = jnp.arange(longest)
+        at = begin[:, None] + inside + total - end - size[-1]
+        at = jnp.where(kept[:, None] & (inside < size[:, None]), at, total)
+        sequence = jnp.full(total, self.vocab - 1).at[at].set(pair, mode="drop")
+        if not test:
+            return _next_token(sequence, jnp.ones(total, bool))
+        asked = known[:, None] & (inside >= self.key_motif)
+        return _next_token(sequence, jnp.zeros(total, bool).at[at].set(asked, mode="drop"))
+
+    def _pair(self, k_map: Key, test: bool, key: Key) -> tuple[Array, Array, Array]:
+        """Tokens [longest] of a pair (key, then value, then filler), their number, and a number naming the key; the
+        value is a function of `k_map` and the key."""
+        k_size, k_tokens = jax.random.split(key)
+        kinds = (self.vocab - 1) // 2
+        n, m = self.key_motif, self.value_motif
+        size = jnp.int32(n) if test else jax.random.randint(k_size, (), 1, n + 1)
+        tokens = jnp.where(jnp.arange(n) < size, jax.random.permutation(k_tokens, kinds)[:n], kinds)
+        code = jnp.zeros((), jnp.uint32)
+        for i in range(n):
+            code = code * jnp.uint32(kinds + 1) + tokens[i].astype(jnp.uint32)
+        k_size, k_tokens = jax.random.split(jax.random.fold_in(k_map, code))
+        value_size = jax.random.randint(k_size, (), 1, m + 1)
+        value = kinds + jax.random.permutation(k_tokens, self.vocab - 1 - kinds)[:m]
+        order = jnp.where(jnp.arange(n + m) < size, jnp.arange(n + m), jnp.arange(n + m) + n - size)
+        pair = jnp.concatenate([tokens, value])[jnp.minimum(order, n + m - 1)]
+        return pair, size + value_size, code
+
+
+# ---------------------------------------------------------------- memory
+
+
+@dataclass(frozen=True)
+class SelectiveCopy(Task):
+    """`copies` tokens among T - 2c - 1 blanks (V-2), the copy token (V-1), then c blanks: there the tokens are asked
+    for in order. Each blank falls with equal chance before one of the c tokens."""
+
+    length: int = 256
+    vocab: int = 16
+    copies: int = 16
+
+    @property
+    def num_tokens(self) -> int:
+        return self.vocab
+
+    def validate(self) -> None:
+        require_at_least(self, 1, "copies")
+        require_at_least(self, 3, "vocab")
+        require(self, "length", self.length > 2 * self.copies, f"more than 2 copies = {2 * self.copies}")
+
+    def example(self, key: Key, test: bool) -> Batch:
+        k_tokens, k_blanks = jax.random.split(key)
+        c = self.copies
+        content = jax.random.randint(k_tokens, (c,), 0, self.vocab - 2)
+        gap = jax.random.randint(k_blanks, (self.length - 2 * c - 1,), 0, c)
+        at = jnp.arange(c) + jnp.cumsum(jnp.zeros(c, jnp.int32).at[gap].add(1))
+        tokens = jnp.full(self.length, self.vocab - 2).at[at].set(content).at[self.length - c - 1].set(self.vocab - 1)
+        place = jnp.arange(self.length) - (self.length - c)
+        return _scored(tokens, content[jnp.maximum(place, 0)], place >= 0)
+
+
+@dataclass(frozen=True)
+class Compression(Task):
+    """T - 1 random tokens and the compression token V-1; all T are to be rebuilt from the state after the last."""
+
+    length: int = 32
+    vocab: int = 16
+    readout: ClassVar[Literal["each", "last"]] = "last"
+
+    @property
+    def num_tokens(self) -> int:
+        return self.vocab
+
+    def validate(self) -> None:
+        require_at_least(self, 2, "length", "vocab")
+
+    def example(self, key: Key, test: bool) -> Batch:
+        tokens = jax.random.randint(key, (self.length,), 0, self.vocab - 1).at[-1].set(self.vocab - 1)
+        return _scored(tokens, tokens, jnp.ones(self.length, bool))
+
+
+@dataclass(frozen=True)
+class Memorisation(Task):
+    """key, INSERT, key, INSERT, ...: at each INSERT (V-1) the key's value under a map that never changes.
+
+    Keys 0..n-1 map one to one to values n..2n-1, n = (V-1) // 2, by `map_seed`. Nothing in the sequence tells the value:
+    it measures what the parameters hold. Training and test share the map.
+    """
+
+    length: int = 32
+    vocab: int = 256
+    map_seed: int = 12345
+
+    @property
+    def num_tokens(self) -> int:
+        return self.vocab
+
+    def validate(self) -> None:
+        require(self, "length", self.length >= 2 and self.length % 2 == 0, "an even number >= 2")
+        require_at_least(self, 3, "vocab")
+        require_at_least(self, 0, "map_seed")
+
+    def example(self, key: Key, test: bool) -> Batch:
+        kinds = (self.vocab - 1) // 2
+        values = kinds + jax.random.permutation(jax.random.key(self.map_seed), kinds)
+        keys = jax.random.randint(key, (self.length // 2,), 0, kinds)
+        tokens = jnp.stack([keys, jnp.full_like(keys, self.vocab - 1)], 1).reshape(-1)
+        asked = jnp.arange(self.length) % 2 == 1
+        return _scored(tokens, jnp.repeat(values[keys], 2), asked)
+
+
+# ---------------------------------------------------------------- state tracking
+
+
+@dataclass(frozen=True)
+class Parity(Task):
+    """Bits; the parity of all bits so far, at every position or, without `dense`, at a last END token (2) alone."""
+
+    length: int = 40
+    dense: bool = True
+
+    @property
+    def num_tokens(self) -> int:
+        return 2 if self.dense else 3
+
+    @property
+    def num_targets(self) -> int:
+        return 2
+
+    def example(self, key: Key, test: bool) -> Batch:
+        bits = jax.random.bernoulli(key, 0.5, (self.length,)).astype(jnp.int32)
+        if self.dense:
+            return _scored(bits, jnp.cumsum(bits) % 2, jnp.ones(self.length, bool))
+        last = jnp.arange(self.length) == self.length - 1
+        return _scored(jnp.where(last, 2, bits), jnp.full(self.length, bits[:-1].sum() % 2), last)
+
+
+@dataclass(frozen=True)
+class ModularArithmetic(Task):
+    """digit op digit op ... digit =; the value modulo m at "=", * before + and -.
+
+    Tokens: digits 0..m-1, then +, -, *, =. T/2 digits.
+    """
+
+    length: int = 40
+    modulus: int = 5
+
+    @property
+    def num_tokens(self) -> int:
+        return self.modulus + 4
+
+    @property
+    def num_targets(self) -> int:
+        return self.modulus
+
+    def validate(self) -> None:
+        require_at_least(self, 2, "modulus")
+        require(self, "length", self.length >= 2 and self.length % 2 == 0, "an even number >= 2")
+
+    def example(self, key: Key, test: bool) -> Batch:
+        k_digits, k_ops = jax.random.split(key)
+        m, n = self.modulus, self.length // 2
+        digits = jax.random.randint(k_digits, (n,), 0, m)
+        ops = jax.random.randint(k_ops, (n,), 0, 3).at[-1].set(3)
+
+        def step(carry: tuple[Array, Array], x: tuple[Array, Array]) -> tuple[tuple[Array, Array], None]:
+            total, term = carry
+            op, digit = x
+            done = (total + term) % m
+            signed = jnp.where(op == 0, digit, -digit) % m
+            times = op == 2
+            return (jnp.where(times, total, done), jnp.where(times, term * digit % m, signed)), None
+
+        (total, term), _ = jax.lax.scan(step, (jnp.zeros((), digits.dtype), digits[0]), (ops[:-1], digits[1:]))
+        tokens = jnp.stack([digits, m + ops], 1).reshape(-1)
+        last = jnp.arange(self.length) == self.length - 1
+        return _scored(tokens, jnp.full(self.length, (total + term) % m), last)
+
+
+@functools.lru_cache(maxsize=16)
+def group_table(name: str) -> np.ndarray:
+    """[n, n] int32, entry [a, b] = a o b, the identity is 0.
+
+    S<n>, A<n> (n <= 6): permutations in lexicographic order, (a o b)(i) = a(b(i)); Z<n>: addition modulo n; products
+    as "A4xZ5". Raises `UserError` for other names.
+    """
+    if "x" in name:
+        left, right = (group_table(part) for part in name.split("x", 1))
+        n, m = len(left), len(right)
+        out = (left[:, None, :, None] * m + right[None, :, None, :]).reshape(n * m, n * m)
+    else:
+        kind, size = name[:1], int(name[1:]) if name[1:].isdigit() else 0
+        if kind == "Z" and 1 <= size <= 4096:
+            out = np.add.outer(np.arange(size), np.arange(size)) % size
+        elif kind in ("S", "A") and kind and 2 <= size <= 6:
+            members = [p for p in itertools.permutations(range(size)) if kind == "S" or _even(p)]
+            index = {p: i for i, p in enumerate(members)}
+            out = np.array([[index[tuple(a[i] for i in b)] for b in members] for a in members])
+        else:
+            raise UserError(f"group={name!r}: expected S2..S6, A2..A6, Z<n> or a product such as A4xZ5")
+    out = out.astype(np.int32)
+    out.flags.writeable = False
+    return out
+
+
+def _even(p: tuple[int, ...]) -> bool:
+    return sum(p[i] > p[j] for i in range(len(p)) for j in range(i + 1, len(p))) % 2 == 0
+
+
+@dataclass(frozen=True)
+class Group(Task):
+    """Word problem: tokens are elements of a finite group, the target is the product so far, y_t = y_{t-1} o x_t.
+
+    A5 and S5 are not solvable: composing them is complete for NC1 (Barrington, 1989), which constant-depth linear
+    recurrences and attention do not reach; Z<n>, S3 and A4 are solvable.
+    """
+
+    length: int = 16
+    group: str = "A5"
+    """See `group_table`."""
+
+    @property
+    def num_tokens(self) -> int:
+        return len(group_table(self.group))
+
+    def validate(self) -> None:
+        require_at_least(self, 1, "length")
+        group_table(self.group)
+
+    def example(self, key: Key, test: bool) -> Batch:
+        table = jnp.asarray(group_table(self.group))
+        tokens = jax.random.randint(key, (self.length,), 0, len(table))
+
+        def step(y: Array, x: Array) -> tuple[Array, Array]:
+            y = table[y, x]
+            return y, y
+
+        _, products = jax.lax.scan(step, jnp.zeros((), jnp.int32), tokens)
+        return _scored(tokens, products, jnp.ones(self.length, bool))
+
+
+@dataclass(frozen=True)
+class Dyck(Task):
+    """Well-formed brackets of `kinds` types nested at most `depth` deep; the target is the type that may close next
+    (`kinds` where nothing is open).
+
+    Opening i is token i, closing i is kinds + i. At each step open or close with equal chance where both are possible;
+    the string ends with everything closed.
+    """
+
+    kinds: int = 2
+    depth: int = 8
+
+    @property
+    def num_tokens(self) -> int:
+        return 2 * self.kinds
+
+    @property
+    def num_targets(self) -> int:
+        return self.kinds + 1
+
+    def validate(self) -> None:
+        require_at_least(self, 1, "kinds", "depth")
+        require(self, "length", self.length >= 2 and self.length % 2 == 0, "an even number >= 2")
+
+    def example(self, key: Key, test: bool) -> Batch:
+        k_type, k_coin = jax.random.split(key)
+        types = jax.random.randint(k_type, (self.length,), 0, self.kinds)
+        coins = jax.random.bernoulli(k_coin, 0.5, (self.length,))
+        left = self.length - jnp.arange(self.length)
+
+        def step(carry: tuple[Array, Array], x: tuple[Array, ...]) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+            stack, open_ = carry
+            kind, coin, remaining = x
+            opens = (open_ == 0) | (coin & (open_ < self.depth) & (open_ < remaining))
+            token = jnp.where(opens, kind, self.kinds + stack[open_ - 1])
+            stack = stack.at[jnp.where(opens, open_, self.depth)].set(kind, mode="drop")
+            open_ = jnp.where(opens, open_ + 1, open_ - 1)
+            return (stack, open_), (token, jnp.where(open_ == 0, self.kinds, stack[open_ - 1]))
+
+        start = (jnp.zeros(self.depth, types.dtype), jnp.zeros((), jnp.int32))
+        _, (tokens, tops) = jax.lax.scan(step, start, (types, coins, left))
+        return _scored(tokens, tops, jnp.ones(self.length, bool))
+
+
+# ---------------------------------------------------------------- real inputs
+
+
+@dataclass(frozen=True)
+class Tracking(Task):
+    """x_t = decay x_{t-1} + N(0, drift^2), seen as y_t = x_t + N(0, r_t^2); the target is x_t.
+
+    r_t is `fine` or `coarse` with equal chance and the inputs are (y_t, [r_t coarse], [r_t fine]); x_0 is one
+    transition from N(0, 1). The optimum is the Kalman filter, `optimal`.
+    """
+
+    decay: float = 0.98
+    drift: float = 0.2
+    fine: float = 0.1
+    coarse: float = 2.0
+    num_inputs: ClassVar[int] = 3
+
+    @property
+    def num_tokens(self) -> int:
+        return 0
+
+    @property
+    def num_targets(self) -> int:
+        return 0
+
+    def validate(self) -> None:
+        super().validate()
+        require_unit(self, "decay")
+        require_at_least(self, 0, "drift")
+        require(self, "fine", self.fine > 0, "a number > 0")
+        require(self, "coarse", self.fine <= self.coarse, f"at least fine={self.fine}")
+
+    def example(self, key: Key, test: bool) -> Batch:
+        k_first, k_drift, k_kind, k_noise = jax.random.split(key, 4)
+        steps = self.drift * jax.random.normal(k_drift, (self.length,))
+        advance = lambda x, e: (self.decay * x + e,) * 2
+        _, x = jax.lax.scan(advance, jax.random.normal(k_first), steps)
+        coarse = jax.random.bernoulli(k_kind, 0.5, (self.length,))
+        y = x + jnp.where(coarse, self.coarse, self.fine) * jax.random.normal(k_noise, (self.length,))
+        inputs = jnp.stack([y, coarse.astype(y.dtype), 1.0 - coarse], -1)
+        return Batch(inputs, x, jnp.ones(self.length, bool))
+
+    def optimal(self, inputs: Array) -> tuple[Array, Array]:
+        """inputs [..., T, 3] -> mean and variance [..., T] of x_t given all up to t (Kalman, 1960)."""
+        noise = jnp.where(inputs[..., 1] > 0.5, self.coarse, self.fine) ** 2
+
+        def step(carry: tuple[Array, Array], x: tuple[Array, Array]) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+            mean, var = self.decay * carry[0], self.decay**2 * carry[1] + self.drift**2
+            gain = var / (var + x[1])
+            new = mean + gain * (x[0] - mean), (1.0 - gain) * var
+            return new, new
+
+        first = lambda a: jnp.moveaxis(a, -1, 0)
+        start = (jnp.zeros(inputs.shape[:-2]), jnp.ones(inputs.shape[:-2]))
+        _, out = jax.lax.scan(step, start, (first(inputs[..., 0]), first(noise)))
+        return jnp.moveaxis(out[0], 0, -1), jnp.moveaxis(out[1], 0, -1)
+
+
+_HERE = "jaxstack.sequence.tasks:"
+
+TASKS = Registry(
+    "sequence task",
+    {
+        "mqar": _HERE + "MQAR",
+        "induction": _HERE + "Induction",
+        "recall": _HERE + "Recall",
+        "noisy_recall": _HERE + "NoisyRecall",
+        "fuzzy_recall": _HERE + "FuzzyRecall",
+        "selective_copy": _HERE + "SelectiveCopy",
+        "compression": _HERE + "Compression",
+        "memorisation": _HERE + "Memorisation",
+        "parity": _HERE + "Parity",
+        "modular_arithmetic": _HERE + "ModularArithmetic",
+        "group": _HERE + "Group",
+        "dyck": _HERE + "Dyck",
+        "tracking": _HERE + "Tracking",
+        "text": "jaxstack.sequence.text:Text",
+    },
+)
+"""Name -> a subclass of `Task`; `TASKS.add(name, "module:class")` registers another."""
+
+
+def make(name: str, **options: Any) -> Task:
+    """The task with its options; raises `UnknownName` or, for a wrong option, `UserError`."""
+    return config.from_dict(TASKS.load(name), options, f"task {name}")
+
+
+def finite(task: Task, examples: int, seed: int = 0) -> Callable[[Key, int], Batch]:
+    """A training set of fixed size without storing it: (key, count) -> `count` of its examples, drawn with
+    replacement; example i is always the same. Raises `UserError` for no examples."""
+    if examples < 1:
+        raise UserError(f"examples={examples!r}: expected a whole number >= 1")
+
+    def sample(key: Key, count: int) -> Batch:
+        index = jax.random.randint(key, (count,), 0, examples)
+        keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(index)
+        return jax.vmap(lambda k: task.example(k, False))(keys)
+
+    return sample
+
+
+def accuracy(logits: Array, batch: Batch) -> Array:
+    """Share of scored positions whose greatest logit is the target; logits [B, T, num_targets]."""
+    right = (logits.argmax(-1) == batch.targets) & batch.mask
+    return right.sum() / jnp.maximum(batch.mask.sum(), 1)
+
+
+def loss_terms(output: Array, batch: Batch) -> tuple[Array, Array]:
+    """(sum over scored positions, their number): cross entropy of logits [B, T, C] in nats, or squared error of
+    outputs [B, T]. Sums, so that batches in parts add up exactly."""
+    if jnp.issubdtype(batch.targets.dtype, jnp.floating):
+        each = jnp.square(output.astype(jnp.float32) - batch.targets)
+    else:
+        log_p = jax.nn.log_softmax(output.astype(jnp.float32), axis=-1)
+        each = -jnp.take_along_axis(log_p, batch.targets[..., None], axis=-1)[..., 0]
+    return jnp.where(batch.mask, each, 0.0).sum(), batch.mask.sum().astype(jnp.float32)
