@@ -223,7 +223,8 @@ def generate(
         raise UserError(f"temperature={temperature}, top_k={top_k}, steps={steps}: expected numbers >= 0")
     if model.num_tokens != model.num_targets:
         raise UserError(f"model of {model.num_tokens} tokens and {model.num_targets} targets: cannot be fed its output")
-    return _generator(model, steps, temperature, top_k)(params, prompt, mask, key)
+    run = _generator(model, steps, temperature, top_k)  # pyright: ignore[reportArgumentType]  modules are hashable
+    return run(params, prompt, mask, key)
 
 
 @functools.lru_cache(maxsize=16)

@@ -33,13 +33,13 @@ from jaxstack.core.registry import Registry
 
 
 class Batch(NamedTuple):
-    """Examples of one length; a single example lacks the axis B."""
+    """Examples of one length, arrays of jax or numpy; a single example lacks the axis B."""
 
-    tokens: Array
+    tokens: Any
     """[B, T] int32, or [B, T, num_inputs] float32 for a task with real inputs."""
-    targets: Array
+    targets: Any
     """[B, T] int32, or [B, T] float32; what to say at each position, 0 where it is not scored."""
-    mask: Array
+    mask: Any
     """[B, T] bool: scored positions."""
 
 
@@ -340,8 +340,8 @@ class Compression(Task):
 class Memorisation(Task):
     """key, INSERT, key, INSERT, ...: at each INSERT (V-1) the key's value under a map that never changes.
 
-    Keys 0..n-1 map one to one to values n..2n-1, n = (V-1) // 2, by `map_seed`. Nothing in the sequence tells the value:
-    it measures what the parameters hold. Training and test share the map.
+    Keys 0..n-1 map one to one to values n..2n-1, n = (V-1) // 2, by `map_seed`. Nothing in the sequence tells the
+    value: it measures what the parameters hold. Training and test share the map.
     """
 
     length: int = 32

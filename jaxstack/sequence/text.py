@@ -102,7 +102,7 @@ class Text(Task):
 
 
 def windows(corpus: np.ndarray, length: int, batch_size: int, seed: int = 0) -> Callable[[int], Batch]:
-    """step -> `batch_size` windows at random places, for `core.data.HostData`: reads only what it returns."""
+    """step -> `batch_size` windows (numpy) at random places, for `core.data.HostData`: reads only what it returns."""
     if not 1 <= length < len(corpus):
         raise UserError(f"length={length!r}: expected 1 to {len(corpus) - 1}, less than the bytes of the corpus")
 
