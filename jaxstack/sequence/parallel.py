@@ -70,7 +70,7 @@ def affine_scan(a: Array, b: Array, h0: Array, mesh: Mesh, *, reverse: bool = Fa
         own, total_b = local(b, jnp.zeros_like(h0))
         maps = jax.lax.all_gather((total_a, total_b), SEQUENCE)
         last, starts = jax.lax.scan(lambda h, m: (m[0] * h + m[1], h), h0, maps, reverse=reverse)
-        return own + product * starts[jax.lax.axis_index(SEQUENCE)], last
+        return own + product * starts[jax.lax.axis_index(SEQUENCE)][:, None], last
 
     return _over(mesh, body, "ttb", "tb")(a, b, h0)
 

@@ -71,7 +71,7 @@ def test_mqar_asks_each_key_for_its_value():
 
 
 def test_mqar_distances_follow_the_power_law():
-    task, batch = draw("mqar", 4096, pairs=1, length=22, vocab=64, power=0.5)
+    batch = draw("mqar", 4096, pairs=1, length=22, vocab=64, power=0.5)[1]
     slot = (batch.mask.argmax(1) - 2) // 2
     weight = np.arange(1, 11) ** (0.5 - 1.0)
     np.testing.assert_allclose(np.bincount(slot, minlength=10) / 4096, weight / weight.sum(), atol=0.03)
@@ -159,7 +159,7 @@ def test_fuzzy_recall_repeats_values_of_known_keys(test):
 
 
 def test_selective_copy_asks_for_the_tokens_in_order():
-    task, batch = draw("selective_copy")
+    batch = draw("selective_copy")[1]
     for x, y, m in zip(*batch):
         content = x[x < 14]
         assert len(content) == 5
