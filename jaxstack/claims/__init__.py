@@ -2,5 +2,11 @@
 
 from jaxstack.core.registry import Registry
 
-CLAIMS = Registry("claim", {"hypermarl": "jaxstack.claims.hypermarl:claim"})
+CLAIMS = Registry(
+    "claim",
+    {
+        "hypermarl": "jaxstack.claims.hypermarl:claim",
+        "kalman-linear-attention": "jaxstack.claims.kalman_linear_attention:claim",
+    },
+)
 """Method -> its `Claim`; `jaxstack reproduce METHOD` runs it."""

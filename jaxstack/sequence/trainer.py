@@ -245,7 +245,8 @@ def gradients(model: SequenceModel, config: Config, task: Task) -> Callable[[Any
 
 
 def evaluation(model: SequenceModel, config: Config, task: Task) -> Callable[[State, Key], Metrics]:
-    """Loss, accuracy and perplexity on `eval_examples` test examples, at the task's length and at `eval_lengths` (name@length)."""
+    """Loss, accuracy and perplexity on `eval_examples` test examples, at the task's length and at `eval_lengths`
+    (name@length)."""
 
     shard = _sharding(config, task)
 
