@@ -42,7 +42,9 @@ def last_scores(learner: Any, seeds: int) -> list[dict[str, float]]:
     return [{k: float(v) for k, v in row.items() if str(k).startswith("eval/")} for _, row in last.iterrows()]
 
 
-def tracking(updates: int, arms: tuple[str, ...], length: int = 64, longer: int = 256) -> Experiment:
+def tracking(
+    updates: int, arms: tuple[str, ...], length: int = 64, longer: int = 256, examples: int = 2048
+) -> Experiment:
     """One block on the noisy walk. `mse / optimum` is the test error over that of the Kalman filter which knows the
     walk's parameters, at the trained length and, `at 4x length`, on sequences never seen so long."""
 
@@ -50,7 +52,7 @@ def tracking(updates: int, arms: tuple[str, ...], length: int = 64, longer: int 
         optimum = {}
         for n in (length, longer):
             task = tasks.Tracking(length=n)
-            batch = jax.jit(lambda task=task: task.sample(jax.random.key(1), 8192))()
+            batch = jax.jit(lambda task=task: task.sample(jax.random.key(1), 4 * examples))()
             optimum[n] = float(jnp.square(task.optimal(batch.tokens)[0] - batch.targets).mean())
         rows = []
         for arm in arms:
@@ -65,7 +67,7 @@ def tracking(updates: int, arms: tuple[str, ...], length: int = 64, longer: int 
                 mlp_ratio=0.0,
                 batch_size=32,
                 num_updates=updates,
-                eval_examples=2048,
+                eval_examples=examples,
                 eval_lengths=(longer,),
                 lr=5e-3,
                 weight_decay=0.0,
@@ -95,9 +97,8 @@ def classified(
                 task_args=task_args,
                 mixers=(mixer,),
                 mixer_args=mixer_args,
-                eval_examples=1024,
                 eval_lengths=(longer,) if longer else (),
-                **options,
+                **({"eval_examples": 1024} | options),
             )
             for seed, scores in enumerate(last_scores(learner, seeds)):
                 row = {"accuracy": scores["eval/accuracy"]}
