@@ -317,7 +317,7 @@ def build(model: SequenceModel, task: Task, config: Config) -> Learner:
     )
 
 
-def sequence(config: Config = Config(), **changes: Any) -> Learner:
+def sequence(config: Config = Config(), /, **changes: Any) -> Learner:
     """The learner of a config or of field values, hyperparameters among them. Raises `UserError`."""
     config = configs.replace(config, **changes) if changes else config
     task = make_task(config)
