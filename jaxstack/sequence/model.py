@@ -8,6 +8,7 @@ prefill, `step` decodes one token in constant time for recurrent mixers, `genera
 """
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from jaxtyping import Array
 
 from jaxstack.core.errors import UserError
 from jaxstack.core.learner import Key
+from jaxstack.sequence.kla import marginal_log_probs
 
 DECAYED = ("kernel", "embedding")
 """Names of parameters that weight decay applies to: matrices of linear layers and embeddings. Biases, norms,
@@ -112,6 +114,23 @@ class SequenceModel(nn.Module):
             states.append(s)
         return self._read(x), tuple(states)
 
+    def belief(self, tokens: Array, *, mask: Array | None = None) -> tuple[Array, Array]:
+        """Mean and variance [B, T, D] of the stream after the last mixer, which has to give a variance (KLA does);
+        the stream it is added to counts as certain. Raises `UserError` for other mixers."""
+        mixer = self.mixers[-1]
+        if "return_variance" not in inspect.signature(type(mixer).__call__).parameters:
+            raise UserError(f"the last mixer, {type(mixer).__name__}, gives no variance: expected one such as KLA")
+        x = self._embed(tokens)
+        for i, earlier in enumerate(self.mixers[:-1]):
+            y, _ = earlier(self.mixer_norms[i](x).astype(x.dtype), mask=mask)
+            x = self._after(i, x + y)
+        y, variance, _ = mixer(self.mixer_norms[-1](x).astype(x.dtype), mask=mask, return_variance=True)
+        return x + y, variance
+
+    def read(self, x: Array) -> Array:
+        """What follows the last mixer: [..., T, D] -> logits [..., T, num_targets]."""
+        return self._read(self._after(len(self.mixers) - 1, x))
+
     def _embed(self, tokens: Array) -> Array:
         kind, rank = (jnp.integer, 0) if self.num_tokens else (jnp.floating, 1)
         if not jnp.issubdtype(tokens.dtype, kind):
@@ -148,6 +167,19 @@ def position_code(length: int, features: int) -> Array:
     rate = 10_000.0 ** (-jnp.arange(0, features, 2) / features)
     angle = jnp.arange(length)[:, None] * rate
     return jnp.stack([jnp.sin(angle), jnp.cos(angle)], -1).reshape(length, -1)[:, :features]
+
+
+def predictive(
+    model: SequenceModel, params: Any, tokens: Array, key: Key, num_samples: int = 16, *, mask: Array | None = None
+) -> Array:
+    """log-probabilities [B, T, num_targets] averaged over the last mixer's uncertainty by `num_samples` draws (Shaj et
+    al., 2026, Monte-Carlo read-out). Raises `UserError` for a last mixer without variance or an auto-encoder."""
+    if model.readout == "last" or not model.num_targets:
+        raise UserError("the Monte-Carlo read-out needs classes at each position")
+    bound = {"params": params}
+    mean, variance = model.apply(bound, tokens, mask=mask, method="belief")  # pyright: ignore[reportGeneralTypeIssues]
+    head = lambda x: model.apply(bound, x, method="read")
+    return marginal_log_probs(head, mean, variance, key, num_samples)  # pyright: ignore[reportArgumentType]
 
 
 # ---------------------------------------------------------------- parameters

@@ -6,6 +6,7 @@ import pytest
 from jaxstack.core.errors import UserError
 from jaxstack.sequence import model as models
 from jaxstack.sequence.kla import KalmanLinearAttention
+from jaxstack.sequence.mixer import ShortConv
 from jaxstack.sequence.model import SequenceModel, generate, sample_token
 
 
@@ -149,6 +150,33 @@ def test_reinitialise_touches_linear_weights_only(params):
     assert np.std(weights) == pytest.approx(0.02, rel=0.1)
     np.testing.assert_array_equal(new["mixers_0"]["delta"], params["mixers_0"]["delta"])
     np.testing.assert_array_equal(new["final_norm"]["scale"], params["final_norm"]["scale"])
+
+
+def test_the_monte_carlo_read_out_averages_over_the_belief(params):
+    mean, variance = MODEL.apply({"params": params}, TOKENS, method="belief")
+    plain = MODEL.apply({"params": params}, mean, method="read")
+    close(plain, run(params, TOKENS)[0])
+    assert (variance > 0).all()
+    sample = jax.jit(lambda key: models.predictive(MODEL, params, TOKENS, key, 500))
+    found = np.exp(sample(jax.random.key(0)))
+    np.testing.assert_allclose(found.sum(-1), 1.0, rtol=1e-4)
+    rng = np.random.default_rng(0)
+    draws = np.asarray(mean) + np.sqrt(variance) * rng.normal(size=(500, *mean.shape)).astype(np.float32)
+    reference = jax.nn.softmax(jax.jit(lambda x: MODEL.apply({"params": params}, x, method="read"))(draws)).mean(0)
+    np.testing.assert_allclose(found, reference, atol=0.06)
+    assert np.abs(found - jax.nn.softmax(plain)).max() > 3 * np.abs(found - reference).mean()
+    with pytest.raises(UserError, match="needs classes"):
+        models.predictive(MODEL.clone(readout="last"), params, TOKENS, jax.random.key(0))
+
+
+def test_a_belief_needs_a_mixer_with_variance():
+    class Plain(ShortConv):
+        pass
+
+    model = SequenceModel((Plain(8),), 11, 11)
+    params = model.init(jax.random.key(0), TOKENS)["params"]
+    with pytest.raises(UserError, match="Plain, gives no variance"):
+        models.predictive(model, params, TOKENS, jax.random.key(0))
 
 
 def test_logits_are_capped(params):
