@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxstack.claims.harness import Check, Claim, Experiment, Row
 from jaxstack.core.runner import RunOptions, train
-from jaxstack.sequence import tasks, trainer
+from jaxstack.sequence import state_tasks, trainer
 from jaxstack.sequence.kla import discretise, kla_scan
 
 OPTIONS = RunOptions(progress=False)
@@ -51,7 +51,7 @@ def tracking(
     def run(seeds: int) -> list[Row]:
         optimum = {}
         for n in (length, longer):
-            task = tasks.Tracking(length=n)
+            task = state_tasks.Tracking(length=n)
             batch = jax.jit(lambda task=task: task.sample(jax.random.key(1), 4 * examples))()
             optimum[n] = float(jnp.square(task.optimal(batch.tokens)[0] - batch.targets).mean())
         rows = []

@@ -4,7 +4,7 @@
     scan_pallas     the whole Kalman filter as one GPU/TPU kernel, forward and backward
     mixer           what every sequence mixer offers: whole sequences, carried state, single steps
     kla             Kalman Linear Attention: filter, decoding step, flax layer (one filter step: kla_filter)
-    tasks           synthetic tasks drawn on the device: recall, copying, memory, state tracking
+    tasks           synthetic tasks drawn on the device: recall, copying, memory (state tracking: state_tasks)
     text            real text as bytes
     model           embedding, blocks of a mixer and an MLP, head; decoding and sampling
     trainer         training as a learner of the runner; data and sequence parallelism

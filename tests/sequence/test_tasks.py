@@ -7,6 +7,7 @@ import pytest
 
 from jaxstack.core.errors import UserError
 from jaxstack.sequence import tasks
+from jaxstack.sequence.state_tasks import group_table
 
 SMALL = {
     "mqar": dict(vocab=32, length=24, pairs=4),
@@ -210,7 +211,7 @@ def test_modular_arithmetic_has_the_value_python_computes():
 
 @pytest.mark.parametrize(("name", "size", "commuting"), [("S3", 6, 0.5), ("A4", 12, 4 / 12), ("A5", 60, 5 / 60)])
 def test_group_tables_are_groups(name, size, commuting):
-    table = tasks.group_table(name)
+    table = group_table(name)
     assert table.shape == (size, size)
     np.testing.assert_array_equal(table[0], np.arange(size))
     np.testing.assert_array_equal(table[:, 0], np.arange(size))
@@ -223,10 +224,10 @@ def test_group_tables_are_groups(name, size, commuting):
 
 def test_group_products_and_permutations():
     elements = list(itertools.permutations(range(3)))
-    table = tasks.group_table("S3")
+    table = group_table("S3")
     a, b = elements[3], elements[4]
     assert elements[table[3, 4]] == tuple(a[b[i]] for i in range(3))
-    product = tasks.group_table("Z2xZ3")
+    product = group_table("Z2xZ3")
     assert len(product) == 6
     assert product[1 * 3 + 2, 1 * 3 + 2] == 0 * 3 + 1
     batch = draw("group")[1]
