@@ -5,6 +5,7 @@ with observation and action, the next observation and reward are decoded; agents
 ReLU layer each: without it a code could only shift predictions, never select what matters in an observation.
 """
 
+import warnings
 from typing import Any, NamedTuple
 
 import jax
@@ -110,9 +111,9 @@ def codes(data: tuple[Array, Array, Array, Array], count: int, key: Array, optio
 
 
 def cluster(points: np.ndarray, max_groups: int) -> tuple[int, ...]:
-    """k-means of the codes with the number of clusters of the lowest Davies-Bouldin index."""
+    """k-means of the codes with as many clusters as give the lowest Davies-Bouldin index; equal codes are one group."""
     best: tuple[float, np.ndarray] = (np.inf, np.zeros(len(points), int))
-    for k in range(2, max_groups + 1):
+    for k in range(2, min(max_groups, len(np.unique(points, axis=0))) + 1):
         labels = _kmeans(points, k)
         score = davies_bouldin(points, labels)
         if score < best[0]:
@@ -140,7 +141,9 @@ def _kmeans(points: np.ndarray, k: int) -> np.ndarray:
 
     best: tuple[float, np.ndarray] = (np.inf, np.zeros(len(points), int))
     for seed in range(5):
-        centres, labels = kmeans2(points.astype(np.float64), k, minit="++", seed=seed, missing="warn")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="One of the clusters is empty")
+            centres, labels = kmeans2(points.astype(np.float64), k, minit="++", seed=seed, missing="warn")
         cost = float(np.square(points - centres[labels]).sum())
         if cost < best[0]:
             best = (cost, labels)

@@ -73,7 +73,8 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("what", nargs="?", choices=["agents", "envs", "claims"], help="only these")
     p.add_argument("--family", help="environments of one family: native, jaxmarl, gymnax, brax")
     p = command("info", _info, "Describe an agent (options and defaults) or an environment (shapes, horizon, notes).")
-    p.add_argument("name")
+    p.add_argument("name", metavar="NAME", nargs="?")
+    p.add_argument("--determinism", action="store_true", help="what repeats to the bit, and what to rounding only")
     p = command("train", _train, "Train an agent; `jaxstack train AGENT --help` lists its options.", add_help=False)
     p.add_argument("agent", nargs="?")
     p = command("resume", _resume, "Continue an interrupted run to the bit as if it had not stopped.")
@@ -143,7 +144,15 @@ def _info(args: argparse.Namespace, _: list[str]) -> None:
 
     from jaxstack import envs
     from jaxstack.agents import AGENTS, config_class
+    from jaxstack.core.errors import UserError
 
+    if args.determinism:
+        from jaxstack.core import determinism
+
+        print(determinism.report())
+        return
+    if args.name is None:
+        raise UserError("info: expected the NAME of an agent or environment, or --determinism")
     if args.name in AGENTS:
         cls = config_class(args.name)
         print((sys.modules[cls.__module__].__doc__ or "").strip(), "\n")
@@ -169,8 +178,24 @@ def _train(args: argparse.Namespace, rest: list[str]) -> None:
     if args.agent is None or args.agent in ("-h", "--help"):
         _train_usage()
         return
-    import dataclasses
     import time
+
+    from jaxstack.core import config, runner
+
+    learner, job = plan(args.agent, rest)
+    run_dir = Path(job.run_dir or f"runs/{args.agent}-{time.strftime('%Y%m%d-%H%M%S')}")
+    stored = {"config": config.to_dict(job.config), "options": config.to_dict(job.run)}
+    sinks = _sinks(job, run_dir, stored)
+    result = runner.train(learner, None, job.seeds, run_dir=run_dir, plan=stored, options=job.run, sinks=sinks)
+    _report(learner, result, job.seeds)
+
+
+def plan(agent: str, argv: Sequence[str]) -> tuple[Any, Any]:
+    """What `jaxstack train AGENT argv` would run: (learner, job with config, run options, seeds, run_dir and sinks).
+
+    Raises `UserError` for wrong values, SystemExit(2) with a message on stderr for arguments that do not parse.
+    """
+    import dataclasses
 
     import tyro
 
@@ -178,7 +203,8 @@ def _train(args: argparse.Namespace, rest: list[str]) -> None:
     from jaxstack.core import config, runner
     from jaxstack.core.errors import UserError
 
-    cls = agents.config_class(args.agent)
+    rest = list(argv)
+    cls = agents.config_class(agent)
     default = cls()
     if "--config" in rest:
         at = rest.index("--config")
@@ -205,26 +231,22 @@ def _train(args: argparse.Namespace, rest: list[str]) -> None:
         Job,
         args=rest,
         default=Job(config=default),
-        prog=f"jaxstack train {args.agent}",
+        prog=f"jaxstack train {agent}",
         description=sys.modules[cls.__module__].__doc__,
         config=(tyro.conf.OmitArgPrefixes,),
     )
-    learner = agents.make(args.agent, job.config)
-    run_dir = Path(job.run_dir or f"runs/{args.agent}-{time.strftime('%Y%m%d-%H%M%S')}")
-    plan = {"config": config.to_dict(job.config), "options": config.to_dict(job.run)}
-    sinks = _sinks(job, run_dir, plan)
-    result = runner.train(learner, None, job.seeds, run_dir=run_dir, plan=plan, options=job.run, sinks=sinks)
-    _report(learner, result, job.seeds)
+    runner.check_seeds(job.seeds)
+    return agents.make(agent, job.config), job
 
 
-def _sinks(job: Any, run_dir: Path, plan: dict[str, Any]) -> list[Any]:
+def _sinks(job: Any, run_dir: Path, stored: dict[str, Any]) -> list[Any]:
     from jaxstack.core import sinks
 
     out: list[Any] = []
     if job.tensorboard:
         out.append(sinks.TensorBoard(run_dir.with_name(run_dir.name + "-tensorboard")))
     if job.wandb:
-        out.append(sinks.Wandb(job.wandb, run_dir.name, plan["config"]))
+        out.append(sinks.Wandb(job.wandb, run_dir.name, stored["config"]))
     return out
 
 

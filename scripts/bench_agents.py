@@ -81,6 +81,7 @@ def compiled(function: Callable, key: jax.Array) -> Side:
     program = jax.jit(function).lower(key).compile()
     seconds = time.perf_counter() - begin
     m = program.memory_analysis()
+    assert m is not None, "this backend has no memory analysis"
     peak = m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes - m.alias_size_in_bytes
     return Side(lambda repeat: jax.block_until_ready(program(jax.random.PRNGKey(repeat))), seconds, peak)
 

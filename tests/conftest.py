@@ -9,3 +9,9 @@ if os.environ.get("JAXSTACK_CACHE") != "off":
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", cache)
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
+
+
+def pytest_configure(config):
+    # slow tests and claims run only when asked for: -m slow, -m claim, -m "slow or claim"
+    if not config.option.markexpr:
+        config.option.markexpr = "not slow and not claim"

@@ -122,7 +122,7 @@ def train(
     """
     options = config.replace(options, **changes)
     num_steps = _num_steps(learner, num_steps, total_samples)
-    seeds = _seeds(seeds)
+    seeds = check_seeds(seeds)
     _check_data(learner, data)
     plan = {"agent": learner.name, "config": _config(learner), "seeds": seeds, "num_steps": num_steps} | (plan or {})
     path = None if run_dir is None else RunDir.check(run_dir)
@@ -362,7 +362,8 @@ def _num_steps(learner: Learner, num_steps: int | None, total_samples: int | Non
     return int(num_steps)
 
 
-def _seeds(seeds: int | Sequence[int]) -> list[int]:
+def check_seeds(seeds: int | Sequence[int]) -> list[int]:
+    """The seeds as a list; raises `UserError` for none, equal ones or numbers that are no seeds."""
     out = list(range(seeds)) if isinstance(seeds, int) else [int(s) for s in seeds]
     if not out or len(set(out)) != len(out) or min(out) < 0 or max(out) >= 2**32:
         raise UserError(f"seeds={seeds}: expected a number >= 1 or different seeds in 0..2^32-1")

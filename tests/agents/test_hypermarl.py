@@ -170,7 +170,7 @@ def test_agents_couple_only_through_the_hypernetwork(embedding, coupled):
 
     jac = jax.jacrev(weights)(heads["h"]).reshape(A, D * HIDDEN[0], -1)
     cross = jnp.einsum("ip,jp->ij", jac[0], jac[1])
-    assert (float(jnp.abs(cross).max()) > 1e-2) == coupled
+    assert (float(jnp.abs(cross).max()) > 1e-3) == coupled
     if not coupled:
         np.testing.assert_array_equal(cross, 0.0)
 
@@ -183,7 +183,7 @@ def test_permuting_agents_with_embeddings_and_data_changes_nothing(options):
     order = np.array([2, 0, 1])
     emb = {k: v[order] for k, v in params.items() if "embedding" in k}
     swap = lambda x: x[:, :, order] if x is not None and x.ndim > 2 and x.shape[2] == A else x
-    moved = team_ppo.Batch(*[() if x == ((), ()) else swap(x) for x in mb[:-1]], start=mb.start)
+    moved = team_ppo.Batch(*map(swap, mb[:-1]), start=mb.start)
     if task.shape.central:  # the state itself stays
         moved = moved._replace(critic_x=mb.critic_x)
     loss = jax.jit(lambda p, mb: team_ppo.loss(task, p, (), hypers, mb)[0])
