@@ -4,6 +4,10 @@
     scan_pallas     the whole Kalman filter as one GPU/TPU kernel, forward and backward
     mixer           what every sequence mixer offers: whole sequences, carried state, single steps
     kla             Kalman Linear Attention: filter, decoding step, flax layer (one filter step: kla_filter)
+    mamba           Mamba: selective diagonal state-space model
+    delta           DeltaNet and Gated DeltaNet: the delta rule, recurrent and chunkwise
+    mingru          minGRU
+    s5              S5: diagonal complex state-space model
     tasks           synthetic tasks drawn on the device: recall, copying, memory (state tracking: state_tasks)
     text            real text as bytes
     model           embedding, blocks of a mixer and an MLP, head; decoding and sampling

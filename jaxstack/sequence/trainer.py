@@ -94,7 +94,17 @@ class Config(configs.Config):
         require(self, "data_parallel", rows % self.data_parallel == 0, f"a divisor of batch_size/accumulate={rows}")
 
 
-MIXERS = Registry("mixer", {"kla": "jaxstack.sequence.kla:KalmanLinearAttention"})
+MIXERS = Registry(
+    "mixer",
+    {
+        "kla": "jaxstack.sequence.kla:KalmanLinearAttention",
+        "mamba": "jaxstack.sequence.mamba:Mamba",
+        "deltanet": "jaxstack.sequence.delta:DeltaNet",
+        "gated_deltanet": "jaxstack.sequence.delta:GatedDeltaNet",
+        "mingru": "jaxstack.sequence.mingru:MinGRU",
+        "s5": "jaxstack.sequence.s5:S5",
+    },
+)
 """Name -> a mixer's class, see mixer.py."""
 
 
