@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 _EXPORTS: dict[str, tuple[str, str | None]] = {
     "Learner": ("jaxstack.core.learner", "Learner"),
     "train": ("jaxstack.core.runner", "train"),
+    "sweep": ("jaxstack.core.sweep", "sweep"),
     "load_policy": ("jaxstack.core.bundle", "load_policy"),
     "make_env": ("jaxstack.envs", "make"),
     "make_agent": ("jaxstack.agents", "make"),
@@ -29,9 +30,10 @@ if TYPE_CHECKING:
     from jaxstack.core.errors import UserError
     from jaxstack.core.learner import Learner
     from jaxstack.core.runner import train
+    from jaxstack.core.sweep import sweep
     from jaxstack.envs import make as make_env
 
-__all__ = ["Learner", "UserError", "__version__", "load_policy", "make_agent", "make_env", "train"]
+__all__ = ["Learner", "UserError", "__version__", "load_policy", "make_agent", "make_env", "sweep", "train"]
 
 
 def __getattr__(name: str) -> Any:

@@ -2,7 +2,7 @@
 
 import base64
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,84 @@ def estimates(table: Mapping[str, stats.Estimate], path: str | Path, label: str,
     axes.set_ylim(-0.7, len(table) - 0.2)
     axes.set_xlabel(f"{label}, with 95% interval")
     return _save(figure, axes, path, title, legend=False)
+
+
+def dependence(
+    x: Any, table: Sequence[stats.Estimate], path: str | Path, name: str, label: str, log: bool = False, title: str = ""
+) -> Path:
+    """Estimates over a numeric quantity `x`, with their intervals as a band; a NaN estimate is marked as failed."""
+    figure, axes = _figure()
+    order = np.argsort(x)
+    at = np.asarray(x, np.float64)[order]
+    value, low, high = np.asarray(table, np.float64).reshape(-1, 3)[order].T
+    good = np.isfinite(value)
+    axes.plot(at[good], value[good], "o-", color=COLOURS[0], linewidth=2, label="estimate, 95% interval")
+    axes.fill_between(at[good], low[good], high[good], color=COLOURS[0], alpha=0.2, linewidth=0)
+    if not good.all():
+        bottom = axes.get_xaxis_transform()
+        axes.plot(
+            at[~good], np.zeros((~good).sum()), "x", color=COLOURS[1], transform=bottom, clip_on=False, label="failed"
+        )
+    if log:
+        axes.set_xscale("log")
+    axes.set_xlabel(name)
+    axes.set_ylabel(label)
+    return _save(figure, axes, path, title)
+
+
+def heat_map(
+    values: Any,
+    path: str | Path,
+    rows: Sequence[Any],
+    columns: Sequence[Any],
+    label: str,
+    names: tuple[str, str] = ("", ""),
+    title: str = "",
+) -> Path:
+    """A matrix [R, C] with its numbers; NaN cells read "failed". `names` are those of rows and columns."""
+    values = np.asarray(values, np.float64)
+    figure, axes = _figure(2.5 + 0.8 * len(columns), 1.8 + 0.55 * len(rows))
+    axes.grid(False)
+    image = axes.imshow(np.ma.masked_invalid(values), cmap="viridis", aspect="auto")
+    middle = np.nanmean([np.nanmin(values), np.nanmax(values)]) if np.isfinite(values).any() else 0.0
+    for (i, j), v in np.ndenumerate(values):
+        text, colour = (f"{v:.3g}", "white" if v <= middle else "black") if np.isfinite(v) else ("failed", COLOURS[1])
+        axes.text(j, i, text, ha="center", va="center", color=colour, fontsize=8)
+    axes.set_xticks(range(len(columns)), [_short(c) for c in columns], rotation=30 if len(columns) > 6 else 0)
+    axes.set_yticks(range(len(rows)), [_short(r) for r in rows])
+    axes.set_ylabel(names[0])
+    axes.set_xlabel(names[1])
+    figure.colorbar(image, ax=axes, label=label)
+    return _save(figure, axes, path, title, legend=False)
+
+
+def scatter(
+    x: Any,
+    y: Any,
+    values: Any,
+    path: str | Path,
+    names: tuple[str, str],
+    label: str,
+    log: tuple[bool, bool] = (False, False),
+    title: str = "",
+) -> Path:
+    """Points coloured by `values`; NaN ones are crosses marked as failed."""
+    figure, axes = _figure()
+    x, y, values = (np.asarray(v, np.float64) for v in (x, y, values))
+    good = np.isfinite(values)
+    points = axes.scatter(x[good], y[good], c=values[good], cmap="viridis", s=60, label="setting")
+    if not good.all():
+        axes.scatter(x[~good], y[~good], marker="x", color=COLOURS[1], s=60, label="failed")
+    axes.set_xscale("log" if log[0] else "linear")
+    axes.set_yscale("log" if log[1] else "linear")
+    axes.set_xlabel(names[0])
+    axes.set_ylabel(names[1])
+    figure.colorbar(points, ax=axes, label=label)
+    return _save(figure, axes, path, title)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def profiles(scores: Mapping[str, Any], path: str | Path, title: str = "") -> Path:

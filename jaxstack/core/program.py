@@ -11,8 +11,9 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from jaxstack.core import guard, ledger
+from jaxstack.core import distributed, guard, ledger
 from jaxstack.core.data import Source
+from jaxstack.core.devices import Layout, layout
 from jaxstack.core.errors import UserError
 from jaxstack.core.learner import Learner, as_hypers
 
@@ -32,6 +33,8 @@ class Programs(NamedTuple):
     place: Callable[[Any], Any]
     """Put a restored (state, alive) where the programs expect it."""
     chunk: int
+    bind: Callable[[Sequence[int], Any], "Programs"]
+    """(seeds, hypers) -> the same executables for as many other rows."""
 
 
 def initial(learner: Learner, seeds: Sequence[int], hypers: Any) -> tuple[Any, guard.Alive]:
@@ -64,16 +67,26 @@ def build(
     guarded: bool = True,
     evaluate: bool = True,
     devices: int = 1,
+    env_devices: int = 1,
     memory_limit: int | None = None,
 ) -> Programs:
     """Compile a run; `memory_limit` in bytes (default: what is free).
 
-    Raises `ledger.DoesNotFit` when the run needs more, `UserError` for devices that do not divide the seeds.
+    Raises `ledger.DoesNotFit` when the run needs more, `UserError` for devices that divide neither the seeds nor the
+    environments of each (see devices.py).
     """
-    over_seeds, everywhere = _shardings(len(seeds), devices)
-    start = lambda: initial(learner, seeds, hypers)
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=over_seeds), jax.eval_shape(start))
-    constants = () if data is None else jax.device_put(data.constants(), everywhere)
+    start = lambda seeds, hypers: initial(learner, seeds, hypers)
+    arguments = lambda seeds, hypers: (
+        np.asarray(seeds, np.uint32),
+        jax.tree.map(np.asarray, as_hypers(learner.hypers if hypers is None else hypers)),
+    )
+    rows = arguments(seeds, hypers)
+    shapes = jax.eval_shape(start, *rows)
+    place = layout(learner, shapes[0], devices, env_devices)
+    where = None if place.mesh is None else (place.state, jax.tree.map(lambda _: place.seeds, shapes[1]))
+    if where is not None:
+        shapes = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where)
+    constants = () if data is None else distributed.place_all(data.constants(), place.everywhere)
     item = () if data is None else data.chunk(0, 1, chunk, seeds, peek=True)
     one_item = jax.tree.map(lambda x: x[0], item)
     body = _step_body(learner, data, guarded)
@@ -81,29 +94,41 @@ def build(
     if dispatch == "auto":
         slow = jax.default_backend() == "cpu" and convolves(body, *shapes, zero, constants, one_item)
         dispatch = "loop" if slow else "scan"
-    out = None if over_seeds is None else (over_seeds, over_seeds, everywhere)
-    if dispatch == "scan":
-        args = (*shapes, zero, zero, constants, item)
-        program = book.compile("chunk", _chunk_program(body, chunk), *args, donate=(0, 1), out_shardings=out)
-    else:
-        args = (*shapes, zero, constants, one_item)
-        program = book.compile("step", body, *args, donate=(0, 1), out_shardings=out)
-    copies = devices if jax.default_backend() == "cpu" else 1  # host memory is shared by its devices
-    ledger.check_memory(book.programs[-1], len(seeds), memory_limit, copies)
+    out = None if where is None else (*where, place.everywhere)
+    with place.compiling():
+        if dispatch == "scan":
+            args = (*shapes, zero, zero, constants, item)
+            program = book.compile("chunk", _chunk_program(body, chunk), *args, donate=(0, 1), out_shardings=out)
+        else:
+            args = (*shapes, zero, constants, one_item)
+            program = book.compile("step", body, *args, donate=(0, 1), out_shardings=out)
+    # host memory is shared by its devices
+    copies = max(devices * env_devices // distributed.count(), 1) if jax.default_backend() == "cpu" else 1
+    limit = ledger.available_bytes() if memory_limit is None else memory_limit
+    limit = -distributed.largest(-(2**62 if limit is None else limit))  # all processes refuse, or none
+    ledger.check_memory(book.programs[-1], len(seeds), limit, copies)
     run = _scan if dispatch == "scan" else _loop
 
-    def advance(state: Any, alive: guard.Alive, done: int, count: int) -> tuple:
-        items = () if data is None else data.chunk(done, count, chunk, seeds)
-        return run(program, state, alive, done, count, constants, items)
+    init = book.compile("init", start, *rows, out_shardings=where)
+    evaluation = _evaluation(learner, shapes[0], place, book) if evaluate else None
 
-    out = None if over_seeds is None else (over_seeds, over_seeds)
-    return Programs(
-        init=book.compile("init", start, out_shardings=out),
-        advance=advance,
-        evaluate=_evaluation(learner, shapes[0], everywhere, book) if evaluate else None,
-        place=lambda tree: tree if over_seeds is None else jax.device_put(tree, over_seeds),
-        chunk=chunk,
-    )
+    def bind(seeds: Sequence[int], hypers: Any) -> Programs:
+        rows = arguments(seeds, hypers)
+
+        def advance(state: Any, alive: guard.Alive, done: int, count: int) -> tuple:
+            items = () if data is None else data.chunk(done, count, chunk, seeds)
+            return run(program, state, alive, done, count, constants, items)
+
+        return Programs(
+            init=lambda: init(*rows),
+            advance=advance,
+            evaluate=evaluation,
+            place=lambda tree: place.place(*tree),
+            chunk=chunk,
+            bind=bind,
+        )
+
+    return bind(seeds, hypers)
 
 
 def convolves(function: Callable, *args: Any) -> bool:
@@ -116,11 +141,12 @@ def convolves(function: Callable, *args: Any) -> bool:
     return found(jax.make_jaxpr(function)(*args).jaxpr)
 
 
-def _evaluation(learner: Learner, shapes: Any, everywhere: Any, book: ledger.Ledger) -> Callable | None:
+def _evaluation(learner: Learner, shapes: Any, place: Layout, book: ledger.Ledger) -> Callable | None:
     if learner.evaluate is None:
         return None
-    key = jax.device_put(jax.random.key(EVAL_STREAM), everywhere)
-    program = book.compile("evaluate", jax.vmap(learner.evaluate, in_axes=(0, None)), shapes, key)
+    key = distributed.place_all(jax.random.key(EVAL_STREAM), place.everywhere)
+    one = jax.vmap(learner.evaluate, in_axes=(0, None))
+    program = book.compile("evaluate", one, shapes, key, out_shardings=place.everywhere)
     return lambda state: {k: np.asarray(v) for k, v in program(state, key).items()}
 
 
@@ -170,16 +196,3 @@ def _loop(program: Callable, state: Any, alive: Any, done: int, count: int, cons
         state, alive, metrics = program(state, alive, np.int32(done + i + 1), constants, item)
         rows.append(metrics)
     return state, alive, {k: np.stack([np.asarray(r[k]) for r in rows]) for k in rows[0]}
-
-
-def _shardings(num_seeds: int, devices: int) -> tuple[Any, Any]:
-    """(seed axis over a mesh, a copy on each device); (None, None) for one device."""
-    if devices == 1:
-        return None, None
-    if devices > jax.device_count():
-        raise UserError(f"devices={devices}: expected at most {jax.device_count()}, what this machine has")
-    if num_seeds % devices:
-        raise UserError(f"devices={devices}: expected a divisor of the {num_seeds} seeds")
-    mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:devices]), ("seed",))
-    spec = jax.sharding.PartitionSpec
-    return jax.sharding.NamedSharding(mesh, spec("seed")), jax.sharding.NamedSharding(mesh, spec())

@@ -12,14 +12,14 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxstack.core import cache, config, guard, ledger, program
-from jaxstack.core.checkpoint import Checkpoints, Retention
+from jaxstack.core import cache, config, distributed, guard, ledger, program
+from jaxstack.core.checkpoint import Checkpoints, NoCheckpoint, Retention, from_table, to_table
 from jaxstack.core.data import Source
 from jaxstack.core.errors import UserError
 from jaxstack.core.learner import Learner
@@ -48,7 +48,9 @@ class RunOptions(config.Config):
     guard: bool = True
     """Freeze seeds whose loss or parameters go non-finite."""
     devices: int = 1
-    """Spread the seeds over this many devices."""
+    """Spread the seeds over this many devices, or groups of `env_devices`; over those of all hosts, see scaling.md."""
+    env_devices: int = 1
+    """Devices that share the environments of one seed, see devices.py."""
     split_seeds: int | Literal["auto"] | None = None
     """At most so many seeds at once, in groups one after another; auto: as many as fit; default: refuse a run that
     does not fit. In a run directory each group is a run of its own, in a folder named after its seeds."""
@@ -59,7 +61,7 @@ class RunOptions(config.Config):
     def validate(self) -> None:
         config.require_at_least(self, 0, "chunk", "checkpoint_every", "keep_best")
         config.require_at_least(self, -1, "eval_every")
-        config.require_at_least(self, 1, "keep_last", "devices")
+        config.require_at_least(self, 1, "keep_last", "devices", "env_devices")
         for field in ("max_compiles", "split_seeds", "memory_limit_mb"):
             value = getattr(self, field)
             config.require(self, field, not isinstance(value, int) or value >= 1, "a number >= 1")
@@ -76,8 +78,11 @@ class Result(NamedTuple):
     run_dir: Path | None
 
 
+COMPILING = "stopped while compiling, before the first step; nothing was saved"
+
+
 class Interrupted(Exception):
-    """SIGINT or SIGTERM stopped the run after a chunk; everything is saved. `signum` tells which."""
+    """SIGINT or SIGTERM stopped the run while compiling or after a chunk; everything is saved. `signum` tells which."""
 
     def __init__(self, signum: int, message: str):
         super().__init__(message)
@@ -97,6 +102,10 @@ class Job(NamedTuple):
     options: RunOptions
     sinks: Sequence[Sink]
     book: ledger.Ledger
+    stop: list[int]
+    """Signals that came."""
+    settings: list[int] | None = None
+    """Number of each row's setting: rows are then (setting, seed) pairs."""
 
 
 def train(
@@ -106,6 +115,7 @@ def train(
     *,
     total_samples: int | None = None,
     hypers: Any = None,
+    settings: Sequence[int] | None = None,
     data: Source | None = None,
     run_dir: str | Path | None = None,
     plan: dict[str, Any] | None = None,
@@ -115,32 +125,38 @@ def train(
 ) -> Result:
     """Train `learner` for `num_steps` steps, or `total_samples` samples a seed, with each of `seeds` at once.
 
-    Steps default to the config's `num_updates`; `hypers` may have leaves [S] (one setting a seed). Options can be given
-    by name: `train(learner, 100, chunk=10)`. `plan` is stored in the run directory beside what `resume` needs. Raises
-    `UserError` for wrong arguments, a run that does not fit into memory, or when every seed went non-finite;
-    `Interrupted` after SIGINT or SIGTERM.
+    Steps default to the config's `num_updates`; `hypers` may have leaves [S] (one setting a seed). `settings` [S]
+    numbers them: rows are then pairs (setting, seed), in which seeds may repeat, metrics have a column `setting`, and
+    rows that all went non-finite are returned instead of raised. Options can be given by name: `train(learner, 100,
+    chunk=10)`. `plan` is stored in the run directory beside what `resume` needs. Raises `UserError` for wrong
+    arguments, a run that does not fit into memory, or when every seed went non-finite; `Interrupted` after SIGINT or
+    SIGTERM.
     """
     options = config.replace(options, **changes)
     num_steps = _num_steps(learner, num_steps, total_samples)
-    seeds = check_seeds(seeds)
+    seeds = check_seeds(seeds) if settings is None else _check_rows(seeds, settings)
+    settings = None if settings is None else [int(i) for i in settings]
     _check_data(learner, data)
     plan = {"agent": learner.name, "config": _config(learner), "seeds": seeds, "num_steps": num_steps} | (plan or {})
-    path = None if run_dir is None else RunDir.check(run_dir)
+    plan |= {} if settings is None else {"settings": settings}
+    path = None if run_dir is None else Path(run_dir)
+    distributed.on_first(lambda: path and RunDir.check(path))
     cache.enable()
     book = ledger.Ledger(options.max_compiles)
-    job = Job(learner, num_steps, seeds, hypers, data, path, plan, options, sinks, book)
+    job = Job(learner, num_steps, seeds, hypers, data, path, plan, options, sinks, book, [], settings)
+    at_once = options.split_seeds if isinstance(options.split_seeds, int) else len(seeds)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_signals(job.stop))
         for sink in sinks:
             stack.callback(sink.close)
-        try:
-            at_once = options.split_seeds
-            result = _split(job, at_once) if isinstance(at_once, int) and at_once < len(seeds) else _fresh(job)
-        except ledger.DoesNotFit as e:
-            if options.split_seeds != "auto" or e.fit < 1:
-                raise
-            book.programs.clear()
-            result = _split(job, e.fit)
-    return _some_alive(result, job)
+        while True:
+            try:
+                return _some_alive(_split(job, at_once) if at_once < len(seeds) else _fresh(job), job)
+            except ledger.DoesNotFit as e:  # measured by compiling, before anything runs
+                if options.split_seeds != "auto" or e.fit < 1:
+                    raise
+                book.programs.clear()
+                at_once = e.fit
 
 
 def resume(
@@ -156,105 +172,177 @@ def resume(
     sinks: Sequence[Sink] = (),
     **changes: Any,
 ) -> Result:
-    """Continue a run from its newest undamaged checkpoint, to the bit as if it had not stopped.
+    """Continue a run from its newest undamaged checkpoint, to the bit as if it had not stopped; from its beginning when
+    it was stopped before the first one.
 
-    Steps and seeds default to those the run was made with. Raises `UserError` when no checkpoint can be used, or naming
-    the fields in which the learner's config (or `plan`'s) differs from that of the run.
+    Steps and seeds default to those the run was made with. What is damaged is named and moved to `damaged/` in the run
+    directory. Raises `UserError` when every checkpoint is damaged, or naming the fields in which the learner's config
+    (or `plan`'s) differs from that of the run.
     """
     options = config.replace(options, **changes)
-    old = read_plan(run_dir)
+    old = distributed.share(distributed.on_first(lambda: read_plan(run_dir)))
     new = (plan or {}).get("config", _config(learner))
     _same_config(run_dir, old["config"], new)
     seeds = list(old["seeds"] if seeds is None else seeds)
     num_steps = int(old["num_steps"] if num_steps is None else num_steps)
     _check_data(learner, data)
     cache.enable()
-    run = RunDir.open(run_dir)
+    run = distributed.on_first(lambda: RunDir.open(run_dir))
     book = ledger.Ledger(options.max_compiles)
-    job = Job(learner, num_steps, seeds, hypers, data, run.path, old, options, sinks, book)
-    with _closing(run, sinks):
-        template = jax.eval_shape(lambda: program.initial(learner, seeds, hypers))
-        store = Checkpoints(run.checkpoints)
-        step, (state, alive), meta, problems = store.restore(template)
-        for problem in problems:
-            print(f"{problem}; using the one of step {step}", flush=True)  # noqa: T201
-        store.drop_after(step)
-        store.close()
-        programs = _programs(job)
-        if data is not None:
+    hypers = _stored_hypers(learner, old) if hypers is None else hypers
+    job = Job(
+        learner, num_steps, seeds, hypers, data, Path(run_dir), old, options, sinks, book, [], old.get("settings")
+    )
+    with _signals(job.stop), _closing(run, sinks):
+        step, restored, meta, table = _restore(job, run)
+        try:
+            programs = _programs(job)
+        except Interrupted:
+            _interrupt(job, run, step)
+        if data is not None and restored is not None:
             data.restore(meta["data"])
-        run.status("running", resumed_at_step=step)
-        state, alive = programs.place((state, alive))
-        result = _loop(job, programs, run, state, alive, step)
+        state, alive = programs.init() if restored is None else programs.place(restored)
+        result = _loop(job, programs, run, state, alive, step, table)
     return _some_alive(result, job)
+
+
+def _restore(job: Job, run: RunDir | None) -> tuple[int, Any, dict[str, Any], list[Row]]:
+    """(step, (state, alive), meta, rows before it) of the newest checkpoint whose files and metrics are as they were
+    written; step 0, None and no meta when there is none yet. What is newer and damaged is named and set aside."""
+    template = jax.eval_shape(lambda: program.initial(job.learner, job.seeds, job.hypers))
+
+    def read() -> tuple[int, Any, dict[str, Any], list[Row]]:
+        assert run is not None
+        with contextlib.closing(Checkpoints(run.checkpoints)) as store:
+            try:
+                step, restored, meta, problems = store.restore(template, lambda meta: run.damage(meta.get("metrics")))
+            except NoCheckpoint as e:
+                step, restored, meta, problems = 0, None, {}, [str(e)]
+            how = f"using the one of step {step}" if step else "from the beginning"
+            for problem in problems:
+                print(f"{problem}; {how}", flush=True)  # noqa: T201
+            store.set_aside_after(step)
+        table = run.cut(step, meta.get("metrics"))
+        run.status("running", resumed_at_step=step)
+        return step, restored, meta, table
+
+    found = distributed.on_first(read) or (0, None, {}, [])
+    if distributed.count() == 1:
+        return found
+    step, meta, table = distributed.share((found[0], found[2], found[3]))
+    arrays = distributed.share_arrays(None if found[1] is None else to_table(found[1]))
+    return step, from_table(arrays, template) if step else None, meta, table
+
+
+def _stored_hypers(learner: Learner, plan: dict[str, Any]) -> Any:
+    """The hyperparameters that were given to `train` beside the config, None for the config's own."""
+    if "hypers" not in plan:
+        return None
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: np.asarray(plan["hypers"][jax.tree_util.keystr(path)], np.float32), learner.hypers
+    )
 
 
 def load_state(learner: Learner, run_dir: str | Path, seeds: Sequence[int] | None = None) -> Any:
     """The newest stored state [S, ...] of a run, for evaluation. Raises `UserError` when there is none."""
     chosen: Sequence[int] = read_plan(run_dir)["seeds"] if seeds is None else seeds
     template = jax.eval_shape(lambda: program.initial(learner, chosen, None))
-    store = Checkpoints(Path(run_dir) / "checkpoints")
-    _, (state, _), _, _ = store.restore(template)
-    store.close()
+    with contextlib.closing(Checkpoints(Path(run_dir) / "checkpoints", read_only=True)) as store:
+        _, (state, _), _, _ = store.restore(template)
     return state
 
 
-def _fresh(job: Job) -> Result:
+def _fresh(job: Job, programs: program.Programs | None = None) -> Result:
     """All seeds of the job from their first step."""
-    programs = _programs(job)  # before the directory is made: a run that does not fit leaves none behind
-    run = None if job.run_dir is None else RunDir.create(job.run_dir, job.plan)
+    plan = job.plan
+    if job.hypers is not None:
+        values = jax.tree_util.tree_leaves_with_path(job.hypers)
+        plan = plan | {"hypers": {jax.tree_util.keystr(k): np.asarray(v, np.float32).tolist() for k, v in values}}
+    create = lambda: None if job.run_dir is None else RunDir.create(job.run_dir, plan)
+    # compiled before the directory is made: a run that does not fit leaves none behind
+    try:
+        programs = _programs(job) if programs is None else programs
+    except Interrupted:
+        run = create()
+        with _closing(run):
+            _interrupt(job, run, 0)
+    run = distributed.on_first(create)
     with _closing(run):
         return _loop(job, programs, run, *programs.init(), 0)
 
 
 def _split(job: Job, at_once: int) -> Result:
-    """Groups of at most `at_once` seeds, one after another; their results side by side."""
+    """Groups of at most `at_once` seeds, of one size or two, one after another; their results side by side."""
     import pandas as pd
 
-    results = []
-    for i in range(0, len(job.seeds), at_once):
-        part = slice(i, i + at_once)
-        seeds = job.seeds[part]
+    groups = []
+    for index in np.array_split(np.arange(len(job.seeds)), -(-len(job.seeds) // at_once)):
+        part = slice(index[0], index[-1] + 1)
         take = lambda x, part=part: jnp.asarray(x)[part] if np.ndim(x) else x
         hypers = None if job.hypers is None else jax.tree.map(take, job.hypers)
-        folder = None if job.run_dir is None else job.run_dir / f"seeds_{'_'.join(map(str, seeds))}"
-        group = job._replace(seeds=seeds, hypers=hypers, run_dir=folder, plan=job.plan | {"seeds": seeds})
-        results.append(_fresh(group))
+        seeds, settings, plan = job.seeds[part], job.settings, job.plan | {"seeds": job.seeds[part]}
+        name = f"seeds_{'_'.join(map(str, seeds))}"
+        if settings is not None:
+            settings, name = settings[part], f"rows_{index[0]}_{index[-1]}"
+            plan |= {"settings": settings}
+        folder = None if job.run_dir is None else job.run_dir / name
+        groups.append(job._replace(seeds=seeds, hypers=hypers, run_dir=folder, plan=plan, settings=settings))
+    programs = {len(g.seeds): _programs(g) for g in {len(g.seeds): g for g in groups}.values()}
+    data = None if job.data is None else job.data.state()
+    results = []
+    for group in groups:
+        if job.data is not None:
+            job.data.restore(data)  # every group sees the same batches
+        results.append(_fresh(group, programs[len(group.seeds)].bind(group.seeds, group.hypers)))
     state = jax.tree.map(lambda *xs: jnp.concatenate(xs), *(r.state for r in results))
     metrics = pd.concat([r.metrics for r in results]).sort_values("step", kind="stable", ignore_index=True)
     return Result(state, metrics, np.concatenate([r.alive for r in results]), job.book, job.run_dir)
 
 
 def _programs(job: Job) -> program.Programs:
+    """Compile. Raises `Interrupted` at the first signal, as there is no chunk to finish; of several processes none goes
+    alone, so they agree after the first chunk."""
     options, limit = job.options, job.options.memory_limit_mb
-    return program.build(
-        job.learner,
-        job.seeds,
-        job.book,
-        hypers=job.hypers,
-        data=job.data,
-        chunk=options.chunk or int(np.clip(job.num_steps // 50, 1, 1000)),
-        dispatch=options.dispatch,
-        guarded=options.guard,
-        evaluate=options.eval_every >= 0,
-        devices=options.devices,
-        memory_limit=None if limit is None else limit * 2**20,
-    )
+    alone = distributed.count() == 1
+    with _signals(job.stop, at_once=alone):
+        programs = program.build(
+            job.learner,
+            job.seeds,
+            job.book,
+            hypers=job.hypers,
+            data=job.data,
+            chunk=options.chunk or int(np.clip(job.num_steps // 50, 1, 1000)),
+            dispatch=options.dispatch,
+            guarded=options.guard,
+            evaluate=options.eval_every >= 0,
+            devices=options.devices,
+            env_devices=options.env_devices,
+            memory_limit=None if limit is None else limit * 2**20,
+        )
+    if alone and job.stop:  # the compiler's own handling of exceptions may have kept it
+        raise Interrupted(job.stop[0], COMPILING)
+    return programs
 
 
 def _loop(
-    job: Job, programs: program.Programs, run: RunDir | None, state: Any, alive: guard.Alive, step: int
+    job: Job,
+    programs: program.Programs,
+    run: RunDir | None,
+    state: Any,
+    alive: guard.Alive,
+    step: int,
+    table: Sequence[Row] = (),
 ) -> Result:
-    """Chunks until the last step, a signal or the death of all seeds; the host's side of the run."""
+    """Chunks until the last step, a signal or the death of all seeds; the host's side of the run. `table` has the rows
+    before `step`."""
     options, total = job.options, job.num_steps
-    store = None
+    table, stop = list(table), _agreed(job)
     if run is not None:
-        store = Checkpoints(run.checkpoints, Retention(options.keep_last, options.keep_best, options.best_metric))
         run.write_json("ledger.json", job.book.rows())
-    table = [] if run is None else run.cut(step)  # the part before a resume
-    failed = np.asarray(alive.failed_step)
-    progress = Progress(job.learner, total, step, len(job.seeds), job.book, options.progress)
-    with _signals() as stop, progress:
+    failed = np.asarray(distributed.fetch(alive.failed_step))
+    shown = options.progress and distributed.is_first()
+    progress = Progress(job.learner, total, step, len(job.seeds), job.book, shown)
+    with _saving(job, run) as store, progress:
         while step < total and not stop and not failed.all():
             count = _until(step, total, programs.chunk, options)
             begun = time.perf_counter()
@@ -262,48 +350,88 @@ def _loop(
             seconds = time.perf_counter() - begun
             evaluate = programs.evaluate is not None and _due(step + count, total, options.eval_every)
             extra = programs.evaluate(state) if evaluate and programs.evaluate else {}
-            before, failed = failed, np.asarray(alive.failed_step)
+            before, failed = failed, np.asarray(distributed.fetch(alive.failed_step))
             rows = _rows(job, step, metrics, extra, failed)
             step += count
             table += rows
-            if run is not None:
-                run.append(rows)
-            for sink in job.sinks:
-                sink.write(rows)
+            distributed.on_first(lambda rows=rows: _write(job, run, rows))
             progress.update(step, rows, count, seconds)
             for s in np.flatnonzero((failed > 0) & (before == 0)):
+                row = "" if job.settings is None else f"setting {job.settings[s]}, "
                 progress.say(
-                    f"seed {job.seeds[s]}: loss or parameters not finite at step {failed[s]}; frozen before it"
+                    f"{row}seed {job.seeds[s]}: loss or parameters not finite at step {failed[s]}; frozen before it"
                 )
-            if store is not None and (_due(step, total, options.checkpoint_every) or stop or failed.all()):
-                _save(job, store, step, state, alive, rows)
-    if store is not None:
-        store.close()
-    _settle(job, run, step, failed, stop)
+            stop = _agreed(job)
+            if job.run_dir is not None and (_due(step, total, options.checkpoint_every) or stop or failed.all()):
+                _save(job, run, store, step, state, alive, rows)
+    _settle(job, run, step, failed)
     import pandas as pd
 
     return Result(state, pd.DataFrame(table), failed == 0, job.book, job.run_dir)
 
 
-def _save(job: Job, store: Checkpoints, step: int, state: Any, alive: guard.Alive, rows: list[Row]) -> None:
+def _agreed(job: Job) -> bool:
+    """Whether a signal came to any of the processes: they end after the same chunk."""
+    signum = distributed.largest(job.stop[0] if job.stop else 0)
+    if signum and not job.stop:
+        job.stop.append(signum)
+    return signum > 0
+
+
+def _write(job: Job, run: RunDir | None, rows: list[Row]) -> None:
+    if run is not None:
+        run.append(rows)
+    for sink in job.sinks:
+        sink.write(rows)
+
+
+@contextlib.contextmanager
+def _saving(job: Job, run: RunDir | None) -> Iterator[Checkpoints | None]:
+    """The run's checkpoints; the last save ends before the directory is released, also after an error."""
+    if run is None:
+        yield None
+        return
+    options = job.options
+    store = Checkpoints(run.checkpoints, Retention(options.keep_last, options.keep_best, options.best_metric))
+    try:
+        yield store
+    except BaseException:
+        with contextlib.suppress(UserError):  # the first error is the one to tell
+            store.close()
+        raise
+    store.close()
+
+
+def _save(
+    job: Job, run: RunDir | None, store: Checkpoints | None, step: int, state: Any, alive: guard.Alive, rows: list[Row]
+) -> None:
     name = job.options.best_metric
     scores = [r[name] for r in rows if r["step"] == step and name in r]
-    meta = {"data": None if job.data is None else job.data.state()}
-    store.save(step, (state, alive), meta, float(np.mean(scores)) if scores else None)
+    meta = {"data": None if job.data is None else job.data.state(), "metrics": run and run.mark()}
+    whole = distributed.fetch((state, alive))
+    distributed.on_first(lambda: store and store.save(step, whole, meta, float(np.mean(scores)) if scores else None))
 
 
-def _settle(job: Job, run: RunDir | None, step: int, failed: np.ndarray, stop: list[int]) -> None:
+def _settle(job: Job, run: RunDir | None, step: int, failed: np.ndarray) -> None:
     """Record how the loop ended; raises `Interrupted` when a signal ended it early."""
-    interrupted = step < job.num_steps and bool(stop) and not failed.all()
+    if step < job.num_steps and job.stop and not failed.all():
+        _interrupt(job, run, step)
     if run is not None:
-        run.status("interrupted" if interrupted else "failed" if failed.all() else "finished", step=step)
-    if interrupted:
-        how = "nothing was saved: the run has no directory" if run is None else f"`jaxstack resume {run.path}` goes on"
-        raise Interrupted(stop[0], f"stopped after step {step} of {job.num_steps}; {how}")
+        run.status("failed" if failed.all() else "finished", step=step)
+
+
+def _interrupt(job: Job, run: RunDir | None, step: int) -> NoReturn:
+    """Record that a signal ended the run, and say how to go on."""
+    how = "nothing was saved: the run has no directory"
+    if run is not None:
+        run.status("interrupted", step=step)
+    if job.run_dir is not None:
+        how = f"`jaxstack resume {job.run_dir}` goes on"
+    raise Interrupted(job.stop[0], f"stopped after step {step} of {job.num_steps}; {how}")
 
 
 def _some_alive(result: Result, job: Job) -> Result:
-    if not result.alive.any():
+    if not result.alive.any() and job.settings is None:
         first = int(result.metrics.groupby("seed").step.max().min())
         kept = "" if result.run_dir is None else f"; the last good states are in {result.run_dir}"
         raise UserError(f"{job.learner.name}: loss or parameters not finite in every seed, first at step {first}{kept}")
@@ -332,6 +460,7 @@ def _rows(job: Job, start: int, metrics: dict, extra: dict, failed: np.ndarray) 
             if 0 < failed[s] < step:
                 continue
             row: Row = {"step": step, "samples": step * job.learner.samples_per_step, "seed": seed}
+            row |= {} if job.settings is None else {"setting": job.settings[s]}
             row |= {k: v[i][s] for k, v in lists.items()}
             if i == count - 1:
                 row |= {k: float(v[s]) for k, v in extra.items()}
@@ -370,6 +499,15 @@ def check_seeds(seeds: int | Sequence[int]) -> list[int]:
     return out
 
 
+def _check_rows(seeds: int | Sequence[int], settings: Sequence[int]) -> list[int]:
+    """The seeds of rows (setting, seed); raises `UserError` when there is not one for each, or for equal rows."""
+    out = [seeds] if isinstance(seeds, int) else [int(s) for s in seeds]
+    check_seeds(sorted(set(out)))
+    if len(out) != len(settings) or len({*zip(settings, out)}) != len(out):
+        raise UserError(f"seeds={seeds}, settings={settings}: expected a seed for each setting, and different pairs")
+    return out
+
+
 def _check_data(learner: Learner, data: Source | None) -> None:
     if learner.takes_batch and data is None:
         raise UserError(f"{learner.name}: data is needed, e.g. ArrayData(arrays, batch_size)")
@@ -386,7 +524,7 @@ def _closing(run: RunDir | None, sinks: Sequence[Sink] = ()) -> Iterator[None]:
         raise
     except BaseException as e:
         if run is not None:
-            with contextlib.suppress(OSError):  # the error itself may be a full disk
+            with contextlib.suppress(UserError):  # the error itself may be a full disk
                 run.status("failed", error=f"{type(e).__name__}: {e}"[:500])
         raise
     finally:
@@ -397,9 +535,9 @@ def _closing(run: RunDir | None, sinks: Sequence[Sink] = ()) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM so that the chunk can finish; a second one acts at once. Main thread only."""
-    caught: list[int] = []
+def _signals(caught: list[int], at_once: bool = False) -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM so that the chunk can finish; a second one, or with `at_once` the first, acts at once.
+    Main thread only."""
     if threading.current_thread() is not threading.main_thread():
         yield caught
         return
@@ -407,6 +545,8 @@ def _signals() -> Iterator[list[int]]:
 
     def note(number: int, _: Any) -> None:
         caught.append(number)
+        if at_once:
+            raise Interrupted(number, COMPILING)
         signal.signal(number, old[number])
 
     for s in (signal.SIGINT, signal.SIGTERM):
