@@ -15,7 +15,7 @@ import optax
 from jaxtyping import Array
 
 from jaxstack import envs
-from jaxstack.core import losses, returns, running
+from jaxstack.core import devices, losses, returns, running
 from jaxstack.core.config import Config, require, require_at_least, require_positive, require_unit
 from jaxstack.core.learner import Key, Learner, Metrics, Policy, as_hypers
 from jaxstack.envs import rollout, vector
@@ -215,6 +215,7 @@ def make_learner(
         samples_per_step=cfg.num_envs * cfg.num_steps,
         evaluate=lambda state, key: evaluate(task, state, key),
         policy=policy(task),
+        over_envs=lambda s: (s.vec, s.carry, s.norms.reward.ret if cfg.normalise_reward else ()),
     )
 
 
@@ -339,7 +340,8 @@ def minibatch_indices(task: Task, key: Key) -> Array:
     """[M, B/M] a random split of the samples (feed-forward: T*N transitions; recurrent: N environments)."""
     cfg = task.cfg
     count = cfg.num_envs if cfg.gru else cfg.num_envs * cfg.num_steps
-    return jax.random.permutation(key, count).reshape(cfg.num_minibatches, -1)
+    index = jax.random.permutation(key, count).reshape(cfg.num_minibatches, -1)
+    return devices.split(index, 1, "the size of a minibatch")
 
 
 def take(task: Task, batch: Batch, index: Array) -> Batch:

@@ -75,10 +75,15 @@ def _parser() -> argparse.ArgumentParser:
     p = command("info", _info, "Describe an agent (options and defaults) or an environment (shapes, horizon, notes).")
     p.add_argument("name", metavar="NAME", nargs="?")
     p.add_argument("--determinism", action="store_true", help="what repeats to the bit, and what to rounding only")
-    p = command("train", _train, "Train an agent; `jaxstack train AGENT --help` lists its options.", add_help=False)
+    train = "Train an agent; `jaxstack train AGENT --help` lists its options."
+    p = command("train", _train, train, add_help=False, allow_abbrev=False)
     p.add_argument("agent", nargs="?")
+    _process_flags(p)
     p = command("resume", _resume, "Continue an interrupted run to the bit as if it had not stopped.")
     p.add_argument("run_dir", metavar="RUN")
+    p.add_argument("--devices", type=int, help="spread the seeds over so many devices; default: as the run began")
+    p.add_argument("--env-devices", type=int, help="devices that share a seed's environments; default: likewise")
+    _process_flags(p)
     p = command("evaluate", _evaluate, "Run fresh episodes with a trained policy.")
     p.add_argument("run_dir", metavar="RUN")
     p.add_argument("--episodes", type=int, default=128, help="episodes a seed")
@@ -111,6 +116,23 @@ def _parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--train-seed", type=int, help="which of the run's seeds (default: the first)")
     return parser
+
+
+def _process_flags(p: argparse.ArgumentParser) -> None:
+    group = p.add_argument_group("one run over several processes", "start the same command on each host")
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0")
+    group.add_argument("--num-processes", type=int, metavar="N")
+    group.add_argument("--process-id", type=int, metavar="I", help="0 to N-1; process 0 writes the run directory")
+    group.add_argument("--distributed", action="store_true", help="find all three from Slurm, a TPU pod or Open MPI")
+
+
+def _join(args: argparse.Namespace) -> None:
+    """Join the other processes of the run, if it has any; before anything touches a device."""
+    given = (args.coordinator, args.num_processes, args.process_id)
+    if args.distributed or any(x is not None for x in given):
+        from jaxstack.core import distributed
+
+        distributed.start(*given)
 
 
 def _list(args: argparse.Namespace, _: list[str]) -> None:
@@ -180,12 +202,14 @@ def _train(args: argparse.Namespace, rest: list[str]) -> None:
         return
     import time
 
-    from jaxstack.core import config, runner
+    from jaxstack.core import config, distributed, runner
 
+    if not {"-h", "--help"} & set(rest):
+        _join(args)
     learner, job = plan(args.agent, rest)
     run_dir = Path(job.run_dir or f"runs/{args.agent}-{time.strftime('%Y%m%d-%H%M%S')}")
     stored = {"config": config.to_dict(job.config), "options": config.to_dict(job.run)}
-    sinks = _sinks(job, run_dir, stored)
+    sinks = _sinks(job, run_dir, stored) if distributed.is_first() else []
     result = runner.train(learner, None, job.seeds, run_dir=run_dir, plan=stored, options=job.run, sinks=sinks)
     _report(learner, result, job.seeds)
 
@@ -255,8 +279,11 @@ def _report(learner: Any, result: Any, seeds: Sequence[int]) -> None:
     import jax
     import numpy as np
 
-    from jaxstack.core import bundle
+    from jaxstack.core import bundle, distributed
 
+    state = distributed.fetch(result.state)
+    if not distributed.is_first():
+        return
     last = result.metrics[result.metrics.step == result.metrics.step.max()]
     for name in ("eval/return", "rollout/return"):
         if name in last and last[name].notna().any():
@@ -265,7 +292,7 @@ def _report(learner: Any, result: Any, seeds: Sequence[int]) -> None:
         return
     if learner.policy is not None:
         first = int(np.flatnonzero(result.alive)[0])
-        bundle.save_policy(result.run_dir / "policy", learner, jax.tree.map(lambda x: x[first], result.state))
+        bundle.save_policy(result.run_dir / "policy", learner, jax.tree.map(lambda x: x[first], state))
         print(f"policy of seed {seeds[first]}: {result.run_dir}/policy")
     print(f"run: {result.run_dir}")
 
@@ -275,15 +302,16 @@ def _train_usage() -> None:
 
     print("usage: jaxstack train AGENT [--config FILE] [--env ID] [--seeds 0 1 2] [--run-dir DIR] [options]\n")
     print(f"AGENT is one of {', '.join(AGENTS)}; `jaxstack train AGENT --help` lists its options.")
+    print("several hosts: [--coordinator HOST:PORT --num-processes N --process-id I], or --distributed on Slurm or TPU")
 
 
 def _load(run_dir: str) -> tuple[Any, dict[str, Any]]:
     """The learner and plan of a stored run."""
     from jaxstack import agents
-    from jaxstack.core import config
+    from jaxstack.core import config, distributed
     from jaxstack.core.rundir import read_plan
 
-    plan = read_plan(run_dir)
+    plan = distributed.share(distributed.on_first(lambda: read_plan(run_dir)))
     cls = agents.config_class(plan["agent"])
     fields = config.from_dict(cls, plan["config"], f"{run_dir}/run.yaml: config")
     return agents.make(plan["agent"], fields), plan
@@ -292,8 +320,11 @@ def _load(run_dir: str) -> tuple[Any, dict[str, Any]]:
 def _resume(args: argparse.Namespace, _: list[str]) -> None:
     from jaxstack.core import config, runner
 
+    _join(args)
     learner, plan = _load(args.run_dir)
     options = config.from_dict(runner.RunOptions, plan.get("options", {}), f"{args.run_dir}/run.yaml: options")
+    layout = {"devices": args.devices, "env_devices": args.env_devices}
+    options = config.replace(options, **{k: v for k, v in layout.items() if v is not None})
     result = runner.resume(learner, args.run_dir, plan["num_steps"], plan["seeds"], options=options, plan=plan)
     _report(learner, result, plan["seeds"])
 

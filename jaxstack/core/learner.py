@@ -49,6 +49,8 @@ class Learner(NamedTuple):
     evaluate: Callable[[Any, Key], Metrics] | None = None
     policy: Policy | None = None
     takes_batch: bool = False
+    over_envs: Callable[[Any], Any] | None = None
+    """state -> those parts of it whose leaves have a leading axis of environments, which `env_devices` then spreads."""
 
 
 def as_hypers(hypers: Any) -> Any:

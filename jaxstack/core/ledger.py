@@ -111,7 +111,7 @@ class Ledger:
 
 def available_bytes() -> int | None:
     """Free memory of the default device, or of the host for CPU; None where nothing tells."""
-    stats = jax.devices()[0].memory_stats() if jax.default_backend() != "cpu" else None
+    stats = jax.local_devices()[0].memory_stats() if jax.default_backend() != "cpu" else None
     if stats and "bytes_limit" in stats:
         return int(stats["bytes_limit"]) - int(stats.get("bytes_in_use", 0))
     meminfo = Path("/proc/meminfo")

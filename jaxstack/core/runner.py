@@ -211,8 +211,7 @@ def _restore(job: Job, run: RunDir | None) -> tuple[int, Any, dict[str, Any], li
     written; step 0, None and no meta when there is none yet. What is newer and damaged is named and set aside."""
     template = jax.eval_shape(lambda: program.initial(job.learner, job.seeds, job.hypers))
 
-    def read() -> tuple[int, Any, dict[str, Any], list[Row]]:
-        assert run is not None
+    def read(run: RunDir) -> tuple[int, Any, dict[str, Any], list[Row]]:
         with contextlib.closing(Checkpoints(run.checkpoints)) as store:
             try:
                 step, restored, meta, problems = store.restore(template, lambda meta: run.damage(meta.get("metrics")))
@@ -226,7 +225,7 @@ def _restore(job: Job, run: RunDir | None) -> tuple[int, Any, dict[str, Any], li
         run.status("running", resumed_at_step=step)
         return step, restored, meta, table
 
-    found = distributed.on_first(read) or (0, None, {}, [])
+    found = distributed.on_first(lambda: run and read(run)) or (0, None, {}, [])
     if distributed.count() == 1:
         return found
     step, meta, table = distributed.share((found[0], found[2], found[3]))
