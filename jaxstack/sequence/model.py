@@ -91,7 +91,7 @@ class SequenceModel(nn.Module):
         returned; a sequence may be fed in pieces (with readout="each").
         """
         x = self._embed(tokens)
-        state = self.init_state(x.shape[0]) if state is None else state
+        state = (None,) * len(self.mixers) if state is None else state
         states = []
         for i, mixer in enumerate(self.mixers):
             y, s = mixer(self.mixer_norms[i](x).astype(x.dtype), mask=mask, state=state[i])
@@ -247,7 +247,8 @@ def generate(
     """Continue prompts [B, T] by `steps` tokens [B, steps]: a parallel prefill, then one step a token, in one program.
 
     mask [B, T]: False marks padding of shorter prompts, best on the left; every row needs a token. Raises `UserError`
-    for an empty prompt, a negative temperature or top_k, or a model of other targets than its inputs.
+    for an empty prompt, a negative temperature or top_k, a model of other targets than its inputs, or more tokens than
+    attention has context.
     """
     if prompt.ndim != 2 or prompt.shape[1] < 1:
         raise UserError(f"prompt has shape {prompt.shape}: expected [batch, time >= 1]")
@@ -255,6 +256,11 @@ def generate(
         raise UserError(f"temperature={temperature}, top_k={top_k}, steps={steps}: expected numbers >= 0")
     if model.num_tokens != model.num_targets:
         raise UserError(f"model of {model.num_tokens} tokens and {model.num_targets} targets: cannot be fed its output")
+    for mixer in model.mixers:
+        context = getattr(mixer, "context", None)
+        if context is not None and prompt.shape[1] + steps > context:
+            total = f"a prompt of {prompt.shape[1]} tokens and steps={steps}"
+            raise UserError(f"{type(mixer).__name__}.context={context}: {total} do not fit")
     run = _generator(model, steps, temperature, top_k)  # pyright: ignore[reportArgumentType]  modules are hashable
     return run(params, prompt, mask, key)
 

@@ -103,6 +103,10 @@ MIXERS = Registry(
         "gated_deltanet": "jaxstack.sequence.delta:GatedDeltaNet",
         "mingru": "jaxstack.sequence.mingru:MinGRU",
         "s5": "jaxstack.sequence.s5:S5",
+        "attention": "jaxstack.sequence.attention:SoftmaxAttention",
+        "linear_attention": "jaxstack.sequence.linear_attention:LinearAttention",
+        "gla": "jaxstack.sequence.linear_attention:GatedLinearAttention",
+        "mamba2": "jaxstack.sequence.mamba2:Mamba2",
     },
 )
 """Name -> a mixer's class, see mixer.py."""
