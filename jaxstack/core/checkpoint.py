@@ -7,7 +7,8 @@ checksums, so that damage is noticed and the previous checkpoint used.
 import hashlib
 import json
 import logging
-import shutil
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxstack.core.errors import UserError
+from jaxstack.core.files import set_aside, write_whole
+
+UNFINISHED = "was not finished (no checksums)"
 
 
 @dataclass(frozen=True)
@@ -28,15 +32,30 @@ class Retention:
     best_metric: str = "eval/return"
 
 
-class Checkpoints:
-    """The checkpoints of one run directory."""
+class NoCheckpoint(UserError):
+    """No checkpoint was finished yet: the run can only begin anew."""
 
-    def __init__(self, directory: Path, retention: Retention = Retention()):
+
+class Checkpoints:
+    """The checkpoints of one run directory. With `read_only` nothing there is moved, written or cleaned up, so that a
+    run can be looked at while it goes on."""
+
+    def __init__(self, directory: Path, retention: Retention = Retention(), read_only: bool = False):
         import orbax.checkpoint as ocp
 
-        logging.getLogger("absl").setLevel(logging.ERROR)
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # what fails is raised
         self._ocp, self.directory, self.retention = ocp, directory.absolute(), retention
-        self._set_aside = self._unreadable()
+        self._read_only = read_only
+        self._set_aside = [] if read_only else self._unreadable()
+        self._background = ThreadPoolExecutor(1)
+        self._pending: tuple[int, Future[None]] | None = None
+        if read_only:
+            options = ocp.CheckpointManagerOptions(
+                read_only=True, create=False, save_interval_steps=0, multiprocessing_options=self._alone()
+            )
+            self._manager = ocp.CheckpointManager(self.directory, options=options)
+            return
+        self.directory.mkdir(parents=True, exist_ok=True)
         policies = ocp.checkpoint_managers
         keep: list[Any] = [policies.LatestN(max(retention.keep_last, 1))]
         best = lambda metrics: metrics["best"]
@@ -50,9 +69,16 @@ class Checkpoints:
                 preservation_policy=policies.AnyPreservationPolicy(keep),
                 best_fn=best,  # without it orbax does not store the metrics
                 cleanup_tmp_directories=True,
+                create=False,
+                multiprocessing_options=self._alone(),
             ),
         )
-        self._pending: int | None = None
+
+    def _alone(self) -> Any:
+        """Of several processes only this one reads or writes here: orbax waits for no other."""
+        me = jax.process_index()
+        processes = {me} if jax.process_count() > 1 else None
+        return self._ocp.options.MultiprocessingOptions(primary_host=me, active_processes=processes)
 
     def steps(self) -> list[int]:
         """Steps with a complete checkpoint, oldest first."""
@@ -75,48 +101,71 @@ class Checkpoints:
             )
         except (OSError, ValueError) as e:
             raise self._failed(step, e) from e
-        self._pending = step
+        self._pending = step, self._background.submit(self._finish, step)
 
     def wait(self) -> None:
-        """Block until the last save is on the disk, then write its checksums."""
+        """Block until the last save and its checksums are on the disk. Raises `UserError` when it failed."""
         if self._pending is None:
             return
-        step, self._pending = self._pending, None
+        (step, saved), self._pending = self._pending, None
         try:
-            self._manager.wait_until_finished()
-            self._manager.check_for_errors()
-            folder = self.directory / str(step)
-            self._write_manifest(step, {str(p.relative_to(folder)): _digest(p) for p in _files(folder)})
+            saved.result()
         except (OSError, ValueError) as e:
             raise self._failed(step, e) from e
 
-    def restore(self, template: Any) -> tuple[int, Any, dict[str, Any], list[str]]:
+    def _finish(self, step: int) -> None:
+        """In the background: a checkpoint counts from the moment its checksums are written."""
+        self._manager.wait_until_finished()
+        self._manager.check_for_errors()
+        folder = self.directory / str(step)
+        self._manifest(step).parent.mkdir(exist_ok=True)
+        content = {str(p.relative_to(folder)): _digest(p) for p in _files(folder)}
+        write_whole(self._manifest(step), json.dumps(content))
+
+    def restore(
+        self, template: Any, refuse: Callable[[dict[str, Any]], str | None] = lambda meta: None
+    ) -> tuple[int, Any, dict[str, Any], list[str]]:
         """The newest undamaged checkpoint: (step, state like `template`, meta, what was wrong with newer ones).
 
-        Raises `UserError` when none can be used.
+        `refuse(meta)` says what speaks against a checkpoint; if it refuses all, the newest is taken nevertheless.
+        Raises `NoCheckpoint` when none was ever finished, `UserError` when none can be used.
         """
-        problems = list(self._set_aside)
+        problems = self._set_aside + [f"checkpoint {s}: is missing" for s in self._lost()]
+        unfinished, spare = 0, None
         for step in reversed(self.steps()):
             problem = self.damage(step)
+            unfinished += problem == UNFINISHED
             if problem is None:
                 try:
-                    args = self._ocp.args
-                    table = _shapes(template)
-                    got = self._manager.restore(
-                        step, args=args.Composite(state=args.StandardRestore(table), meta=args.JsonRestore())
-                    )
-                    return step, from_table(got["state"], template), dict(got["meta"]), problems
+                    state, meta = self._read(step, template)
                 except (OSError, ValueError, KeyError, TypeError) as e:
                     problem = f"cannot be read: {' '.join(str(e).split())[:300]}"
+                else:
+                    problem = refuse(meta)
+                    if problem is None:
+                        return step, state, meta, problems
+                    spare = spare or (step, state, meta, [*problems, f"checkpoint {step}: {problem}"])
             problems.append(f"checkpoint {step}: {problem}")
-        detail = "; ".join(problems) if problems else "there is none"
-        raise UserError(f"{self.directory}: no usable checkpoint ({detail})")
+        if spare is not None:
+            return spare
+        if len(problems) == unfinished:
+            detail = "; ".join(problems) or "there is none"
+            raise NoCheckpoint(f"{self.directory}: no usable checkpoint ({detail})")
+        anew = "to begin anew, move checkpoints/* and checksums/*.json elsewhere"
+        raise UserError(f"{self.directory}: no usable checkpoint ({'; '.join(problems)}); {anew}")
+
+    def _read(self, step: int, template: Any) -> tuple[Any, dict[str, Any]]:
+        args = self._ocp.args
+        got = self._manager.restore(
+            step, args=args.Composite(state=args.StandardRestore(_shapes(template)), meta=args.JsonRestore())
+        )
+        return from_table(got["state"], template), dict(got["meta"])
 
     def damage(self, step: int) -> str | None:
         """What is wrong with a checkpoint's files, None if they match their checksums."""
         manifest = self._manifest(step)
         if not manifest.exists():
-            return "was not finished (no checksums)"
+            return UNFINISHED
         try:
             expected = json.loads(manifest.read_text())
         except ValueError:
@@ -130,20 +179,30 @@ class Checkpoints:
                 return f"{name} is damaged"
         return None
 
-    def drop_after(self, step: int) -> None:
-        """Delete checkpoints newer than `step`: damaged ones that a resumed run will write again."""
+    def set_aside_after(self, step: int) -> None:
+        """Move checkpoints newer than `step`, which a resumed run writes again, into `damaged/`."""
         for s in self.steps():
             if s > step:
-                shutil.rmtree(self.directory / str(s), ignore_errors=True)
-                self._manifest(s).unlink(missing_ok=True)
+                self._move(s)
+        for s in self._lost():
+            set_aside(self._manifest(s), self.directory.parent / "damaged")
         self._manager.reload()
 
     def close(self) -> None:
-        self.wait()
-        for old in self.directory.parent.glob("checksums/*.json"):
-            if int(old.stem) not in self.steps():
-                old.unlink(missing_ok=True)
-        self._manager.close()
+        """Wait for the last save. Raises `UserError` when it failed."""
+        try:
+            self.wait()
+            for old in [] if self._read_only else self.directory.parent.glob("checksums/*.json"):
+                if int(old.stem) not in self.steps():
+                    old.unlink(missing_ok=True)
+        finally:
+            self._background.shutdown()
+            self._manager.close()
+
+    def _lost(self) -> list[int]:
+        """Steps newer than all checkpoints, newest first, that have checksums and nothing else."""
+        known = [int(file.stem) for file in self.directory.parent.glob("checksums/*.json")]
+        return sorted((s for s in known if s > max(self.steps(), default=0)), reverse=True)
 
     def _unreadable(self) -> list[str]:
         """Move checkpoints whose metrics are no JSON out of orbax's sight, which fails on them; says which."""
@@ -152,23 +211,21 @@ class Checkpoints:
             try:
                 json.loads(file.read_bytes())
             except ValueError:
-                folder = file.parents[1]
-                aside = folder.parent.with_name("damaged") / folder.name
-                shutil.rmtree(aside, ignore_errors=True)
-                aside.parent.mkdir(exist_ok=True)
-                folder.rename(aside)
-                problems.append(f"checkpoint {folder.name}: metrics/metrics is damaged (moved to {aside})")
+                step = file.parents[1].name
+                if not step.isdigit():  # of a save that a crash cut off; orbax removes it
+                    continue
+                problems.append(f"checkpoint {step}: metrics/metrics is damaged (moved to {self._move(int(step))})")
         return problems
+
+    def _move(self, step: int) -> Path:
+        """A checkpoint and its checksums to `damaged/`."""
+        aside = set_aside(self.directory / str(step), self.directory.parent / "damaged")
+        if self._manifest(step).exists():
+            self._manifest(step).rename(aside.with_name(f"{aside.name}.json"))
+        return aside
 
     def _manifest(self, step: int) -> Path:
         return self.directory.parent / "checksums" / f"{step}.json"
-
-    def _write_manifest(self, step: int, content: dict[str, str]) -> None:
-        path = self._manifest(step)
-        path.parent.mkdir(exist_ok=True)
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(content))
-        part.replace(path)
 
     def _failed(self, step: int, error: Exception) -> UserError:
         text = " ".join(str(error).split())[:300]

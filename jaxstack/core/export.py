@@ -4,8 +4,8 @@ The exported function is the greedy policy with its weights inside,
 
     (obs [B, A, *obs_shape], first [B] bool, *carry[, action_mask [B, A, n]]) -> (*carry, action [B, A, ...])
 
-with a free batch size B. What was written is read back and run; if its outputs differ from the policy's, it is deleted
-and an error raised.
+with a free batch size B. What was written is read back and run; if it does not run, or its outputs differ from the
+policy's, it is deleted and an error raised.
 """
 
 import json
@@ -63,7 +63,7 @@ def stablehlo(
     except OSError as e:
         raise UserError(f"{path}: cannot be written ({e.strerror})") from e
     if jax.default_backend() in [{"cuda": "gpu"}.get(p, p) for p in platforms]:
-        _verify(path, load_stablehlo(path), function, inputs)
+        _verify(path, lambda *xs: load_stablehlo(path)(*xs), function, inputs)
     return path
 
 
@@ -96,7 +96,10 @@ def onnx(policy: LoadedPolicy, obs_shape: Sequence[int], path: str | Path, mask_
         ) from e
     function, inputs = _function(policy), _inputs(policy, tuple(obs_shape), mask_size)
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"{path}: cannot be written ({e.strerror})") from e
     shapes = [jax.ShapeDtypeStruct(("B", *x.shape[1:]), x.dtype) for x in inputs(1)]  # pyright: ignore[reportArgumentType]
     jax2onnx.to_onnx(function, shapes, return_mode="file", output_path=str(path))
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
@@ -139,13 +142,23 @@ def _inputs(policy: LoadedPolicy, obs_shape: tuple[int, ...], mask_size: int | N
 
 
 def _verify(path: Path, run: Callable, function: Callable, inputs: Callable[[int], list[Any]]) -> None:
-    """Compare the written function with the policy at two batch sizes; deletes `path` where they differ."""
-    for batch in (1, 5):
-        xs = inputs(batch)
-        for i, (got, want) in enumerate(zip(run(*xs), function(*xs), strict=True)):
-            got, want = np.asarray(got), np.asarray(want)
-            exact = np.issubdtype(want.dtype, np.integer)
-            error = np.abs(got.astype(np.float64) - want.astype(np.float64)).max(initial=0.0)
-            if got.shape != want.shape or not error <= (0 if exact else TOLERANCE):
-                path.unlink()
-                raise UserError(f"{path}: output {i} differs from the policy's by {error:.3g}; nothing was exported")
+    """Compare the written function with the policy at two batch sizes; deletes what was written where they differ."""
+    try:
+        for batch in (1, 5):
+            xs = inputs(batch)
+            for i, (got, want) in enumerate(zip(run(*xs), function(*xs), strict=True)):
+                got, want = np.asarray(got), np.asarray(want)
+                exact = np.issubdtype(want.dtype, np.integer)
+                if got.shape != want.shape:
+                    raise UserError(f"{path}: output {i} has shape {got.shape}, the policy's {want.shape}")
+                error = np.abs(got.astype(np.float64) - want.astype(np.float64)).max(initial=0.0)
+                if not error <= (0 if exact else TOLERANCE):
+                    raise UserError(
+                        f"{path}: output {i} differs from the policy's by {error:.3g}; nothing was exported"
+                    )
+    except Exception as e:  # the runtime of the format raises whatever the written bytes lead to
+        for written in (path, path.with_name(path.name + ".json")):
+            written.unlink(missing_ok=True)
+        if isinstance(e, UserError):
+            raise
+        raise UserError(f"{path}: does not run ({type(e).__name__}); nothing was exported") from e

@@ -1,17 +1,20 @@
 """A run's directory.
 
-run.yaml        agent, config, seeds, run options: what `resume` needs
+run.yaml        agent, config, seeds, run options: what `resume` needs, below its checksum; a copy is in checksums/
 run.json        command, versions, device, git commit, start, status
 metrics.jsonl   one line a step and seed; pandas.read_json(path, lines=True, precise_float=True) reads it to the bit
-ledger.json     compiles
+ledger.json     compiles of the last process
 checkpoints/    orbax, with checksums/ beside it
+damaged/        whatever was found damaged, or newer than the checkpoint that a resume went on from
 """
 
 import fcntl
+import hashlib
 import json
 import math
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -21,6 +24,11 @@ from typing import IO, Any
 import yaml
 
 from jaxstack.core.errors import UserError
+from jaxstack.core.files import free_name, set_aside, write_whole
+
+CHECKSUM = "# sha256 "
+UNBORN = {".lock", ".run.yaml.part"}
+"""What a process leaves behind that was killed before run.yaml existed."""
 
 Row = dict[str, Any]
 
@@ -30,6 +38,7 @@ class RunDir:
 
     def __init__(self, path: Path, lock: IO):
         self.path, self._lock = path, lock
+        self._metrics, self._written = hashlib.sha256(), 0
 
     @staticmethod
     def check(path: str | Path) -> Path:
@@ -39,7 +48,7 @@ class RunDir:
             raise UserError(f"run directory {path}: is a file")
         if (path / "run.yaml").exists():
             raise UserError(f"run directory {path}: holds a run already; `jaxstack resume {path}` continues it")
-        if path.is_dir() and any(p.name != ".lock" for p in path.iterdir()):
+        if path.is_dir() and any(p.name not in UNBORN for p in path.iterdir()):
             raise UserError(f"run directory {path}: is not empty and not a run; choose another")
         return path
 
@@ -54,8 +63,12 @@ class RunDir:
         run = cls(path, _lock(path))
         try:
             cls.check(path)  # another process may have been faster
-            run._write("run.yaml", yaml.safe_dump(plan, sort_keys=False))
-            run.status("running", **environment())
+            text = yaml.safe_dump(plan, sort_keys=False)
+            text = f"{CHECKSUM}{_sha256(text)} of the lines below; remove this line if you change them\n{text}"
+            write_whole(path / "run.yaml", text)
+            (path / "checksums").mkdir(exist_ok=True)
+            write_whole(path / "checksums" / "run.yaml", text)
+            run.write_json("run.json", environment() | {"status": "running"})
         except BaseException as e:
             run.close()
             if isinstance(e, OSError):
@@ -77,63 +90,92 @@ class RunDir:
 
     def append(self, rows: list[Row]) -> None:
         """Append metric rows; non-finite numbers become null. Raises `UserError` when the disk is full."""
+        data = "".join(json.dumps(_clean(row)) + "\n" for row in rows).encode()
         try:
-            with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
-                file.write("".join(json.dumps(_clean(row)) + "\n" for row in rows))
+            with open(self.path / "metrics.jsonl", "ab") as file:
+                file.write(data)
         except OSError as e:
             raise UserError(f"{self.path}/metrics.jsonl: cannot be written ({e.strerror})") from e
+        self._metrics.update(data)
+        self._written += len(data)
 
-    def cut(self, step: int) -> list[Row]:
-        """Drop metric lines after `step` and a torn last line, which a resumed run writes again; returns the others."""
+    def mark(self) -> dict[str, Any]:
+        """Length and checksum of metrics.jsonl as it was written, stored with a checkpoint."""
+        return {"bytes": self._written, "sha256": self._metrics.hexdigest()}
+
+    def damage(self, mark: dict[str, Any] | None) -> str | None:
+        """What is wrong with the part of metrics.jsonl that `mark` describes, None if it is as it was written."""
+        if not mark or not mark["bytes"]:
+            return None
         path = self.path / "metrics.jsonl"
         if not path.exists():
-            return []
-        keep, rows = [], []
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                row = json.loads(line)
-                early = row["step"] <= step
-            except (ValueError, KeyError, TypeError):
-                continue
-            if early:
-                keep.append(line + "\n")
-                rows.append({k: math.nan if v is None else v for k, v in row.items()})
-        self._write("metrics.jsonl", "".join(keep))
-        return rows
+            return "metrics.jsonl is missing"
+        with open(path, "rb") as file:
+            data = file.read(mark["bytes"])
+        if len(data) < mark["bytes"]:
+            return "metrics.jsonl ends before it"
+        return None if hashlib.sha256(data).hexdigest() == mark["sha256"] else "metrics.jsonl is damaged before it"
+
+    def cut(self, step: int, mark: dict[str, Any] | None = None) -> list[Row]:
+        """Drop metric lines after `step` and a torn last line, which a resumed run writes again; returns the others.
+
+        Where lines up to `step` (or `mark`, of its checkpoint) are damaged, those that can be read are kept, and the
+        file as it was goes to `damaged/`. Raises `UserError` when the disk is full.
+        """
+        path = self.path / "metrics.jsonl"
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        parsed = [_parse(line) for line in lines]
+        rows = [row for row in parsed if row is not None and row["step"] <= step]
+        good = [row is not None and row["step"] <= step for row in parsed]
+        end = len(good) - good[::-1].index(True) if rows else 0
+        kept = b"".join(line for line, ok in zip(lines, good) if ok)
+        try:
+            if not all(good[:end]) or (lines and self.damage(mark)):
+                copy = shutil.copyfile(path, free_name(path, self.path / "damaged"))
+                lost = f", {good[:end].count(False)} of them lost" if not all(good[:end]) else ""
+                _say(f"{path}: lines up to step {step} are damaged{lost}; the file as it was is in {copy}")
+                write_whole(path, kept.decode())
+            elif end < len(lines):
+                os.truncate(path, len(kept))
+        except OSError as e:
+            raise UserError(f"{path}: cannot be written ({e.strerror})") from e
+        self._metrics, self._written = hashlib.sha256(kept), len(kept)
+        return [{k: math.nan if v is None else v for k, v in row.items()} for row in rows]
 
     def status(self, status: str, **facts: Any) -> None:
-        """Update run.json."""
+        """Update run.json; a damaged one is set aside and begun anew. Raises `UserError` when the disk is full."""
         path = self.path / "run.json"
         try:
-            old = json.loads(path.read_text())
-        except (OSError, ValueError):
-            old = {}
-        self._write("run.json", json.dumps(old | facts | {"status": status}, indent=1))
+            old = dict(json.loads(path.read_bytes()))
+        except (OSError, ValueError, TypeError):
+            aside = f" (moved to {set_aside(path, self.path / 'damaged')})" if path.exists() else ""
+            _say(f"{path}: missing or damaged{aside}; begun anew")
+            old = environment()
+        self.write_json("run.json", old | facts | {"status": status})
 
     def write_json(self, name: str, content: Any) -> None:
-        self._write(name, json.dumps(content, indent=1))
+        write_whole(self.path / name, json.dumps(content, indent=1))
 
     def close(self) -> None:
         self._lock.close()
 
-    def _write(self, name: str, text: str) -> None:
-        """Replace a file whole, so that no reader and no crash sees half of it."""
-        part = self.path / f".{name}.part"
-        part.write_text(text, encoding="utf-8")
-        part.replace(self.path / name)
-
 
 def read_plan(path: str | Path) -> dict[str, Any]:
-    """run.yaml of a run directory; raises `UserError` when it is missing or corrupt."""
-    file = Path(path) / "run.yaml"
+    """run.yaml of a run directory; raises `UserError` when it is missing, corrupt or not what was written."""
+    file, copy = Path(path) / "run.yaml", Path(path) / "checksums" / "run.yaml"
+    cure = f"; restore it with `cp {copy} {file}`" if copy.exists() else ""
     if not file.exists():
-        raise UserError(f"run directory {path}: no run found (run.yaml is missing)")
+        raise UserError(f"run directory {path}: no run found (run.yaml is missing){cure}")
     try:
-        plan = yaml.safe_load(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
+        plan = yaml.safe_load(text)
     except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise UserError(f"{file}: not valid YAML: {' '.join(str(e).split())[:200]}") from e
-    if not isinstance(plan, dict) or not {"agent", "config", "seeds"} <= set(plan):
-        raise UserError(f"{file}: expected the fields agent, config and seeds")
+        raise UserError(f"{file}: not valid YAML: {' '.join(str(e).split())[:200]}{cure}") from e
+    if not isinstance(plan, dict) or not {"agent", "config", "num_steps", "seeds"} <= set(plan):
+        raise UserError(f"{file}: expected the fields agent, config, num_steps and seeds{cure}")
+    head, _, body = text.partition("\n")
+    if head.startswith(CHECKSUM) and head.removeprefix(CHECKSUM).split()[:1] != [_sha256(body)]:
+        raise UserError(f"{file}: does not match its checksum{cure}, or remove its first line if the change is yours")
     return plan
 
 
@@ -191,6 +233,23 @@ def _lock(path: Path) -> IO:
         lock.close()
         raise UserError(f"run directory {path}: in use by another process") from None
     return lock
+
+
+def _parse(line: bytes) -> Row | None:
+    """A metric row, None for a line that is none."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if line.endswith(b"\n") and isinstance(row, dict) and isinstance(row.get("step"), int) else None
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)  # noqa: T201 - what was damaged matters even when progress is off
 
 
 def _clean(row: Row) -> Row:

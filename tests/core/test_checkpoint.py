@@ -185,13 +185,18 @@ def test_resume_with_another_config_names_the_fields(tmp_path):
         quiet(resume, LEARNER, tmp_path / "none")
 
 
-def test_resume_without_a_checkpoint_is_refused(tmp_path):
+def test_resume_with_lost_checkpoints_is_refused_and_without_any_begins_anew(tmp_path, capsys):
     import shutil
 
-    quiet(train, LEARNER, 2, run_dir=tmp_path / "r")
+    whole = quiet(train, LEARNER, 2, run_dir=tmp_path / "r")
     shutil.rmtree(tmp_path / "r" / "checkpoints" / "2")
-    with pytest.raises(UserError, match=r"no usable checkpoint .*there is none"):
+    with pytest.raises(UserError, match=r"no usable checkpoint .*checkpoint 2: is missing.*to begin anew, move"):
         quiet(resume, LEARNER, tmp_path / "r")
+    (tmp_path / "r" / "checksums" / "2.json").unlink()
+    got = quiet(resume, LEARNER, tmp_path / "r")
+    assert "there is none); from the beginning" in capsys.readouterr().out
+    assert_same(got.state, whole.state)
+    assert got.metrics.equals(whole.metrics)
 
 
 def test_a_frozen_seed_stays_frozen_after_resume(tmp_path):

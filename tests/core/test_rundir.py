@@ -111,7 +111,7 @@ def test_a_broken_plan_and_missing_metrics_are_named(run):
     with pytest.raises(UserError, match=r"run\.yaml: not valid YAML"):
         read_plan(run.path)
     (run.path / "run.yaml").write_text("a: 1")
-    with pytest.raises(UserError, match="expected the fields agent, config and seeds"):
+    with pytest.raises(UserError, match="expected the fields agent, config, num_steps and seeds"):
         read_plan(run.path)
 
 

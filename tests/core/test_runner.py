@@ -266,7 +266,7 @@ def test_signals_are_left_alone_outside_the_main_thread():
     seen = []
 
     def body():
-        with _signals() as stop:
+        with _signals([]) as stop:
             seen.append((stop, signal.getsignal(signal.SIGINT)))
 
     before = signal.getsignal(signal.SIGINT)
@@ -277,7 +277,7 @@ def test_signals_are_left_alone_outside_the_main_thread():
 
 
 def test_a_second_signal_acts_at_once():
-    with pytest.raises(KeyboardInterrupt), _signals() as stop:  # noqa: PT012
+    with pytest.raises(KeyboardInterrupt), _signals([]) as stop:  # noqa: PT012
         signal.raise_signal(signal.SIGINT)
         assert stop == [signal.SIGINT]
         signal.raise_signal(signal.SIGINT)
