@@ -43,22 +43,33 @@ class Step(NamedTuple):
         return self.terminated | self.truncated
 
 
-Act = Callable[[jax.Array, Any, vector.VecState], tuple[Any, Array, Any]]
-"""(key, carry, state) -> (carry, action [N, A, ...], extras)"""
+Act = Callable[[Any, Any, vector.VecState], tuple[Any, Array, Any]]
+"""(random numbers of the step, carry, state) -> (carry, action [N, A, ...], extras)"""
 
 
 def collect(
-    vec: vector.VecEnv, act: Act, key: jax.Array, vs: vector.VecState, carry: Any, num_steps: int
+    vec: vector.VecEnv,
+    act: Act,
+    key: jax.Array,
+    vs: vector.VecState,
+    carry: Any,
+    num_steps: int,
+    draw: Callable[[jax.Array], Any] = lambda key: key,
 ) -> tuple[vector.VecState, Any, Step, Array]:
-    """T steps. Returns (state, policy carry, Step with leaves [T, N, ...], number of start states used twice)."""
+    """T steps. Returns (state, policy carry, Step with leaves [T, N, ...], number of start states used twice).
+
+    `draw(key)` makes the random numbers that `act` gets in one step, by default a key. It runs for all steps at once,
+    before the first: inside the loop every call to the generator costs more than a small network.
+    """
     k_pool, k_act, k_env = jax.random.split(key, 3)
     pool = vector.make_pool(vec, k_pool, num_steps)
     keep_final = vec.env.spec.can_truncate
 
-    def body(c: tuple, t: Array) -> tuple[tuple, Step]:
+    def body(c: tuple, random: tuple[Any, Array]) -> tuple[tuple, Step]:
         vs, carry, pool = c
-        carry, action, extras = act(jax.random.fold_in(k_act, t), carry, vs)
-        new, last, pool = vector.step(vec, jax.random.fold_in(k_env, t), vs, action, pool)
+        numbers, keys = random
+        carry, action, extras = act(numbers, carry, vs)
+        new, last, pool = vector.step(vec, keys, vs, action, pool)
         done = last.terminated | last.truncated
         out = Step(
             ts=vs.ts,
@@ -77,7 +88,8 @@ def collect(
         )
         return (new, carry, pool), out
 
-    (vs, carry, pool), steps = jax.lax.scan(body, (vs, carry, pool), jnp.arange(num_steps))
+    random = jax.vmap(draw)(jax.random.split(k_act, num_steps)), vector.step_keys(vec, k_env, num_steps)
+    (vs, carry, pool), steps = jax.lax.scan(body, (vs, carry, pool), random)
     return vs, carry, steps, vector.reused(pool)
 
 
@@ -101,19 +113,35 @@ def statistics(steps: Step) -> Metrics:
     return out
 
 
-def evaluate(vec: vector.VecEnv, act: Act, key: jax.Array, carry: Any, num_steps: int) -> Metrics:
-    """One episode in each of the N environments, from fresh resets, at most `num_steps` long.
+class Episodes(NamedTuple):
+    """One episode in each of N environments."""
 
-    `eval/return` is the mean over episodes of the agents' mean return, `eval/finished` the share that ended in time
-    (an unfinished episode counts with the return so far).
-    """
+    returns: Array
+    """[N, A]"""
+    length: Array
+    """[N] int32"""
+    finished: Array
+    """[N] bool: it ended in time; else `returns` is the return so far."""
+    info: dict[str, Array]
+    """[N, ...] at the last step."""
+
+
+def episodes(
+    vec: vector.VecEnv,
+    act: Act,
+    key: jax.Array,
+    carry: Any,
+    num_steps: int,
+    draw: Callable[[jax.Array], Any] = lambda key: key,
+) -> Episodes:
+    """One episode in each of the N environments, from fresh resets, at most `num_steps` long; `draw` as in `collect`."""
     k_init, k_act, k_env = jax.random.split(key, 3)
     vs = vector.init(vec, k_init)
 
-    def body(c: tuple, t: Array) -> tuple[tuple, None]:
+    def body(c: tuple, random: tuple[Any, Array]) -> tuple[tuple, None]:
         vs, carry, alive, total, length, info = c
-        carry, action, _ = act(jax.random.fold_in(k_act, t), carry, vs)
-        keys = jax.random.split(jax.random.fold_in(k_env, t), vec.num_envs)
+        numbers, keys = random
+        carry, action, _ = act(numbers, carry, vs)
         env, ts = jax.vmap(vec.env.step)(keys, vs.env, action)
         total = total + jnp.where(alive[:, None], ts.reward, 0.0)
         length = length + alive
@@ -124,13 +152,20 @@ def evaluate(vec: vector.VecEnv, act: Act, key: jax.Array, carry: Any, num_steps
 
     n = vec.num_envs
     start = (vs, carry, jnp.ones(n, bool), jnp.zeros((n, vec.env.spec.num_agents)), jnp.zeros(n, jnp.int32), vs.ts.info)
-    (_, _, alive, total, length, info), _ = jax.lax.scan(body, start, jnp.arange(num_steps))
+    random = jax.vmap(draw)(jax.random.split(k_act, num_steps)), vector.step_keys(vec, k_env, num_steps)
+    (_, _, alive, total, length, info), _ = jax.lax.scan(body, start, random)
+    return Episodes(total, length, ~alive, info)
+
+
+def evaluate(vec: vector.VecEnv, act: Act, key: jax.Array, carry: Any, num_steps: int, *draw: Callable) -> Metrics:
+    """Means over `episodes`: `eval/return` of the agents' mean return, `eval/finished` the share that ended in time."""
+    e = episodes(vec, act, key, carry, num_steps, *draw)
     out = {
-        "eval/return": total.mean(),
-        "eval/length": length.astype(jnp.float32).mean(),
-        "eval/finished": 1.0 - alive.astype(jnp.float32).mean(),
+        "eval/return": e.returns.mean(),
+        "eval/length": e.length.astype(jnp.float32).mean(),
+        "eval/finished": e.finished.astype(jnp.float32).mean(),
     }
-    return out | {f"eval/{k}": v.astype(jnp.float32).mean() for k, v in info.items()}
+    return out | {f"eval/{k}": v.astype(jnp.float32).mean() for k, v in e.info.items()}
 
 
 def record(env: Environment, policy: Policy, state: Any, seed: int, max_steps: int) -> np.ndarray:
