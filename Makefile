@@ -3,11 +3,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help setup train test test-slow lint bench bench-quick lock lowest clean
+.PHONY: help setup train test test-slow soak lint bench bench-quick lock lowest clean
 
 help:
 	@echo "make train   set up and train HyperMARL against its baselines (about two minutes on 2 cores)"
 	@echo "make test    set up and run the tests"
+	@echo "make soak    kill runs at random moments 100 times, and twenty times as many random configs"
 	@echo "make lint    formatting, lint, types, import rules"
 	@echo "make bench   speed against the peers; ARGS='--jaxmarl PATH --purejaxrl PATH'"
 	@echo "make bench-quick   today's ratios beside the recorded ones, in under three minutes"
@@ -31,6 +32,10 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m "slow or claim"
+
+soak: $(STAMP)
+	JAXSTACK_SOAK_KILLS=100 HYPOTHESIS_PROFILE=soak $(BIN)/python -m pytest -o timeout=7200 \
+	  tests/core/test_soak.py tests/test_fuzz.py
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

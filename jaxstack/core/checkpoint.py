@@ -4,9 +4,11 @@ A state is stored as a flat table of arrays named by their paths, typed keys as 
 checksums, so that damage is noticed and the previous checkpoint used.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
+import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -44,6 +46,8 @@ class Checkpoints:
         import orbax.checkpoint as ocp
 
         logging.getLogger("absl").setLevel(logging.CRITICAL)  # what fails is raised
+        if not isinstance(sys.unraisablehook, _Hush):
+            sys.unraisablehook = _Hush(sys.unraisablehook)
         self._ocp, self.directory, self.retention = ocp, directory.absolute(), retention
         self._read_only = read_only
         self._set_aside = [] if read_only else self._unreadable()
@@ -197,7 +201,8 @@ class Checkpoints:
                     old.unlink(missing_ok=True)
         finally:
             self._background.shutdown()
-            self._manager.close()
+            with contextlib.suppress(OSError, ValueError):  # orbax raises again what `wait` has told
+                self._manager.close()
 
     def _lost(self) -> list[int]:
         """Steps newer than all checkpoints, newest first, that have checksums and nothing else."""
@@ -231,6 +236,18 @@ class Checkpoints:
         text = " ".join(str(error).split())[:300]
         kept = [s for s in self.steps() if self.damage(s) is None]
         return UserError(f"{self.directory}: checkpoint {step} could not be saved ({text}); intact: {kept or 'none'}")
+
+
+class _Hush:
+    """Hook for errors in callbacks: a save that fails closes its event loop at its first error, and each of TensorStore's
+    other writers would print a traceback when it finds the loop closed."""
+
+    def __init__(self, inner: Callable[[Any], Any]):
+        self.inner = inner
+
+    def __call__(self, found: Any) -> None:
+        if found.object is not None or str(found.exc_value) != "Event loop is closed":
+            self.inner(found)
 
 
 def to_table(state: Any) -> dict[str, Any]:

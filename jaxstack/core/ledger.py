@@ -34,11 +34,30 @@ class Program:
     output_bytes: int
     temp_bytes: int
     donated_bytes: int
+    seeds: int = 0
+    """Seeds that one device holds; 0 for a program that is not divided among seeds."""
+    envs: int = 0
+    """Environments of a seed that one device holds; 0 for a learner without any."""
+    shared_bytes: int = 0
+    """Arguments that all seeds share: a dataset, batches."""
 
     @property
     def peak_bytes(self) -> int:
         """Arguments, outputs and temporaries, less what is reused through donation."""
         return self.argument_bytes + self.output_bytes + self.temp_bytes - self.donated_bytes
+
+    @property
+    def bytes_per_seed(self) -> float | None:
+        """The peak without what all seeds share, over the seeds. Exact where XLA's buffers all have a seed axis; what it
+        holds once for all seeds is spread over them, so more seeds need a little less than this each."""
+        return (self.peak_bytes - self.shared_bytes) / self.seeds if self.seeds else None
+
+    @property
+    def bytes_per_env(self) -> float | None:
+        """A seed's bytes over its environments: rollout, environment states and minibatches, but parameters, gradients
+        and optimiser state too, which do not grow with the environments. So one more environment needs at most this."""
+        per_seed = self.bytes_per_seed
+        return per_seed / self.envs if per_seed is not None and self.envs else None
 
 
 @dataclass
@@ -97,16 +116,23 @@ class Ledger:
 
     def rows(self) -> list[dict[str, Any]]:
         """One dict a program, as stored in ledger.json."""
-        return [asdict(p) | {"peak_bytes": p.peak_bytes} for p in self.programs]
+        derived = ("peak_bytes", "bytes_per_seed", "bytes_per_env")
+        return [asdict(p) | {name: getattr(p, name) for name in derived} for p in self.programs]
 
     def summary(self) -> str:
         """One line a program."""
         lines = [
             f"{p.name}: traced {p.trace_seconds:.1f} s, compiled {p.compile_seconds:.1f} s, "
-            f"{p.flops:.3g} flops, peak memory {p.peak_bytes / 2**20:.1f} MiB"
+            f"{p.flops:.3g} flops, peak memory {_size(p.peak_bytes)}"
+            + (f", {_size(p.bytes_per_seed)} a seed" if p.bytes_per_seed is not None else "")
+            + (f", {_size(p.bytes_per_env)} an environment" if p.bytes_per_env is not None else "")
             for p in self.programs
         ]
         return "\n".join(lines)
+
+
+def _size(count: float) -> str:
+    return f"{count / 2**20:.1f} MiB" if count >= 2**20 else f"{count / 2**10:.1f} KiB"
 
 
 def available_bytes() -> int | None:

@@ -102,6 +102,11 @@ def build(
         else:
             args = (*shapes, zero, constants, one_item)
             program = book.compile("step", body, *args, donate=(0, 1), out_shardings=out)
+    measured = book.programs[-1]
+    measured.seeds = -(-len(seeds) // devices)
+    measured.envs = -(-getattr(learner.config, "num_envs", 0) // env_devices)
+    shared = (constants, () if data is not None and data.per_seed else item)
+    measured.shared_bytes = sum(x.nbytes for x in jax.tree.leaves(shared))
     # host memory is shared by its devices
     copies = max(devices * env_devices // distributed.count(), 1) if jax.default_backend() == "cpu" else 1
     limit = ledger.available_bytes() if memory_limit is None else memory_limit

@@ -8,10 +8,8 @@ import time
 from pathlib import Path
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(
-    ["orbax.checkpoint", "pandas", "safetensors.numpy", "tyro", "jaxstack.cli", "jaxstack.core.bundle"]
-    + ["jaxstack.core.runner", "jaxstack.agents.ppo", "jaxstack.agents.hypermarl", "jaxstack.envs.matrix_game"]
-)
+IMPORTS = "orbax.checkpoint pandas safetensors.numpy tyro jaxstack.cli jaxstack.core.bundle jaxstack.core.runner"
+FORKS.set_forkserver_preload([*IMPORTS.split(), "jaxstack.agents.ppo", "jaxstack.agents.hypermarl", "jaxstack.envs"])
 
 
 def command(argv, log):

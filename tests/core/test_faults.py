@@ -1,4 +1,4 @@
-"""Damaged files, full disks, second processes and signals: what was saved stays, and one clear message says the rest."""
+"""Damaged files, full disks, second processes, signals: what was saved stays, and one clear message says the rest."""
 
 import contextlib
 import json
@@ -12,7 +12,6 @@ from pathlib import Path
 import children
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from toy_learners import Hypers, assert_same, regression
 
@@ -95,7 +94,7 @@ def test_a_damaged_run_is_looked_at_without_moving_anything(run):
     assert files(run) == before
     assert (run / "checkpoints" / "8.orbax-checkpoint-tmp").is_dir()
     shutil.rmtree(run / "checkpoints")
-    with pytest.raises(UserError, match="no usable checkpoint .*checkpoint 6: is missing"):
+    with pytest.raises(UserError, match=r"no usable checkpoint .*checkpoint 6: is missing"):
         load_state(LEARNER, run)
 
 
@@ -255,7 +254,8 @@ def test_a_full_disk_is_one_error_and_the_run_goes_on_once_there_is_space(what, 
         ]
         learner, _ = cli._load(str(run))
         saved = int(load_state(learner, run).step[0])
-        assert saved % every == 0 and saved > 0
+        assert saved > 0
+        assert saved % every == 0
         clear()
         (run / "run.json").touch()
         before = children.stamp(run / "ledger.json")
@@ -340,7 +340,7 @@ def test_a_signal_during_a_checkpoint_lets_it_finish(signum, whole, tmp_path, mo
         write(path, text)
 
     monkeypatch.setattr(checkpoint, "write_whole", slow)
-    with pytest.raises(Interrupted, match="stopped after step [24] of 6") as e:
+    with pytest.raises(Interrupted, match=r"stopped after step [24] of 6") as e:
         go(train, 6, 2, run_dir=tmp_path / "r", checkpoint_every=2, chunk=2)
     assert e.value.signum == signum
     assert Checkpoints(tmp_path / "r" / "checkpoints").damage(2) is None
