@@ -2,8 +2,8 @@
 
     h_t = (1 - z_t) h_{t-1} + z_t h~_t        z_t = sigmoid(W_z x_t)        h~_t = W_h x_t  or  g(W_h x_t)
 
-so that it is an affine recurrence. g(x) = x + 1/2 for x >= 0, sigmoid(x) below (their appendix B) keeps h positive; they
-need it to compute in logarithms, `affine_scan` does not.
+so that it is an affine recurrence. g(x) = x + 1/2 for x >= 0, sigmoid(x) below (their appendix B) keeps h positive;
+they need it to compute in logarithms, `affine_scan` does not.
 """
 
 from typing import Any, NamedTuple

@@ -4,8 +4,8 @@ outputs, diagonal and complex, discretised by zero-order hold with a learned ste
     x_t = Lbar x_{t-1} + Bbar u_t        y_t = 2 Re(C x_t) + D u_t
     Lbar = exp(Lambda Delta)             Bbar = Lambda^-1 (Lbar - 1) B
 
-States come in conjugate pairs, of which one is kept: P states are P/2 complex numbers. Complex numbers are pairs of real
-arrays throughout, which every backend and optimiser takes. `complex_scan` is the recurrence, `S5` the layer.
+States come in conjugate pairs, of which one is kept: P states are P/2 complex numbers. Complex numbers are pairs of
+real arrays throughout, which every backend and optimiser takes. `complex_scan` is the recurrence, `S5` the layer.
 """
 
 import functools
@@ -185,10 +185,10 @@ def discretise(eigenvalues: Complex, delta: Array) -> tuple[Complex, Complex]:
 class S5(nn.Module):
     """The layer of Smith et al. (2023) without norm and residual; a mixer as described in mixer.py.
 
-    y = SSM(x), g = gelu(y), out = g sigmoid(W g + b) (their activation for most tasks). Lambda starts at the eigenvalues
-    of HiPPO-N, `blocks` times those of size P / blocks, B and C in its eigenbasis, Delta log-uniform in `delta_range`.
-    B and C are stored as [2, ...], real and imaginary part. The SSM runs in float32 or wider; its parameters
-    (Lambda_re, Lambda_im, B, C, D, log_step) stay out of weight decay.
+    y = SSM(x), g = gelu(y), out = g sigmoid(W g + b). Lambda starts at the eigenvalues of HiPPO-N, `blocks` times those
+    of size P / blocks, B and C in its eigenbasis, Delta log-uniform in `delta_range`. B and C are stored as [2, ...],
+    real and imaginary part. The SSM runs in float32 or wider; its parameters (Lambda_re, Lambda_im, B, C, D, log_step)
+    stay out of weight decay.
     """
 
     features: int
@@ -216,8 +216,8 @@ class S5(nn.Module):
         half, d = self.d_state // 2, self.features
         eigenvalues, vectors = hippo_normal(self.d_state // self.blocks)
         value = lambda part: lambda _: jnp.asarray(np.tile(part, self.blocks), jnp.float32)
-        self.lambda_re = self.param("Lambda_re", value(eigenvalues.real))
-        self.lambda_im = self.param("Lambda_im", value(eigenvalues.imag))
+        self.lambda_re = self.param("Lambda_re", value(np.real(eigenvalues)))
+        self.lambda_im = self.param("Lambda_im", value(np.imag(eigenvalues)))
         basis = np.kron(np.eye(self.blocks), vectors)
         self.b = self.param("B", _input_init(basis), (2, half, d))
         self.c = self.param("C", _output_init(basis), (2, d, half))
@@ -295,7 +295,7 @@ def _input_init(basis: np.ndarray) -> Callable[..., Array]:
 
     def init(key: Array, shape: tuple[int, ...]) -> Array:
         real = jax.random.normal(key, (basis.shape[0], shape[2])) * shape[2] ** -0.5
-        return jnp.stack([jnp.asarray(part.T, jnp.float32) @ real for part in (basis.real, -basis.imag)])
+        return jnp.stack([jnp.asarray(part.T, jnp.float32) @ real for part in (np.real(basis), -np.imag(basis))])
 
     return init
 
@@ -305,7 +305,7 @@ def _output_init(basis: np.ndarray) -> Callable[..., Array]:
 
     def init(key: Array, shape: tuple[int, ...]) -> Array:
         re, im = jax.random.normal(key, (2, shape[1], basis.shape[0])) * basis.shape[0] ** -0.5
-        v_re, v_im = (jnp.asarray(part, jnp.float32) for part in (basis.real, basis.imag))
+        v_re, v_im = (jnp.asarray(part, jnp.float32) for part in (np.real(basis), np.imag(basis)))
         return jnp.stack([re @ v_re - im @ v_im, re @ v_im + im @ v_re])
 
     return init
