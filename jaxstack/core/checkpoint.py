@@ -239,8 +239,8 @@ class Checkpoints:
 
 
 class _Hush:
-    """Hook for errors in callbacks: a save that fails closes its event loop at its first error, and each of TensorStore's
-    other writers would print a traceback when it finds the loop closed."""
+    """Hook for errors in callbacks: a save closes its event loop at its first error, and each of TensorStore's other
+    writers would print a traceback when it finds the loop closed."""
 
     def __init__(self, inner: Callable[[Any], Any]):
         self.inner = inner

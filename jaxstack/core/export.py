@@ -84,16 +84,14 @@ def load_stablehlo(path: str | Path) -> Callable[..., Sequence[Any]]:
 def onnx(policy: LoadedPolicy, obs_shape: Sequence[int], path: str | Path, mask_size: int | None = None) -> Path:
     """Write `path` through jax2onnx and run it with onnxruntime.
 
-    Both packages must be installed; jax2onnx wants an older orbax than the runner, so use an environment of its own and
-    a policy bundle (docs/export.md). Raises `UserError` when they are missing or the outputs differ.
+    Both packages must be installed; jax2onnx declares an older orbax than the runner's, which it does not need here
+    (docs/export.md). Raises `UserError` when they are missing or the outputs differ.
     """
     try:
         import jax2onnx  # pyright: ignore[reportMissingImports]
         import onnxruntime  # pyright: ignore[reportMissingImports]
     except ImportError as e:
-        raise UserError(
-            f"ONNX needs jax2onnx and onnxruntime in an environment of their own ({e.name} is missing)"
-        ) from e
+        raise UserError(f"ONNX needs jax2onnx and onnxruntime, see docs/export.md ({e.name} is missing)") from e
     function, inputs = _function(policy), _inputs(policy, tuple(obs_shape), mask_size)
     path = Path(path)
     try:

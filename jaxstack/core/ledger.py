@@ -48,8 +48,8 @@ class Program:
 
     @property
     def bytes_per_seed(self) -> float | None:
-        """The peak without what all seeds share, over the seeds. Exact where XLA's buffers all have a seed axis; what it
-        holds once for all seeds is spread over them, so more seeds need a little less than this each."""
+        """The peak without what all seeds share, over the seeds. Temporaries that XLA holds once for all seeds are
+        spread over them too, so one more seed may need a little less."""
         return (self.peak_bytes - self.shared_bytes) / self.seeds if self.seeds else None
 
     @property
