@@ -239,8 +239,8 @@ def gather_batch(task: Task, s: State, key: Key) -> tuple[State, Batch, Metrics]
     cfg, spec = task.cfg, task.env.spec
     weights, _ = task.team.prepare(s.params, s.extra, None)
     carry0 = s.carry
-    act = _actor(task, weights, s.norms.obs)
-    vec, actor_carry, steps, reused = rollout.collect(task.vec, act, key, s.vec, carry0[0], cfg.num_steps)
+    act, draw = _actor(task, weights, s.norms.obs)
+    vec, actor_carry, steps, reused = rollout.collect(task.vec, act, key, s.vec, carry0[0], cfg.num_steps, draw)
     stats = rollout.statistics(steps) | {"rollout/reused_starts": reused.astype(jnp.float32)}
     reward, reward_norm = steps.reward, s.norms.reward
     if cfg.normalise_reward:
@@ -340,7 +340,8 @@ def minibatch_indices(task: Task, key: Key) -> Array:
     """[M, B/M] a random split of the samples (feed-forward: T*N transitions; recurrent: N environments)."""
     cfg = task.cfg
     count = cfg.num_envs if cfg.gru else cfg.num_envs * cfg.num_steps
-    index = jax.random.permutation(key, count).reshape(cfg.num_minibatches, -1)
+    # one sort of random words; jax.random.permutation sorts twice, for ties that 32 bits make rare
+    index = jnp.argsort(jax.random.bits(key, (count,))).reshape(cfg.num_minibatches, -1)
     return devices.split(index, 1, "the size of a minibatch")
 
 
@@ -393,10 +394,10 @@ def evaluate(task: Task, s: State, key: Key) -> Metrics:
     """Fresh episodes with the current parameters, greedy unless the config says otherwise."""
     cfg = task.cfg
     weights, _ = task.team.prepare(s.params, s.extra, None)
-    act = _actor(task, weights, s.norms.obs, cfg.eval_greedy)
     vec = vector.vectorise(task.env, cfg.eval_episodes)
+    act, draw = _actor(task._replace(vec=vec), weights, s.norms.obs, cfg.eval_greedy)
     steps = task.env.spec.horizon or cfg.eval_steps
-    return rollout.evaluate(vec, act, key, task.team.carry(cfg.eval_episodes)[0], steps)
+    return rollout.evaluate(vec, act, key, task.team.carry(cfg.eval_episodes)[0], steps, draw)
 
 
 def policy(task: Task) -> Policy:
@@ -414,12 +415,19 @@ def policy(task: Task) -> Policy:
     return Policy(params=params, init_carry=lambda p, b: task.team.carry(b)[0], act=act)
 
 
-def _actor(task: Task, weights: Any, obs_norm: Any, greedy: bool = False) -> rollout.Act:
-    def act(key: Key, carry: Any, vs: vector.VecState) -> tuple[Any, Array, Array]:
+def _actor(
+    task: Task, weights: Any, obs_norm: Any, greedy: bool = False
+) -> tuple[rollout.Act, Callable[[Key], Array | tuple]]:
+    """How to act, and how to draw the random numbers of one step [N, A, ...]."""
+
+    def draw(key: Key) -> Array | tuple:
+        return () if greedy else task.actions.noise(key, (task.vec.num_envs, task.shape.num_agents))
+
+    def act(noise: Any, carry: Any, vs: vector.VecState) -> tuple[Any, Array, Array]:
         obs = running.apply(obs_norm, vs.ts.obs)
         carry, raw = task.team.actor(weights, carry, obs[None], vs.first[None])
         dist = task.actions.distribution(raw[0], task.team.log_std(weights), vs.ts.action_mask)
-        action = dist.mode() if greedy else dist.sample(key)
+        action = dist.mode() if greedy else dist.sample_from(noise)
         return carry, action, dist.log_prob(action)
 
-    return act
+    return act, draw

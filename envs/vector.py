@@ -93,19 +93,25 @@ def reused(pool: Pool | None) -> Array:
     return jnp.int32(0) if pool is None else jnp.maximum(pool.used - pool.ts.reward.shape[0], 0)
 
 
+def step_keys(vec: VecEnv, key: jax.Array, num_steps: int) -> Array:
+    """Keys [num_steps, N] of a rollout's steps, made at once: one step's keys cost as much as thousands."""
+    return jax.random.split(key, (num_steps, vec.num_envs))
+
+
 def step(
-    vec: VecEnv, key: jax.Array, vs: VecState, action: Array, pool: Pool | None
+    vec: VecEnv, keys: jax.Array, vs: VecState, action: Array, pool: Pool | None
 ) -> tuple[VecState, TimeStep, Pool | None]:
-    """Step all environments; ended ones start anew.
+    """Step all environments with a key each [N]; ended ones start anew.
 
     Returns (state to act on, TRUE TimeStep of this transition [N, ...], pool). The second keeps the last observation,
     the flags, reward and info of ended episodes.
     """
-    k_step, k_reset = jax.random.split(key)
-    env, last = jax.vmap(vec.env.step)(jax.random.split(k_step, vec.num_envs), vs.env, action)
+    if pool is None:
+        keys, k_reset = jnp.unstack(jax.vmap(jax.random.split)(keys), axis=1)
+    env, last = jax.vmap(vec.env.step)(keys, vs.env, action)
     done = last.terminated | last.truncated
     if pool is None:
-        fresh_env, fresh_ts = jax.vmap(vec.env.reset)(jax.random.split(k_reset, vec.num_envs))
+        fresh_env, fresh_ts = jax.vmap(vec.env.reset)(k_reset)
     else:
         size = pool.ts.reward.shape[0]
         order = pool.used + jnp.cumsum(done) - 1

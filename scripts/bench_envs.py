@@ -50,36 +50,36 @@ PACKAGES = ("jax", "jaxlib", "jaxmarl", "gymnax", "brax", "numpy")
 
 Run = Callable[[Any, jax.Array], tuple[Any, jax.Array]]
 """(carry, key) -> (carry, sum of all outputs, so that nothing is left out)"""
-Step = Callable[[Any, jax.Array], tuple[Any, Any]]
-"""(carry, key) -> (carry, outputs) of one step of all environments"""
+Step = Callable[[Any, Any], tuple[Any, Any]]
+"""(carry, key or keys) -> (carry, outputs) of one step of all environments"""
 
 
 def total(tree: Any) -> jax.Array:
     return sum((jnp.sum(x, dtype=jnp.float32) for x in jax.tree.leaves(tree)), jnp.float32(0))
 
 
-def rollout(step: Step, carry: Any, key: jax.Array, num_steps: int) -> tuple[Any, jax.Array]:
-    def body(c: tuple[Any, jax.Array], key: jax.Array) -> tuple[tuple[Any, jax.Array], None]:
+def rollout(step: Step, carry: Any, keys: Any) -> tuple[Any, jax.Array]:
+    def body(c: tuple[Any, jax.Array], key: Any) -> tuple[tuple[Any, jax.Array], None]:
         carry, out = step(c[0], key)
         return (carry, c[1] + total(out)), None
 
-    return jax.lax.scan(body, (carry, jnp.float32(0)), jax.random.split(key, num_steps))[0]
+    return jax.lax.scan(body, (carry, jnp.float32(0)), keys)[0]
 
 
 def ours(env: Environment, width: int, num_steps: int, auto_reset: vector.AutoReset) -> tuple[Run, Any]:
     vec = envs.vectorise(env, width, auto_reset)
 
     def run(vs: vector.VecState, key: jax.Array) -> tuple[vector.VecState, jax.Array]:
-        k_pool, key = jax.random.split(key)
+        k_pool, k_act, k_step = jax.random.split(key, 3)
 
-        def step(c: tuple, key: jax.Array) -> tuple[tuple, Any]:
+        def step(c: tuple, keys: tuple[jax.Array, jax.Array]) -> tuple[tuple, Any]:
             vs, pool = c
-            k_act, k_step = jax.random.split(key)
-            action = jax.vmap(partial(sample_action, env.spec))(jax.random.split(k_act, width), vs.ts)
-            vs, last, pool = vector.step(vec, k_step, vs, action, pool)
+            action = jax.vmap(partial(sample_action, env.spec))(keys[0], vs.ts)
+            vs, last, pool = vector.step(vec, keys[1], vs, action, pool)
             return (vs, pool), (vs.ts.obs, last.obs, last.reward, last.terminated | last.truncated)
 
-        (vs, _), out = rollout(step, (vs, vector.make_pool(vec, k_pool, num_steps)), key, num_steps)
+        keys = jax.random.split(k_act, (num_steps, width)), vector.step_keys(vec, k_step, num_steps)
+        (vs, _), out = rollout(step, (vs, vector.make_pool(vec, k_pool, num_steps)), keys)
         return vs, out
 
     return jax.jit(run), jax.jit(partial(vector.init, vec))(jax.random.key(0))
@@ -93,7 +93,7 @@ def library(id: str, env: Any, width: int, num_steps: int) -> tuple[Run, Any] | 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         step, carry = PEERS[family](env, width)
-    return jax.jit(partial(rollout, step, num_steps=num_steps)), carry
+    return jax.jit(lambda carry, key: rollout(step, carry, jax.random.split(key, num_steps))), carry
 
 
 def jaxmarl_step(env: Any, width: int) -> tuple[Step, Any]:

@@ -34,6 +34,14 @@ class Actions(NamedTuple):
         """Network outputs for an agent."""
         return sum(self.sizes)
 
+    def noise(self, key: Array, shape: tuple[int, ...]) -> Array:
+        """What `sample_from` needs for actions of `shape` [..., A]: standard Gumbel or normal numbers [..., A, params].
+
+        Drawing the noise of a whole rollout at once costs a fraction of drawing it step by step.
+        """
+        draw = jax.random.normal if self.kind == "continuous" else jax.random.gumbel
+        return draw(key, (*shape, self.params))
+
     def distribution(self, raw: Array, log_std: Array | None, action_mask: Array | None = None) -> "TeamDistribution":
         """raw [..., A, params]; log_std [k] or [A, k] (continuous); action_mask [..., A, n] or None."""
         valid = None if self.valid is None else np.asarray(self.valid)
@@ -51,30 +59,38 @@ class MultiCategorical:
     """Independent categoricals; `squeeze`: a single one whose actions have no last axis."""
 
     def __init__(self, logits: list[Array], squeeze: bool = False):
-        self.parts = [distrax.Categorical(logits=x) for x in logits]
-        self.squeeze = squeeze
+        # distrax normalises: its logits are log-probabilities, which everything below shares. One row a sample: XLA's
+        # sums over a short last axis are several times slower on arrays of higher rank (CPU)
+        self.logp = [jnp.asarray(distrax.Categorical(logits=x.reshape(-1, x.shape[-1])).logits) for x in logits]
+        self.lead, self.squeeze = logits[0].shape[:-1], squeeze
 
     def sample(self, key: Array) -> Array:
-        parts = [p.sample(seed=k) for p, k in zip(self.parts, jax.random.split(key, len(self.parts)))]
-        return self._join(parts)
+        return self.sample_from(jax.random.gumbel(key, (*self.lead, sum(x.shape[-1] for x in self.logp))))
+
+    def sample_from(self, noise: Array) -> Array:
+        """A sample made from standard Gumbel noise [..., A, params], see `Actions.noise`."""
+        sizes = np.cumsum([x.shape[-1] for x in self.logp])[:-1]
+        rows = jnp.split(noise.reshape(-1, noise.shape[-1]), sizes, axis=-1)
+        return self._join([(l + z).argmax(-1) for l, z in zip(self.logp, rows)])
 
     def mode(self) -> Array:
-        return self._join([jnp.asarray(p.mode()) for p in self.parts])
+        return self._join([l.argmax(-1) for l in self.logp])
 
     def log_prob(self, action: Array) -> Array:
         """[..., A]."""
-        columns = [action] if self.squeeze else [action[..., i] for i in range(len(self.parts))]
-        logp = [jax.nn.log_softmax(p.logits, axis=-1) for p in self.parts]
-        picked = [jnp.take_along_axis(l, a[..., None], axis=-1)[..., 0] for l, a in zip(logp, columns)]
-        return sum(picked[1:], picked[0])
+        columns = [action] if self.squeeze else [action[..., i] for i in range(len(self.logp))]
+        # a masked sum: its gradient is no scatter
+        chosen = lambda l, a: jnp.where(a.reshape(-1, 1) == jnp.arange(l.shape[-1]), l, 0.0).sum(-1)
+        picked = [chosen(l, a) for l, a in zip(self.logp, columns)]
+        return sum(picked[1:], picked[0]).reshape(self.lead)
 
     def entropy(self) -> Array:
         """[..., A], nats."""
-        each = [jnp.asarray(p.entropy()) for p in self.parts]
-        return sum(each[1:], each[0])
+        each = [-(jnp.exp(l) * l).sum(-1) for l in self.logp]
+        return sum(each[1:], each[0]).reshape(self.lead)
 
     def _join(self, parts: list[Array]) -> Array:
-        parts = [p.astype(jnp.int32) for p in parts]
+        parts = [p.astype(jnp.int32).reshape(self.lead) for p in parts]
         return parts[0] if self.squeeze else jnp.stack(parts, axis=-1)
 
 
@@ -86,7 +102,11 @@ class Normal:
         self.valid = valid
 
     def sample(self, key: Array) -> Array:
-        return self._clean(self.each.sample(seed=key))
+        return self.sample_from(jax.random.normal(key, self.mean.shape))
+
+    def sample_from(self, noise: Array) -> Array:
+        """A sample made from standard normal noise [..., A, k], see `Actions.noise`."""
+        return self._clean(self.mean + self.std * noise)
 
     def mode(self) -> Array:
         return self._clean(self.each.mode())

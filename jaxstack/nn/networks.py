@@ -1,7 +1,7 @@
 """Networks of one agent: a torso (optional convolutions, optional GRU) and an MLP head."""
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -20,6 +20,37 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
+NARROW = 16
+"""Outputs up to which a layer's weight gradient is a product in the other order."""
+
+
+def narrow_dot_general(x: Array, kernel: Array, *_: Any, **__: Any) -> Array:
+    """x [B, D] @ kernel [D, n] for a few outputs n, in the form that flax's Dense asks for (`dot_general=`).
+
+    The weight gradient is computed as (g^T x)^T. XLA would turn that back into x^T g, which is several times slower on
+    CPU: a product with few columns runs in one thread.
+    """
+    return _narrow(x, kernel)
+
+
+@jax.custom_vjp
+def _narrow(x: Array, kernel: Array) -> Array:
+    return x @ kernel
+
+
+def _narrow_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    return x @ kernel, (x, kernel)
+
+
+def _narrow_backward(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    x, kernel = saved
+    turned = jax.lax.dot_general(g, x, (((0,), (0,)), ((), ())))
+    return g @ kernel.T, jax.lax.optimization_barrier(turned).T
+
+
+_narrow.defvjp(_narrow_forward, _narrow_backward)
+
+
 class MLP(nn.Module):
     """Dense layers with orthogonal weights: gain sqrt(2) inside, `out_gain` at the end; no activation on the last."""
 
@@ -31,9 +62,14 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """x [..., D] -> [..., out]."""
+        lead = x.shape[:-1]
+        # one row a sample: XLA turns the weight gradients of higher ranks into products of transposed copies
+        x = x.reshape(-1, x.shape[-1])
         for width in self.hidden:
             x = ACTIVATIONS[self.activation](nn.Dense(width, kernel_init=orthogonal(2**0.5))(x))
-        return nn.Dense(self.out, kernel_init=orthogonal(self.out_gain))(x)
+        product = jax.lax.dot_general if self.out > NARROW else narrow_dot_general
+        out = nn.Dense(self.out, kernel_init=orthogonal(self.out_gain), dot_general=product)
+        return out(x).reshape(*lead, self.out)
 
 
 class Torso(nn.Module):

@@ -122,7 +122,7 @@ def check_vector(id: str) -> None:
         def body(vs, k):
             k_act, k_step = jax.random.split(k)
             action = jax.vmap(lambda k, ts: sample_action(env.spec, k, ts))(jax.random.split(k_act, n), vs.ts)
-            new, last, _ = vector.step(vec, k_step, vs, action, None)
+            new, last, _ = vector.step(vec, jax.random.split(k_step, n), vs, action, None)
             return new, (vs, action, k_step, new, last)
 
         return jax.lax.scan(body, vs, jax.random.split(jax.random.key(3), T))[1]
@@ -132,13 +132,13 @@ def check_vector(id: str) -> None:
     done = np.asarray(last.terminated | last.truncated)
     ends = [tuple(x) for x in np.argwhere(done)[:2]]
     for t, i in [(0, 1), *ends]:
-        k_one, k_new = jax.random.split(k_step[t])
+        k_one, k_new = jax.random.split(jax.random.split(k_step[t], n)[i])
         state = jax.tree.map(lambda x, t=t, i=i: x[t, i], before.env)
-        _, ts = single(jax.random.split(k_one, n)[i], state, action[t, i])
+        _, ts = single(k_one, state, action[t, i])
         close(ts.obs, last.obs[t, i])
         close(ts.reward, last.reward[t, i])
         if done[t, i]:
-            _, start = reset(jax.random.split(k_new, n)[i])
+            _, start = reset(k_new)
             close(start.obs, after.ts.obs[t, i])
             assert bool(after.first[t, i])
             assert int(after.episode_length[t, i]) == 0
