@@ -228,7 +228,8 @@ def small_disk(path):
 
     def fill(child, left):
         free = os.statvfs(path)
-        (path / "filler").write_bytes(b"x" * max(free.f_bavail * free.f_frsize - left, 0))
+        with contextlib.suppress(OSError):  # the child may have been faster
+            (path / "filler").write_bytes(b"x" * max(free.f_bavail * free.f_frsize - left, 0))
 
     try:
         yield path, fill, (path / "filler").unlink
