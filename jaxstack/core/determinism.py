@@ -42,6 +42,21 @@ GUARANTEES: tuple[Guarantee, ...] = (
         "1e-5 relative, one step from the same state",
         "tests/core/test_runner.py::test_seeds_spread_over_devices",
     ),
+    Guarantee(
+        "over how many devices the environments of a seed are spread",
+        "1e-5 relative, one step from the same state",
+        "tests/core/test_devices.py::test_a_ppo_step_over_devices_equals_one_device",
+    ),
+    Guarantee(
+        "a run that is resumed on another number of devices",
+        "rounding of each step, as above; the stored state itself moves to the bit",
+        "tests/core/test_devices.py::test_environments_spread_over_devices_and_checkpoints_move_between_layouts",
+    ),
+    Guarantee(
+        "over how many processes a run is spread",
+        "1e-5 relative over the first steps; all processes hold the same numbers to the bit",
+        "tests/core/test_distributed.py::test_two_processes_equal_one",
+    ),
 )
 
 NOTES = """\

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 from toy_envs import tracker
 
+from jaxstack import cli
 from jaxstack.core import distributed
 from jaxstack.core.errors import UserError
 from jaxstack.core.rundir import read_metrics
@@ -117,3 +119,16 @@ def test_without_other_processes_everything_stays_as_it_is():
     assert distributed.on_first(lambda: 7) == 7
     with pytest.raises(ZeroDivisionError):
         distributed.on_first(lambda: 1 / 0)
+
+
+def test_commands_of_the_guide_parse():
+    text = (HERE.parents[1] / "docs" / "scaling.md").read_text().replace("\\\n", " ")
+    layout = "--devices 4 --env-devices 4 --distributed"
+    commands = re.findall(r"^ *jaxstack (train|resume) ([^#\n]*)", text.replace("$LAYOUT", layout), re.M)
+    assert len(commands) >= 9
+    for command, rest in commands:
+        args, rest = cli._parser().parse_known_args([command, *rest.split()])
+        if command == "resume":
+            assert not rest
+        else:
+            assert cli.plan(args.agent, rest)[1].run.devices >= 1
