@@ -21,7 +21,13 @@ def ray_here():
 
     before = os.environ.get("RAY_USAGE_STATS_ENABLED")
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    start = lambda: ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    try:
+        start()
+    except Exception as e:  # ray waits 30 s for its own process, too short on a machine that is busy
+        assert "timed out during startup" in str(e)
+        ray.shutdown()
+        start()
     yield ray
     ray.shutdown()
     if before is None:
@@ -116,3 +122,20 @@ def test_bad_trials_and_files_are_refused(tmp_path):
     file.write_text("{")
     with pytest.raises(UserError, match="is no result of a trial"):
         run([{"a": 1}])
+
+
+@pytest.mark.parametrize(
+    ("address", "given"),
+    [(None, {"include_dashboard": False}), ("auto", {"address": "auto"})],
+    ids=["local", "cluster"],
+)
+def test_ray_is_started_without_dashboard_or_joined(address, given):
+    calls = []
+
+    class Ray:
+        is_initialized = staticmethod(lambda: False)
+        init = staticmethod(lambda **options: calls.append(options))
+
+    cluster._connect(Ray, address)
+    assert calls == [given | {"log_to_driver": False, "configure_logging": False}]
+    assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
