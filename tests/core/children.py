@@ -24,12 +24,12 @@ def command(argv, log):
 
 def start(argv, log):
     """A running child; `log` gets its output."""
-    child = FORKS.Process(target=command, args=([str(a) for a in argv], str(log)))
+    child = FORKS.Process(target=command, args=([str(a) for a in argv], str(log)), daemon=True)
     child.start()
     return child
 
 
-def finish(child, seconds=240):
+def finish(child, seconds=500):
     """Its exit code, negative for a signal."""
     child.join(seconds)
     if child.is_alive():
@@ -44,7 +44,7 @@ def run(argv, log):
     return finish(start(argv, log))
 
 
-def wait_for(child, condition, seconds=240):
+def wait_for(child, condition, seconds=500):
     """Until `condition()` holds; fails if the child ends before."""
     deadline = time.monotonic() + seconds
     while not condition():
