@@ -113,17 +113,17 @@ class DeltaNet(nn.Module):
         return out[:, 0].astype(x.dtype), DeltaState(window, memory)
 
     def _inputs(self, x: Array, mask: Array | None, window: Array) -> tuple[Any, Array]:
-        h, (k, _) = self.num_heads, self.widths
+        h, (k, v) = self.num_heads, self.widths
         z, window = self.conv(self.qkv_proj(x), mask=mask, state=window)
         q, key, value = jnp.split(jax.nn.silu(z), (h * k, 2 * h * k), axis=-1)
-        q, key, value = (t.reshape(*t.shape[:2], h, -1) for t in (q, key, value))
+        q, key, value = (t.reshape(*t.shape[:2], h, n) for t, n in ((q, k), (key, k), (value, v)))
         beta = jax.nn.sigmoid(self.b_proj(x).astype(scan.compute_dtype(x)))
         beta = 2.0 * beta if self.negative_eigenvalues else beta
         return (l2_normalise(q), l2_normalise(key), value, beta, self.log_decay(x)), window
 
     def _outputs(self, x: Array, o: Array, dtype: Any) -> Array:
         o = self.gate(x, self.norm(o))
-        return self.out_proj(o.reshape(*o.shape[:2], -1).astype(dtype))
+        return self.out_proj(o.reshape(*o.shape[:2], self.num_heads * self.widths[1]).astype(dtype))
 
     def _validate(self) -> None:
         checks = [

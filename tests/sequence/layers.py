@@ -76,7 +76,7 @@ def matches(module, reference):
 
 
 def continues(module):
-    """Pieces, a padded prefill and single steps give what the whole gives."""
+    """Pieces, a padded prefill, single steps and no step at all give what the whole gives."""
     x, variables = make(module, length=20)
 
     @jax.jit
@@ -99,6 +99,9 @@ def continues(module):
     whole, parts, at_padding = run(x)
     close(parts, whole, rtol=1e-5)
     assert not at_padding.any()
+    empty, state = module.apply(variables, x[:, :0], state=whole[1])
+    assert empty.shape == (2, 0, module.features)
+    close(state, whole[1])
 
 
 def stays_finite(module):
