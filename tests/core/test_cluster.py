@@ -25,7 +25,8 @@ def ray_here():
     try:
         start()
     except Exception as e:  # ray waits 30 s for its own process, too short on a machine that is busy
-        assert "timed out during startup" in str(e)
+        if "timed out during startup" not in str(e):
+            raise
         ray.shutdown()
         start()
     yield ray
