@@ -15,11 +15,32 @@ Train agents and sequence models in JAX, whole runs and all seeds in one program
   jaxstack list                                   agents, environments, claims
   jaxstack info hypermarl                         an agent's options, or an environment's facts
   jaxstack train hypermarl --env dispersion       train; `jaxstack train hypermarl --help` lists options
+  jaxstack sweep ippo --sweep lr=1e-4,1e-3        settings x seeds in one program; `jaxstack sweep --help` tells more
   jaxstack resume RUN                             go on where a run stopped, to the bit
-  jaxstack evaluate RUN --episodes 256            fresh episodes with the trained policy
+  jaxstack evaluate RUN --episodes 256            fresh episodes with the trained policy, of many runs, in many tasks
+  jaxstack crossplay RUN                          how well agents do with partners of other seeds
   jaxstack plot RUN RUN ...                       learning curves with intervals
   jaxstack render RUN --out episode.gif           watch an episode
   jaxstack reproduce hypermarl                    check a paper's claim by experiment
+"""
+
+SWEEP = """\
+what to sweep, each name once:
+  --sweep lr=1e-4,3e-4,1e-3             these values
+  --sweep ent_coef=uniform:0:0.05       numbers between the two
+  --sweep lr=log_uniform:1e-5:1e-2      likewise, uniform in the logarithm
+  --sweep hidden=[64],[64,64]           an option that is no hyperparameter: a program for each value
+Lists alone give their full product. With a random name, --num settings are drawn (a list gives one of its values).
+Hyperparameters (`jaxstack info AGENT` lists them) share one compiled program, whatever their number and values.
+
+all other options are those of `jaxstack train AGENT`, which its --help lists:
+  jaxstack sweep ippo --env dispersion --sweep lr=1e-4,3e-4,1e-3 --seeds 0 1 2 --out lr
+  jaxstack sweep hypermarl --env dispersion --sweep lr=log_uniform:1e-5:1e-2 --sweep ent_coef=uniform:0:0.05 \\
+      --num 16 --seeds 0 1 2 --total-steps 200000 --split-seeds auto --out random
+
+DIR gets table.jsonl (a row a setting and seed), curves.jsonl, space.yaml, config.yaml, ledger.json, sweep.json, a
+figure and the runs. Settings are ranked by interquartile mean over seeds with 95% bootstrap intervals; one with a
+failed seed (loss or parameters not finite) ranks after all that have none.
 """
 
 
@@ -33,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command is None:
         parser.print_help()
         return 2
-    if rest and args.command != "train":
+    if rest and args.command not in ("train", "sweep"):
         parser.error(f"unrecognised arguments: {' '.join(rest)}; see `jaxstack {args.command} --help`")
     from jaxstack.core.errors import UserError
 
@@ -84,11 +105,32 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--devices", type=int, help="spread the seeds over so many devices; default: as the run began")
     p.add_argument("--env-devices", type=int, help="devices that share a seed's environments; default: likewise")
     _process_flags(p)
-    p = command("evaluate", _evaluate, "Run fresh episodes with a trained policy.")
-    p.add_argument("run_dir", metavar="RUN")
-    p.add_argument("--episodes", type=int, default=128, help="episodes a seed")
-    p.add_argument("--sample", action="store_true", help="sample actions instead of taking the likeliest")
-    p.add_argument("--seed", type=int, default=0, help="of the episodes")
+    raw = argparse.RawDescriptionHelpFormatter
+    many = "Train an agent with many settings and seeds at once."
+    p = command("sweep", _sweep, many, epilog=SWEEP, formatter_class=raw, allow_abbrev=False)
+    p.add_argument("agent", metavar="AGENT")
+    p.add_argument("--sweep", action="append", default=[], metavar="NAME=VALUES", help="see below; may be repeated")
+    p.add_argument("--num", type=int, help="settings to draw at random")
+    p.add_argument("--search-seed", type=int, default=0, help="of the draws")
+    p.add_argument("--metric", default="eval/return", help="what settings are ranked by; default: eval/return")
+    p.add_argument("--smallest", action="store_true", help="the smallest metric is the best one")
+    p.add_argument("--out", metavar="DIR", help="default: runs/sweep-AGENT-TIME")
+    several = "Run fresh episodes with trained policies; those of equal config share one program an environment."
+    p = command("evaluate", _evaluate, several)
+    p.add_argument("run_dirs", metavar="RUN", nargs="+")
+    p.add_argument(
+        "--env",
+        action="append",
+        metavar="ID[:NAME=VALUE...]",
+        help="another environment of the same shapes, e.g. dispersion:horizon=50; may be repeated",
+    )
+    _episode_flags(p, "a seed")
+    p = command("crossplay", _crossplay, "Mix agents of separately trained teams and print the matrix of returns.")
+    p.add_argument("run_dirs", metavar="RUN", nargs="+", help="every seed is a member; runs of equal config")
+    p.add_argument("--slots", type=int, nargs="+", help="agents to replace, one at a time; default: each in turn")
+    p.add_argument("--at-once", type=int, help="teams at a time, where memory is short; default: all")
+    p.add_argument("--out", default="crossplay.png", help="figure; .csv and .json of its name hold the numbers")
+    _episode_flags(p, "a pair and slot")
     p = command("reproduce", _reproduce, "Check a paper's claim by experiment; exits with 1 when it does not hold.")
     p.add_argument("method")
     p.add_argument("--scale", choices=["small", "full"], default="small")
@@ -116,6 +158,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--train-seed", type=int, help="which of the run's seeds (default: the first)")
     return parser
+
+
+def _episode_flags(p: argparse.ArgumentParser, of: str) -> None:
+    p.add_argument("--episodes", type=int, default=128, help=f"episodes {of}")
+    p.add_argument("--sample", action="store_true", help="sample actions instead of taking the likeliest")
+    p.add_argument("--seed", type=int, default=0, help="of the episodes")
 
 
 def _process_flags(p: argparse.ArgumentParser) -> None:
@@ -349,7 +397,91 @@ def _one_seed(args: argparse.Namespace) -> tuple[Any, dict[str, Any], Any]:
     return learner, plan, jax.tree.map(lambda x: x[seeds.index(seed)], state)
 
 
+def _sweep(args: argparse.Namespace, rest: list[str]) -> None:
+    import functools
+    import json
+    import time
+
+    from jaxstack import agents
+    from jaxstack.core import config, rundir, space, sweep
+    from jaxstack.core.errors import UserError
+
+    dimensions = space.parse(args.sweep)
+    if not dimensions:
+        raise UserError("--sweep: expected at least one NAME=VALUES, see `jaxstack sweep --help`")
+    _, job = plan(args.agent, rest)
+    for option in ("run_dir", "tensorboard", "wandb"):
+        if getattr(job, option):
+            raise UserError(f"--{option.replace('_', '-')}: expected without; a sweep writes to --out")
+    out = rundir.RunDir.check(args.out or f"runs/sweep-{args.agent}-{time.strftime('%Y%m%d-%H%M%S')}")
+    make = functools.partial(agents.make, args.agent, job.config)
+    options = dict(num=args.num, search_seed=args.search_seed, run_dir=out / "runs", options=job.run)
+    result = sweep.sweep(make, dimensions, job.seeds, **options)
+    result.save(out)
+    (out / "config.yaml").write_text(config.to_yaml(job.config), encoding="utf-8")
+    (out / "sweep.json").write_text(json.dumps(rundir.environment(), indent=1), encoding="utf-8")
+    print(result.report(args.metric, not args.smallest))
+    best = result.best(args.metric, not args.smallest)
+    print(f"best: {' '.join(f'{name}={value}' for name, value in best.items())}")
+    print(f"figure: {result.figure(out / 'figure.png', args.metric, not args.smallest)}")
+    print(f"sweep: {out}")
+
+
+def _groups(run_dirs: Sequence[str]) -> list[tuple[Any, list[tuple[str, str]], Any]]:
+    """(learner, (run, seed) of each member, states [K, ...]) of the runs whose agent and config are equal, but for the
+    hyperparameters, which do not act."""
+    import jax
+    import jax.numpy as jnp
+
+    from jaxstack.core import config, runner
+
+    found: dict[str, list[tuple[Any, list[tuple[str, str]], Any]]] = {}
+    for run_dir in dict.fromkeys(run_dirs):
+        learner, plan = _load(run_dir)
+        state = runner.load_state(learner, run_dir, plan["seeds"])
+        settings = [f"setting {i}, " for i in plan["settings"]] if "settings" in plan else [""] * len(plan["seeds"])
+        names = [(run_dir, f"{i}seed {s}") for i, s in zip(settings, plan["seeds"])]
+        key = repr((plan["agent"], config.to_dict(learner.config) | {"hypers": None}))
+        found.setdefault(key, []).append((learner, names, state))
+    return [
+        (
+            g[0][0],
+            [n for _, names, _ in g for n in names],
+            jax.tree.map(lambda *x: jnp.concatenate(x), *(x[2] for x in g)),
+        )
+        for g in found.values()
+    ]
+
+
 def _evaluate(args: argparse.Namespace, _: list[str]) -> None:
+    import jax
+    import numpy as np
+
+    from jaxstack import envs
+    from jaxstack.core import stats
+    from jaxstack.core.errors import UserError
+
+    if args.episodes < 1:
+        raise UserError(f"--episodes {args.episodes}: expected at least 1")
+    if len(args.run_dirs) == 1 and not args.env:
+        _evaluate_one(args)
+        return
+    from jaxstack.agents.crossplay import evaluate_many
+
+    parts = [(e, *e.partition(":")[::2]) for e in args.env or ()]
+    chosen = {name: envs.make(id, **envs.parse_options(tuple(filter(None, o.split(":"))))) for name, id, o in parts}
+    for learner, members, states in _groups(args.run_dirs):
+        options = dict(episodes=args.episodes, greedy=not args.sample)
+        found = evaluate_many(learner, states, chosen or None, jax.random.key(args.seed), **options)
+        for name, result in found.items():
+            scores = result.returns.mean((1, 2))
+            for run in dict.fromkeys(run for run, _ in members):
+                own = scores[[i for i, (r, _) in enumerate(members) if r == run]]
+                estimate = stats.estimate(stats.mean, own)
+                print(f"{run}  {name}  eval/return: {estimate}  by seed: {np.round(own, 3).tolist()}")
+
+
+def _evaluate_one(args: argparse.Namespace) -> None:
     import jax
     import numpy as np
 
@@ -357,8 +489,7 @@ def _evaluate(args: argparse.Namespace, _: list[str]) -> None:
     from jaxstack.core import config, stats
     from jaxstack.core.errors import UserError
 
-    if args.episodes < 1:
-        raise UserError(f"--episodes {args.episodes}: expected at least 1")
+    args.run_dir = args.run_dirs[0]
     learner, plan, state = _states(args)
     fields = config.replace(learner.config, eval_episodes=args.episodes, eval_greedy=not args.sample)
     learner = agents.make(plan["agent"], fields)
@@ -368,6 +499,31 @@ def _evaluate(args: argparse.Namespace, _: list[str]) -> None:
     for name, values in out.items():
         values = np.asarray(values)
         print(f"{name}: {stats.estimate(stats.mean, values)}  by seed: {np.round(values, 3).tolist()}")
+
+
+def _crossplay(args: argparse.Namespace, _: list[str]) -> None:
+    import jax
+
+    from jaxstack.agents.crossplay import cross_play
+    from jaxstack.core import rundir
+    from jaxstack.core.errors import UserError
+
+    groups = _groups(args.run_dirs)
+    if len(groups) > 1:
+        raise UserError(f"crossplay: expected runs of one agent and config, found {len(groups)} different ones")
+    ((learner, members, states),) = groups
+    several = len({run for run, _ in members}) > 1
+    names = [f"{Path(run).name}, {seed}" if several else seed for run, seed in members]
+    options = dict(slots=args.slots, episodes=args.episodes, greedy=not args.sample, at_once=args.at_once)
+    result = cross_play(learner, states, jax.random.key(args.seed), **options)
+    width = max(map(len, names))
+    for name, row in zip(names, result.matrix):
+        print(f"{name.rjust(width)}  {' '.join(f'{v:9.3f}' for v in row)}")
+    for what, estimate in result.summary().items():
+        print(f"{what}: {estimate}")
+    facts = {"agent": learner.name, "env": learner.config.env, "env_args": learner.config.env_args}
+    result.save(args.out, names, facts | rundir.environment())
+    print(result.figure(args.out, names, f"{learner.name} on {learner.config.env}"))
 
 
 def _reproduce(args: argparse.Namespace, _: list[str]) -> int:

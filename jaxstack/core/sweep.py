@@ -241,6 +241,7 @@ def sweep(
             settings=[k * len(settings) + i for i, _ in rows],
             data=data,
             run_dir=None if run_dir is None else Path(run_dir) / f"static_{k}",
+            plan={"options": config.to_dict(options)},
             options=options,
         )
         runs.append(run)

@@ -112,27 +112,25 @@ def test_permuting_members_permutes_the_matrix(run, greedy):
 
 
 def test_members_of_a_team_are_played_as_a_loop_by_hand_plays_them():
-    learner, states, got = recurrent()
-    env = MatrixGame(num_agents=3, horizon=6)
-    policy, slot, p, q = learner.policy, 1, 2, 0
-    one = [policy.params(jax.tree.map(lambda x, i=i: x[i], states)) for i in (p, q)]
-    carries = [policy.init_carry(w, 5) for w in one]
-    k_init, k_act, k_env = jax.random.split(KEY, 3)
-    state, ts = jax.jit(jax.vmap(env.reset))(jax.random.split(k_init, 5))
-    step = jax.jit(jax.vmap(env.step))
-    acts = [jax.jit(lambda c, obs, first, key, w=w: policy.act(w, c, obs, None, first, key)) for w in one]
-    total, alive = np.zeros(5), np.ones(5, bool)
+    learner, states, _ = recurrent()
+    slot, p, q = 1, 2, 0
+    got = cross_play(learner, states, slots=[slot], episodes=1)  # greedy in a game without chance: no random numbers
+    env, policy = MatrixGame(num_agents=3, horizon=6), learner.policy
+    params = [policy.params(jax.tree.map(lambda x, i=i: x[i], states)) for i in (p, q)]
+    carries = [policy.init_carry(w, 1) for w in params]
+    act = jax.jit(lambda w, carry, obs, first: policy.act(w, carry, obs, None, first, None))
+    state, ts = env.reset(jax.random.key(0))
+    total = 0.0
     for t in range(6):
         chosen = []
         for i in range(2):
-            carries[i], action = acts[i](carries[i], ts.obs, jnp.full(5, t == 0), jax.random.fold_in(k_act, t))
-            chosen.append(np.asarray(action))
-        action = chosen[1].copy()
-        action[:, slot] = chosen[0][:, slot]
-        state, ts = step(jax.random.split(jax.random.fold_in(k_env, t), 5), state, jnp.asarray(action))
-        total += np.where(alive, np.asarray(ts.reward).mean(-1), 0.0)
-        alive &= ~np.asarray(ts.terminated | ts.truncated)
-    np.testing.assert_allclose(got.returns[slot, p, q], total, rtol=1e-5, atol=1e-6)
+            carries[i], action = act(params[i], carries[i], ts.obs[None], jnp.full(1, t == 0))
+            chosen.append(np.asarray(action[0]))
+        joint = chosen[1].copy()
+        joint[slot] = chosen[0][slot]
+        state, ts = env.step(jax.random.key(0), state, jnp.asarray(joint))
+        total += float(ts.reward.mean())
+    np.testing.assert_allclose(got.matrix[p, q], total, rtol=1e-5)
 
 
 def test_many_members_in_one_environment_are_the_learners_own_evaluation():

@@ -1,0 +1,178 @@
+"""`jaxstack sweep`, `evaluate` of many runs, `crossplay`: real runs, written files, a clear line for bad input."""
+
+import csv
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from jaxstack import cli
+from jaxstack.core.sweep import Sweep
+
+SMALL = (
+    "--env matrix_game --env-args num_agents=2 horizon=4 --num-envs 2 --num-steps 4 --num-minibatches 1 "
+    "--num-epochs 1 --hidden 4 --eval-episodes 2 --total-steps 16"
+).split()
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+    out = tmp_path_factory.mktemp("sweeps") / "s"
+    argv = ["sweep", "ippo", *SMALL, "--sweep", "lr=1e-4,3e-3", "--sweep", "ent-coef=0,0.05", "--seeds", "0", "3"]
+    argv += ["--hidden", "5"]
+    assert cli.main([*argv, "--out", str(out)]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, swept):
+    """Two runs of one config, and the sweep's of another."""
+    base = tmp_path_factory.mktemp("runs")
+    assert cli.main(["train", "ippo", *SMALL, "--seeds", "0", "1", "--run-dir", str(base / "a")]) == 0
+    shutil.copytree(base / "a", base / "b")
+    (base / "c").symlink_to(swept / "runs" / "static_0")
+    return base
+
+
+def fails(capsys, *argv):
+    """The message of exit code 2."""
+    try:
+        code = cli.main(list(argv))
+    except SystemExit as e:
+        code = e.code
+    out = capsys.readouterr()
+    assert code == 2
+    assert "Traceback" not in out.err + out.out
+    return " ".join(out.err.split())
+
+
+def test_a_sweep_writes_its_table_figure_and_config(swept):
+    result = Sweep.load(swept)
+    assert list(result.space) == ["lr", "ent_coef"]
+    assert len(result.table) == 8
+    assert result.table.alive.all()
+    assert [p["name"] for p in result.programs] == ["chunk", "init", "evaluate"]
+    assert (swept / "figure.png").read_bytes().startswith(b"\x89PNG")
+    config = yaml.safe_load((swept / "config.yaml").read_text())
+    assert config["hidden"] == [5]
+    assert {"command", "versions", "git_commit"} <= set(json.loads((swept / "sweep.json").read_text()))
+
+
+def test_a_random_sweep_prints_the_ranking(tmp_path, capsys):
+    argv = ["sweep", "ippo", *SMALL, "--sweep", "lr=log_uniform:1e-4:1e-2", "--sweep", "hidden=[4],[3,3]"]
+    argv += ["--num", "2", "--seeds", "0", "1", "--split-seeds", "2", "--eval-every", "-1"]
+    argv += ["--metric", "loss/total", "--smallest"]
+    assert cli.main([*argv, "--out", str(tmp_path / "s")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["lr", "hidden", "IQM", "of", "loss/total", "mean", "runs", "failed"]
+    scores = [float(re.search(r"(-?[\d.]+) \[", line).group(1)) for line in lines[1:5]]
+    assert scores == sorted(scores)
+    assert lines[5].startswith("best: lr=0.00")
+    assert sum("(3, 3)" in line for line in lines[1:5]) == 2
+    result = Sweep.load(tmp_path / "s")
+    assert [p["name"] for p in result.programs] == 2 * ["chunk", "init"]
+
+
+def test_help_explains_spaces(capsys):
+    for command in ("sweep", "crossplay", "evaluate"):
+        with pytest.raises(SystemExit) as e:
+            cli.main([command, "--help"])
+        assert e.value.code == 0
+        text = capsys.readouterr().out
+        assert text.startswith(f"usage: jaxstack {command}")
+        if command == "sweep":
+            assert "--sweep lr=log_uniform:1e-5:1e-2" in text
+            assert "jaxstack train AGENT" in text
+
+
+def scores(text, start):
+    (line,) = [x for x in text.splitlines() if x.startswith(start)]
+    return json.loads(line.split("by seed: ")[1])
+
+
+def test_runs_are_evaluated_together_as_each_alone(runs, capsys):
+    argv = [str(runs / n) for n in "abc"]  # c is a sweep: 4 settings x 2 seeds
+    assert cli.main(["evaluate", *argv, "--episodes", "3"]) == 0
+    text = capsys.readouterr().out
+    found = [scores(text, f"{run}  matrix_game  eval/return") for run in argv]
+    assert list(map(len, found)) == [2, 2, 8]
+    assert found[0] == found[1]
+    assert cli.main(["evaluate", argv[0], "--episodes", "3"]) == 0
+    np.testing.assert_allclose(scores(capsys.readouterr().out, "eval/return"), found[0], atol=2e-3)
+
+
+def test_a_run_is_evaluated_in_other_environments(runs, capsys):
+    long, short = "matrix_game:num_agents=2:horizon=4", "matrix_game:num_agents=2:horizon=1"
+    assert cli.main(["evaluate", str(runs / "a"), "--env", long, "--env", short, "--episodes", "2"]) == 0
+    text = capsys.readouterr().out
+    assert all(1 < s <= 4 for s in scores(text, f"{runs / 'a'}  {long}"))
+    assert all(s <= 1 for s in scores(text, f"{runs / 'a'}  {short}"))
+
+
+def test_crossplay_writes_the_matrix_of_all_members(runs, tmp_path, capsys):
+    out = tmp_path / "m.png"
+    argv = ["crossplay", str(runs / "a"), str(runs / "b"), "--episodes", "3", "--sample", "--at-once", "5"]
+    assert cli.main([*argv, "--out", str(out)]) == 0
+    text = capsys.readouterr().out
+    assert "self-play - cross-play: " in text
+    assert out.read_bytes().startswith(b"\x89PNG")
+    rows = list(csv.reader(out.with_suffix(".csv").read_text().splitlines()))
+    names = ["a, seed 0", "a, seed 1", "b, seed 0", "b, seed 1"]
+    assert rows[0] == ["", *names]
+    content = json.loads(out.with_suffix(".json").read_text())
+    assert content["members"] == names
+    assert content["env"] == "matrix_game"
+    assert np.asarray(content["by_slot"]).shape == (2, 4, 4)
+    matrix = np.asarray([r[1:] for r in rows[1:]], float)
+    np.testing.assert_array_equal(matrix, content["matrix"])
+    np.testing.assert_allclose(matrix[:2, :2], matrix[2:, 2:], rtol=1e-5)  # b is a copy of a
+
+
+def test_members_of_a_sweep_are_named_by_setting(swept, tmp_path, capsys):
+    run = swept / "runs" / "static_0"
+    assert cli.main(["crossplay", str(run), "--episodes", "1", "--slots", "0", "--out", str(tmp_path / "m.png")]) == 0
+    content = json.loads((tmp_path / "m.json").read_text())
+    assert content["members"][:3] == ["setting 0, seed 0", "setting 0, seed 3", "setting 1, seed 0"]
+    assert content["slots"] == [0]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["sweep"], "AGENT"),
+        (["sweep", "ippo"], "--sweep: expected at least one NAME=VALUES"),
+        (["sweep", "ipo", "--sweep", "lr=1"], "did you mean 'ippo'"),
+        (["sweep", "ippo", *SMALL, "--sweep", "lrr=1e-3"], "did you mean 'lr'"),
+        (["sweep", "ippo", *SMALL, "--sweep", "lr"], "--sweep lr: expected NAME=VALUE"),
+        (["sweep", "ippo", *SMALL, "--sweep", "lr=fast"], "lr='fast': expected a finite number"),
+        (["sweep", "ippo", *SMALL, "--sweep", "lr=-1"], "hypers.lr=-1.0: expected a number >= 0"),
+        (["sweep", "ippo", *SMALL, "--sweep", "lr=uniform:0:1"], "num=None"),
+        (["sweep", "ippo", *SMALL, "--sweep", "lr=log_uniform:0:1", "--num", "2"], "expected low > 0"),
+        (["sweep", "ippo", *SMALL, "--sweep", "num_minibatches=1,3"], "num_minibatches=3"),
+        (["sweep", "ippo", *SMALL, "--sweep", "lr=1e-3", "--run-dir", "x"], "--run-dir: expected without"),
+        (["sweep", "ippo", *SMALL, "--sweep", "lr=1e-3", "--seeds", "1", "1"], "seeds="),
+        (["sweep", "ippo", *SMALL, "--sweep", "lr=1e-3", "--no-such-option"], "no-such-option"),
+        (["evaluate", "nowhere", "nowhere2"], "no run found"),
+        (["crossplay", "nowhere"], "no run found"),
+        (["crossplay"], "RUN"),
+    ],
+)
+def test_wrong_input_is_one_clear_message(argv, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = fails(capsys, *argv)
+    assert message in text.replace("│ ", "")
+    assert not list(Path(tmp_path).iterdir())
+
+
+def test_wrong_choices_for_stored_runs_are_named(runs, swept, capsys):
+    a, c = str(runs / "a"), str(runs / "c")
+    assert "found 2 different ones" in fails(capsys, "crossplay", a, c)
+    assert "expected agents 0 to 1" in fails(capsys, "crossplay", a, "--slots", "2")
+    assert "num_agents=4, expected 2" in fails(capsys, "evaluate", a, "--env", "matrix_game")
+    assert "expected name=value" in fails(capsys, "evaluate", a, "--env", "matrix_game:4")
+    assert "--episodes 0" in fails(capsys, "evaluate", a, c, "--episodes", "0")
+    assert "is not empty" in fails(capsys, "sweep", "ippo", *SMALL, "--sweep", "lr=1", "--out", str(swept))
