@@ -184,8 +184,8 @@ def unit_lower_inverse(lower: Array) -> Array:
     """(I + L)^-1 for strictly lower triangular L [..., C, C]: forward substitution in small blocks, which products then
     join. Its adjoint is two products.
 
-    A BLAS triangular solve a chunk is equal on CPU at C = 16 and was 5 times slower at 32. Powers of L, the other way to use products alone,
-    cancel: with equal keys they reach 10^18 at C = 64.
+    A BLAS triangular solve a chunk is equal on CPU at C = 16 and was 5 times slower at 32. Powers of L, the other way
+    to use products alone, cancel: with equal keys they reach 10^18 at C = 64.
     """
     return _inverse(lower)
 
