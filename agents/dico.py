@@ -83,7 +83,7 @@ def dico_team(cfg: Config, shape: Shape, arch: Arch) -> TeamNet:
         init_extra=lambda: jnp.float32(-1.0),
         prepare=prepare,
         actor=actor,
-        critic=lambda w, carry, x, first: common.critic(w["common"], carry, x, first),
+        critic=lambda w, *args, **options: common.critic(w["common"], *args, **options),
         log_std=lambda w: w["common"].get("log_std"),
         carry=common.carry,
         penalty=lambda params, extra: jnp.float32(0),

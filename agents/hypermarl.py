@@ -22,8 +22,8 @@ from jaxstack.agents.team_ppo import PPOConfig
 from jaxstack.core.config import require, require_at_least
 from jaxstack.core.learner import Learner
 from jaxstack.nn.init import orthogonal
-from jaxstack.nn.networks import ACTIVATIONS, Activation, initial_carry
-from jaxstack.nn.team import Arch, Modules, Shape, TeamNet, modules
+from jaxstack.nn.networks import ACTIVATIONS, Activation, initial_carry, product
+from jaxstack.nn.team import Arch, Modules, Shape, TeamNet, modules, states
 
 
 @dataclass(frozen=True)
@@ -141,12 +141,13 @@ def target_layers(inputs: int, hidden: tuple[int, ...], out: int, out_gain: floa
 def apply_generated(weights: list[tuple[Array, Array]], x: Array, activation: Activation) -> Array:
     """Run every agent's own MLP on its own samples: x [T, B, A, m] (or [T, B, 1, m], seen by all) -> [T, B, A, n]."""
     act = ACTIVATIONS[activation]
-    count = weights[0][0].shape[0]
-    x = jnp.broadcast_to(x, (*x.shape[:2], count, x.shape[-1]))
+    count, lead = weights[0][0].shape[0], x.shape[:2]
+    # agents first, turned once: a batch of plain matrix products
+    x = jnp.moveaxis(jnp.broadcast_to(x, (*lead, count, x.shape[-1])), 2, 0).reshape(count, -1, x.shape[-1])
     for i, (kernel, bias) in enumerate(weights):
-        x = jnp.einsum("tbam,amn->tban", x, kernel) + bias
+        x = jax.vmap(product)(x, kernel) + bias[:, None]
         x = act(x) if i < len(weights) - 1 else x
-    return x
+    return jnp.moveaxis(x.reshape(count, *lead, x.shape[-1]), 0, 2)
 
 
 def apply_per_sample(weights: list[tuple[Array, Array]], x: Array, activation: Activation) -> Array:
@@ -205,9 +206,10 @@ def hyper_team(cfg: Config, shape: Shape, arch: Arch) -> TeamNet:
             return carry, apply_per_sample(net, x, arch.activation)  # pyright: ignore[reportArgumentType]
         return carry, apply_generated(w["actor"], x, arch.activation)
 
-    def critic(w: Any, carry: Any, x: Array, first: Array) -> tuple[Any, Array]:
+    def critic(w: Any, carry: Any, x: Array, first: Array, every: bool = False) -> tuple[Any, Array]:
         x = x[:, :, None] if shape.central else x
         carry, x = mods.critic_torso.apply(w["critic_torso"], carry, x, first)  # pyright: ignore[reportGeneralTypeIssues]
+        carry = states(arch, carry, x, every)
         if per_sample:
             x = jnp.broadcast_to(x, (*x.shape[:2], count, x.shape[-1]))
             net = critic_net.apply(w["hyper"][1], _with_input(w["hyper"][3], x))

@@ -25,10 +25,11 @@ from jaxstack.nn.team import Arch, Shape, TeamNet
 class Config(PPOConfig):
     """Learnable masks over a shared actor; the critic is shared."""
 
-    diversity_coef: float = 0.1
+    diversity_coef: float = 10.0
     """Weight of the mean distance between agents' masked weights."""
-    start_threshold: float = -8.0
-    """First value of s: sigmoid(-8) = 0.0003 lies under the smallest useful weights."""
+    start_threshold: float = -5.0
+    """First value of s. sigmoid(-5) = 0.007 lies under most weights; a weight below its threshold gets no gradient, so
+    sigmoid(-2) = 0.12 would kill the last layer, which starts small."""
 
     def validate(self) -> None:
         super().validate()

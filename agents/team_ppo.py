@@ -254,14 +254,13 @@ def gather_batch(task: Task, s: State, key: Key) -> tuple[State, Batch, Metrics]
         return global_state(spec, fake)
 
     x = critic_x(steps.ts.obs, steps.ts.state)
+    last = critic_x(vec.ts.obs[None], None if vec.ts.state is None else vec.ts.state[None])
+    carries, value = task.team.critic(weights, carry0[1], x, steps.first, every=True)
+    critic_carry = jax.tree.map(lambda h: h[-1], carries)
+    _, after = task.team.critic(weights, critic_carry, last, vec.first[None])
+    next_value = jnp.concatenate([value[1:], after])
     if steps.final_obs is not None:
-        final_x = critic_x(steps.final_obs, steps.final_state)
-        critic_carry, value, next_value = values_and_next(task, weights, carry0[1], x, steps.first, final_x)
-    else:
-        last = critic_x(vec.ts.obs[None], None if vec.ts.state is None else vec.ts.state[None])
-        critic_carry, value = task.team.critic(weights, carry0[1], x, steps.first)
-        _, after = task.team.critic(weights, critic_carry, last, vec.first[None])
-        next_value = jnp.concatenate([value[1:], after])
+        next_value = value_of_cut(task, weights, steps, carries, next_value, critic_x)
     value, next_value = running.unapply(s.norms.value, value), running.unapply(s.norms.value, next_value)
     flag = lambda x: jnp.broadcast_to(x[..., None], reward.shape)
     advantage, target = returns.gae(
@@ -289,24 +288,22 @@ def gather_batch(task: Task, s: State, key: Key) -> tuple[State, Batch, Metrics]
     return s._replace(vec=vec, carry=(actor_carry, critic_carry), norms=norms), batch, stats
 
 
-def values_and_next(
-    task: Task, weights: Any, carry: Any, x: Array, first: Array, final_x: Array
-) -> tuple[Any, Array, Array]:
-    """Values of what was seen and of the TRUE next inputs [T, N, A], so that truncated episodes bootstrap rightly."""
-    if not task.cfg.gru:
-        _, both = task.team.critic(weights, carry, jnp.concatenate([x, final_x], 1), jnp.concatenate([first, first], 1))
-        value, next_value = jnp.split(both, 2, axis=1)
-        return carry, value, next_value
-    never = jnp.zeros_like(first[:1])
-
-    def body(carry: Any, inputs: tuple) -> tuple[Any, tuple[Array, Array]]:
-        x, first, final_x = inputs
-        carry, v = task.team.critic(weights, carry, x[None], first[None])
-        _, nv = task.team.critic(weights, carry, final_x[None], never)
-        return carry, (v[0], nv[0])
-
-    carry, (value, next_value) = jax.lax.scan(body, carry, (x, first, final_x))
-    return carry, value, next_value
+def value_of_cut(
+    task: Task, weights: Any, steps: rollout.Step, carries: Any, next_value: Array, critic_x: Callable
+) -> Array:
+    """`next_value` [T, N, A] with the values of the TRUE next inputs where an episode was cut by its time limit (behind
+    it stands the next episode's first value). Each environment is cut at most ceil(T / horizon) times, so only so many
+    rows are evaluated."""
+    length, count = steps.truncated.shape
+    horizon = task.env.spec.horizon
+    limit = count * min(length, -(-length // horizon) if horizon else length)
+    (index,) = jnp.nonzero(steps.truncated.reshape(-1), size=limit, fill_value=length * count)
+    rows = lambda x: x.reshape(length * count, *x.shape[2:]).at[index].get(mode="clip")
+    obs, state = rows(steps.final_obs)[None], None if steps.final_state is None else rows(steps.final_state)[None]
+    never = jnp.zeros((1, limit), bool)
+    _, value = task.team.critic(weights, jax.tree.map(rows, carries), critic_x(obs, state), never)
+    flat = next_value.reshape(length * count, -1).at[index].set(value[0], mode="drop")
+    return flat.reshape(next_value.shape)
 
 
 def ppo_epochs(task: Task, s: State, batch: Batch, key: Key) -> tuple[State, Metrics]:

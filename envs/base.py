@@ -94,7 +94,7 @@ class Spec:
     state_shape: tuple[int, ...] | None = None
     """Shape of TimeStep.state; None: the concatenated observations [A * prod(obs_shape)] are the global state."""
     horizon: int | None = None
-    """Longest episode in steps, None if unbounded."""
+    """Longest episode in steps, None if unbounded. An environment with a horizon truncates there and nowhere else."""
     can_terminate: bool = True
     can_truncate: bool = True
     has_action_mask: bool = False

@@ -333,7 +333,7 @@ def hyper(args: argparse.Namespace) -> list[dict[str, Any]]:
     common["total_steps"] = 16 * 128 * updates
     sides, costs = {}, {}
     for count in (4, 8, 16, 30):
-        env = {"env_args": (f"num_agents={count}",)}
+        env = {"env_args": (f"groups=[{count}]",)}
         sides[f"HyperMARL {count}"] = ours(agents.make("hypermarl", **common, **env), updates)
         if count == 8:
             sides["FuPS+ID 8"] = ours(agents.make("ippo", sharing="full+id", **common, **env), updates)

@@ -150,7 +150,7 @@ def _evaluation(learner: Learner, shapes: Any, place: Layout, book: ledger.Ledge
     if learner.evaluate is None:
         return None
     key = distributed.place_all(jax.random.key(EVAL_STREAM), place.everywhere)
-    one = jax.vmap(learner.evaluate, in_axes=(0, None))
+    one = lambda state, key: over_seeds(lambda s: learner.evaluate(s, key))(state)
     program = book.compile("evaluate", one, shapes, key, out_shardings=place.everywhere)
     return lambda state: {k: np.asarray(v) for k, v in program(state, key).items()}
 
@@ -161,14 +161,26 @@ def _step_body(learner: Learner, data: Source | None, guarded: bool) -> Callable
 
     def body(state: Any, alive: guard.Alive, number: Any, constants: Any, item: Any) -> tuple:
         if data is None:
-            return jax.vmap(lambda s, a: step(s, a, number))(state, alive)
+            return over_seeds(lambda s, a: step(s, a, number))(state, alive)
         batch = data.batch
         if data.per_seed:
-            return jax.vmap(lambda s, a, one: step(s, a, number, batch(constants, one)))(state, alive, item)
+            return over_seeds(lambda s, a, one: step(s, a, number, batch(constants, one)))(state, alive, item)
         shared = batch(constants, item)
-        return jax.vmap(lambda s, a: step(s, a, number, shared))(state, alive)
+        return over_seeds(lambda s, a: step(s, a, number, shared))(state, alive)
 
     return body
+
+
+def over_seeds(function: Callable) -> Callable:
+    """`jax.vmap`, but one seed runs as it is: products with a batch axis of length one are slower on CPU."""
+
+    def run(*trees: Any) -> Any:
+        if jax.tree.leaves(trees)[0].shape[0] > 1:
+            return jax.vmap(function)(*trees)
+        out = function(*jax.tree.map(lambda x: x[0], trees))
+        return jax.tree.map(lambda x: jnp.asarray(x)[None], out)
+
+    return run
 
 
 def _chunk_program(body: Callable, chunk: int) -> Callable:

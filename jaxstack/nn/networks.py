@@ -1,5 +1,6 @@
 """Networks of one agent: a torso (optional convolutions, optional GRU) and an MLP head."""
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -24,13 +25,13 @@ NARROW = 16
 """Outputs up to which a layer's weight gradient is a product in the other order."""
 
 
-def narrow_dot_general(x: Array, kernel: Array, *_: Any, **__: Any) -> Array:
-    """x [B, D] @ kernel [D, n] for a few outputs n, in the form that flax's Dense asks for (`dot_general=`).
+def product(x: Array, kernel: Array, *_: Any, **__: Any) -> Array:
+    """x [B, D] @ kernel [D, n]; serves as `dot_general=` of flax's Dense on inputs of rank 2.
 
-    The weight gradient is computed as (g^T x)^T. XLA would turn that back into x^T g, which is several times slower on
-    CPU: a product with few columns runs in one thread.
+    For a few outputs the weight gradient is computed as (g^T x)^T. XLA would turn that back into x^T g, which is
+    several times slower on CPU: a product with few columns runs in one thread.
     """
-    return _narrow(x, kernel)
+    return _narrow(x, kernel) if kernel.shape[-1] <= NARROW else x @ kernel
 
 
 @jax.custom_vjp
@@ -67,7 +68,6 @@ class MLP(nn.Module):
         x = x.reshape(-1, x.shape[-1])
         for width in self.hidden:
             x = ACTIVATIONS[self.activation](nn.Dense(width, kernel_init=orthogonal(2**0.5))(x))
-        product = jax.lax.dot_general if self.out > NARROW else narrow_dot_general
         out = nn.Dense(self.out, kernel_init=orthogonal(self.out_gain), dot_general=product)
         return out(x).reshape(*lead, self.out)
 
@@ -95,11 +95,11 @@ class Torso(nn.Module):
             x = x.reshape(-1, *x.shape[-self.obs_ndim :])
             for size in (5, 3, 3):
                 x = act(nn.Conv(self.channels, (size, size), kernel_init=orthogonal(2**0.5))(x))
-        x = x.reshape(*lead, -1)
-        if self.gru:
-            x = act(nn.Dense(self.gru, kernel_init=orthogonal(2**0.5))(x))
-            carry, x = GRU(self.gru)(jnp.asarray(carry), x, first)
-        return carry, x
+        if not self.gru:
+            return carry, x.reshape(*lead, -1)
+        x = x.reshape(math.prod(lead), -1)
+        x = act(nn.Dense(self.gru, kernel_init=orthogonal(2**0.5))(x)).reshape(*lead, self.gru)
+        return GRU(self.gru)(jnp.asarray(carry), x, first)
 
 
 def initial_carry(gru: int, *batch: int) -> Array | tuple:

@@ -49,8 +49,9 @@ class TeamNet(NamedTuple):
     """(params, extra, obs [T, B, A, ...] of the gradient step or None) -> (weights, extra)."""
     actor: Callable[[Any, Any, Array, Array], tuple[Any, Array]]
     """(weights, carry, obs [T, B, A, *obs_shape], first [T, B]) -> (carry, raw [T, B, A, actions.params])."""
-    critic: Callable[[Any, Any, Array, Array], tuple[Any, Array]]
-    """(weights, carry, x, first) -> (carry, values [T, B, A]); x [T, B, A, *obs_shape], or [T, B, state] if central."""
+    critic: Callable[..., tuple[Any, Array]]
+    """(weights, carry, x, first) -> (carry, values [T, B, A]); x [T, B, A, *obs_shape], or [T, B, state] if central.
+    With `every=True` the recurrent states after each step come back [T, B, ...] instead of the last one."""
     log_std: Callable[[Any], Array | None]
     """weights -> [k] or [A, k], None for discrete actions."""
     carry: Callable[[int], tuple[Any, Any]]
@@ -105,11 +106,11 @@ def shared(shape: Shape, arch: Arch, with_id: bool, with_obs: bool = True) -> Te
         carry, x = m.actor_torso.apply(w["actor_torso"], carry, ids(obs, len(shape.obs_shape)), first)  # pyright: ignore
         return carry, m.actor_head.apply(w["actor_head"], x)  # pyright: ignore[reportReturnType]
 
-    def critic(w: Any, carry: Any, x: Array, first: Array) -> tuple[Any, Array]:
+    def critic(w: Any, carry: Any, x: Array, first: Array, every: bool = False) -> tuple[Any, Array]:
         x = critic_input(shape, x, 1 if single else count)
         carry, x = m.critic_torso.apply(w["critic_torso"], carry, ids(x, len(shape.critic_shape)), first)  # pyright: ignore
         v = m.critic_head.apply(w["critic_head"], x)[..., 0]  # pyright: ignore
-        return carry, jnp.broadcast_to(v, (*v.shape[:-1], count))
+        return states(arch, carry, x, every), jnp.broadcast_to(v, (*v.shape[:-1], count))
 
     def init(key: Array) -> Any:
         return init_modules(key, m, shape, count if with_id else 0, with_obs, 1 if single else count)
@@ -149,17 +150,17 @@ def per_agent_functions(m: Modules, shape: Shape, arch: Arch) -> dict[str, Any]:
     """actor, critic, log_std and carry of a TeamNet whose weights have a leading agent axis in every leaf."""
     count = shape.num_agents
 
-    def run(torso: Torso, head: MLP, axis: int | None) -> Callable:
+    def run(torso: Torso, head: MLP, axis: int | None, every: bool = False) -> Callable:
         def one(wt: Any, wh: Any, carry: Any, x: Array, first: Array) -> tuple[Any, Array]:
             carry, x = torso.apply(wt, carry, x, first)  # pyright: ignore[reportAssignmentType]
-            return carry, head.apply(wh, x)  # pyright: ignore[reportReturnType]
+            return states(arch, carry, x, every), head.apply(wh, x)  # pyright: ignore[reportReturnType]
 
-        return jax.vmap(one, in_axes=(0, 0, 1, axis, None), out_axes=(1, 2))
+        return jax.vmap(one, in_axes=(0, 0, 1, axis, None), out_axes=(2 if every else 1, 2))
 
     act = run(m.actor_torso, m.actor_head, 2)
-    value = run(m.critic_torso, m.critic_head, None if shape.central else 2)
 
-    def critic(w: Any, carry: Any, x: Array, first: Array) -> tuple[Any, Array]:
+    def critic(w: Any, carry: Any, x: Array, first: Array, every: bool = False) -> tuple[Any, Array]:
+        value = run(m.critic_torso, m.critic_head, None if shape.central else 2, every)
         carry, v = value(w["critic_torso"], w["critic_head"], carry, x, first)
         return carry, v[..., 0]
 
@@ -169,6 +170,11 @@ def per_agent_functions(m: Modules, shape: Shape, arch: Arch) -> dict[str, Any]:
         log_std=lambda w: w.get("log_std"),
         carry=lambda b: (initial_carry(arch.gru, b, count), initial_carry(arch.gru, b, count)),
     )
+
+
+def states(arch: Arch, last: Any, features: Array, every: bool) -> Any:
+    """What a critic returns as its carry: a GRU's features are its states after each step."""
+    return features if every and arch.gru else last
 
 
 def critic_input(shape: Shape, x: Array, copies: int) -> Array:

@@ -47,7 +47,7 @@ class Probe(Environment):
     def _obs(self, s: ProbeState) -> jax.Array:
         cue = jnp.where((self.kind == "memory") & (s.t > 0), 0, 2 * s.cue - 1).astype(jnp.float32)
         if self.kind in ("one", "delayed", "endless", "role", "action"):
-            cue = jnp.zeros(self.count)
+            cue = jnp.full(self.count, float(self.kind == "role"))  # zeros would hide all weights but the biases
         t = jnp.broadcast_to(s.t if self.kind in ("delayed", "memory") else 0, (self.count,)).astype(jnp.float32)
         return jnp.stack([cue, t], -1)
 
