@@ -93,7 +93,7 @@ class SoftmaxAttention(nn.Module):
         place = jnp.where(valid, position, self.context)
         write = jax.vmap(lambda cache, new, at: cache.at[at].set(new.astype(cache.dtype), mode="drop"))
         cache = KVCache(write(start.k, k, place), write(start.v, v, place), start.count + valid.sum(1, dtype=jnp.int32))
-        if state is None:
+        if state is None and length > 0:
             causal = jnp.tri(length, dtype=bool)
             o = attend(q, k, v, causal & (valid[:, None, :] | jnp.eye(length, dtype=bool)))
         else:

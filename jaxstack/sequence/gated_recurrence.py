@@ -128,7 +128,9 @@ def _group(x: Array, groups: int) -> Array:
 
 def _recurrent(q: Array, k: Array, v: Array, decay: Array | None, start: Array) -> tuple[Array, Array]:
     groups = k.shape[2]
-    alpha = None if decay is None else jnp.exp(_group(decay, groups)).reshape(*_group(v, groups).shape[:4], -1, 1)
+    alpha = None
+    if decay is not None:
+        alpha = _group(jnp.exp(decay if decay.ndim == 4 else decay[..., None]), groups)[..., None]
 
     @jax.checkpoint
     def step(s: Array, token: Any) -> tuple[Array, Array]:
@@ -142,11 +144,12 @@ def _recurrent(q: Array, k: Array, v: Array, decay: Array | None, start: Array) 
 
 def _chunked(q: Array, k: Array, v: Array, decay: Array | None, start: Array, size: int) -> tuple[Array, Array]:
     groups, (batch, length, heads, d_v) = k.shape[2], v.shape
+    chunks = -(-length // size)
 
     def fold(x: Array) -> Array:
         """[B, T, H, ...] -> [N, B, G, H/G, C, ...]; tokens added at the end neither decay nor write."""
         x = _group(jnp.pad(x, ((0, 0), (0, -length % size), *[(0, 0)] * (x.ndim - 2))), groups)
-        return jnp.moveaxis(x.reshape(-1, size, *x.shape[1:]), 1, 4)
+        return jnp.moveaxis(x.reshape(chunks, size, *x.shape[1:]), 1, 4)
 
     def step(s: Array, tokens: Any) -> tuple[Array, Array]:
         q, k, v, decay = tokens
@@ -156,7 +159,7 @@ def _chunked(q: Array, k: Array, v: Array, decay: Array | None, start: Array, si
 
     tokens = (fold(q), fold(k), fold(v), None if decay is None else fold(decay))
     last, o = jax.lax.scan(jax.checkpoint(step), start, tokens)
-    o = jnp.moveaxis(o, (0, 4), (1, 2)).reshape(batch, -1, heads, d_v)
+    o = jnp.moveaxis(o, (0, 4), (1, 2)).reshape(batch, chunks * size, heads, d_v)
     return o[:, :length], last
 
 

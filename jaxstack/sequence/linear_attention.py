@@ -147,7 +147,7 @@ class GatedLinearAttention(nn.Module):
     ) -> tuple[Array, GatedState]:
         """x [B, T, D] -> (y [B, T, D], state); mask as in mixer.py."""
         x, start = begin(self, x, mask, state)
-        keys, _ = self.widths()
+        keys, values = self.widths()
         z, window = convolve(self.conv, self.in_proj(x), mask, start.conv)
         q, k, v = (split_heads(y, self.num_heads) for y in jnp.split(z, (keys, 2 * keys), axis=-1))
         logits = self.gate_up(self.gate_down(x))
@@ -161,7 +161,7 @@ class GatedLinearAttention(nn.Module):
             mask=mask,
             method=self.method,
         )
-        o = (rms_norm(o, self.norm_eps) * self.scale).reshape(*x.shape[:2], -1)
+        o = (rms_norm(o, self.norm_eps) * self.scale).reshape(*x.shape[:2], values)
         gate = self.out_gate(x)
         y = self.out_proj((o * jax.nn.silu(gate.astype(o.dtype))).astype(z.dtype))
         return finish(y, x, mask), GatedState(window, matrix)

@@ -81,7 +81,7 @@ def test_no_token_and_one_token(name):
 
 @every
 def test_padding_anywhere_changes_nothing(name):
-    """What stands at padding is NaN; rows of one batch are padded left, right and in between; one row is all padding."""
+    """What stands at padding is NaN; rows are padded left, right and in between, the last is all padding."""
     module, variables, x, _, _ = layer(name)
     length, rows = 7, ([3, 4, 5, 6, 7, 8, 9], [0, 1, 2, 3, 4, 5, 6], [0, 2, 3, 5, 6, 7, 9], [])
     mask, padded = np.zeros((4, 10), bool), np.full((4, 10, WIDTH), np.nan, np.float32)
