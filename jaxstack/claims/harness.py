@@ -62,6 +62,10 @@ class Claim(NamedTuple):
     full: tuple[Experiment, ...]
     checks: tuple[Check, ...]
     seeds: int = 5
+    ours: str = ""
+    """Arms whose names begin so stand out in figures."""
+    curves: tuple[tuple[str, str], ...] = ()
+    """(experiment, metric) pairs whose rows also hold `metric@x` for numbers x: drawn over x in a figure of their own."""
 
 
 class Verdict(NamedTuple):
@@ -131,6 +135,8 @@ def run_claim(
     except OSError as e:
         raise UserError(f"{path}.json: cannot be written ({e.strerror})") from e
     figure(claim, rows, path.with_suffix(".png"))
+    if claim.curves:
+        curves(claim, rows, path.with_name(f"{path.name}-curves.png"))
     if not quiet:
         _print(claim, verdicts, holds, seconds, path)
     return holds
@@ -156,7 +162,7 @@ def figure(claim: Claim, rows: list[Row], path: Path) -> Path:
         for y, arm in enumerate(reversed(names)):
             values = [r[metric] for r in rows if r["experiment"] == experiment and r["arm"] == arm]
             e = stats.estimate(stats.mean, values)
-            colour = COLOURS[0] if arm.startswith("HyperMARL") else COLOURS[6]
+            colour = COLOURS[0] if arm.startswith(claim.ours or "\0") else COLOURS[6]
             axes.plot([e.low, e.high], [y, y], color=colour, linewidth=7, alpha=0.3, solid_capstyle="butt")
             axes.plot(values, np.full(len(values), y), "o", color=colour, markersize=3, alpha=0.6)
             axes.plot([e.value], [y], "|", color=colour, markersize=12, markeredgewidth=2.5)
@@ -167,6 +173,37 @@ def figure(claim: Claim, rows: list[Row], path: Path) -> Path:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="x", alpha=0.25)
     path.parent.mkdir(parents=True, exist_ok=True)
+    fig.savefig(path)
+    return path
+
+
+def curves(claim: Claim, rows: list[Row], path: Path) -> Path:
+    """`metric@x` over x with intervals over seeds, a panel for each pair of `claim.curves`, a line for each arm."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    from jaxstack.core.plots import COLOURS
+
+    fig = Figure(figsize=(5.0 * len(claim.curves), 4.6), dpi=110, layout="constrained")
+    FigureCanvasAgg(fig)
+    for i, (experiment, metric) in enumerate(claim.curves):
+        axes = fig.add_subplot(1, len(claim.curves), i + 1)
+        own = [r for r in rows if r["experiment"] == experiment]
+        at = sorted({float(k.partition("@")[2]) for r in own for k in r if k.startswith(f"{metric}@")})
+        for j, arm in enumerate(dict.fromkeys(r["arm"] for r in own)):
+            scores = [[r[f"{metric}@{x:g}"] for x in at] for r in own if r["arm"] == arm]
+            value, low, high = (np.asarray(v) for v in stats.bootstrap(stats.by_task, scores))
+            colour, dash = COLOURS[j % len(COLOURS)], ("-", "--", ":")[j // len(COLOURS) % 3]
+            axes.plot(at, value, label=arm, marker="o", markersize=3, color=colour, linestyle=dash)
+            axes.fill_between(at, low, high, color=colour, alpha=0.12, linewidth=0)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(at, [f"{x:g}" for x in at])
+        axes.set_title(experiment, fontsize=10, loc="left")
+        axes.set_xlabel("length")
+        axes.set_ylabel(metric)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.14))
     fig.savefig(path)
     return path
 

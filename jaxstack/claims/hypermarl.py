@@ -153,6 +153,7 @@ GAME_ARMS = ("NoPS", "FuPS", "FuPS+ID", "FuPS+ID, no state", "HyperMARL", "Hyper
 
 claim = Claim(
     method="hypermarl",
+    ours="HyperMARL",
     paper="Tessera, Rahman, Storkey & Albrecht (NeurIPS 2025)",
     statement="A shared hypernetwork lets agents specialise like separate networks, where sharing with ids does not.",
     scope=(

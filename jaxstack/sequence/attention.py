@@ -10,7 +10,8 @@ from jaxtyping import Array
 
 from jaxstack.core.errors import UserError
 from jaxstack.sequence.kla import _LINEAR
-from jaxstack.sequence.linear_attention import begin, check_at_least, check_heads, finish, split_heads
+from jaxstack.sequence.linear_attention import begin, check_at_least, check_heads, convolve, finish, split_heads
+from jaxstack.sequence.mixer import ShortConv
 from jaxstack.sequence.scan import compute_dtype
 
 
@@ -23,6 +24,8 @@ class KVCache(NamedTuple):
     """[B, context, H, D/H], float32"""
     count: Array
     """Tokens seen [B], int32."""
+    conv: Array | None = None
+    """Last inputs of the convolution [B, K-1, 3D], None without one."""
 
 
 def rotate(x: Array, position: Array, base: float = 10_000.0) -> Array:
@@ -51,7 +54,8 @@ class SoftmaxAttention(nn.Module):
     """Multi-head causal softmax attention: in_proj: D -> 3D, softmax(q k^T / sqrt(D/H)) v a head, out_proj: D -> D.
 
     Without `rope` there is no position code, as in the MAD suite. The state holds the keys and values of `context`
-    tokens. More tokens are a `UserError` where their number is known: T > context, or a state that is not traced.
+    tokens. `conv_size` > 0 puts a causal convolution and SiLU before q, k, v, so that one layer can compare a token with
+    its neighbours, as the recurrent mixers can; the paper has none. More tokens are a `UserError` where their number is known: T > context, or a state that is not traced.
     Inside jit the count of a state is not known; outputs of tokens beyond the context are NaN there.
     """
 
@@ -63,6 +67,7 @@ class SoftmaxAttention(nn.Module):
     rope: bool = False
     """Rotary positions."""
     rope_base: float = 10_000.0
+    conv_size: int = 0
     use_bias: bool = False
     dtype: Any = None
     """Type of the projections; None promotes x and the parameters. Logits and softmax are float32 or wider."""
@@ -72,12 +77,14 @@ class SoftmaxAttention(nn.Module):
         """An empty cache."""
         self._validate()
         shape = (batch, self.context, self.num_heads, self.features // self.num_heads)
-        return KVCache(jnp.zeros(shape), jnp.zeros(shape), jnp.zeros(batch, jnp.int32))
+        conv = jnp.zeros((batch, self.conv_size - 1, 3 * self.features)) if self.conv_size else None
+        return KVCache(jnp.zeros(shape), jnp.zeros(shape), jnp.zeros(batch, jnp.int32), conv)
 
     def setup(self) -> None:
         self._validate()
         dense = lambda width: nn.Dense(width, self.use_bias, self.dtype, kernel_init=_LINEAR)
         self.in_proj, self.out_proj = dense(3 * self.features), dense(self.features)
+        self.conv = ShortConv(3 * self.features, self.conv_size) if self.conv_size else None
 
     def __call__(self, x: Array, *, mask: Array | None = None, state: KVCache | None = None) -> tuple[Array, KVCache]:
         """x [B, T, D] -> (y [B, T, D], state); mask as in mixer.py. The cost is T^2, or T context from a state."""
@@ -86,13 +93,14 @@ class SoftmaxAttention(nn.Module):
         valid = jnp.ones((batch, length), bool) if mask is None else mask
         self._check_room(length, start.count, valid)
         position = start.count[:, None] + jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1
-        z = self.in_proj(x)
+        z, window = convolve(self.conv, self.in_proj(x), mask, start.conv)
         q, k, v = (split_heads(y, self.num_heads) for y in jnp.split(z, 3, axis=-1))
         if self.rope:
             q, k = (rotate(y, position, self.rope_base) for y in (q, k))
         place = jnp.where(valid, position, self.context)
         write = jax.vmap(lambda cache, new, at: cache.at[at].set(new.astype(cache.dtype), mode="drop"))
         cache = KVCache(write(start.k, k, place), write(start.v, v, place), start.count + valid.sum(1, dtype=jnp.int32))
+        cache = cache._replace(conv=window)
         if state is None and length > 0:
             causal = jnp.tri(length, dtype=bool)
             o = attend(q, k, v, causal & (valid[:, None, :] | jnp.eye(length, dtype=bool)))
@@ -110,7 +118,7 @@ class SoftmaxAttention(nn.Module):
     @nn.nowrap
     def _validate(self) -> None:
         check_heads(self, self.features, "features")
-        check_at_least(self, context=1)
+        check_at_least(self, context=1, conv_size=0)
         if self.rope and self.features // self.num_heads % 2:
             width = self.features // self.num_heads
             raise UserError(f"SoftmaxAttention.rope=True: expected heads of even width, found {width}")

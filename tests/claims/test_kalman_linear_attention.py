@@ -1,7 +1,9 @@
+import jax
 import pytest
 
 from jaxstack.claims import CLAIMS
 from jaxstack.claims import kalman_linear_attention as kla
+from jaxstack.sequence import trainer
 
 
 def test_the_filter_knows_its_error_with_process_noise_and_not_without():
@@ -19,8 +21,21 @@ def test_tracking_is_measured_against_the_optimal_filter():
 
 def test_classification_gives_accuracies_at_both_lengths():
     options = dict(features=8, depth=1, batch_size=4, num_updates=2, eval_examples=32)
-    rows = kla.classified("parity", "parity", ("length=4",), (kla.NO_NOISE,), longer=8, **options)(2)
-    assert all(0 < r["accuracy"] < 1 and 0 < r["longer accuracy"] < 1 for r in rows)
+    rows = kla.classified("parity", "parity", ("length=4",), (kla.NO_NOISE,), longer=(8,), **options)(2)
+    assert all(0 < r["accuracy@8"] < 1 and r["accuracy"] == r["accuracy@4"] for r in rows)
+
+
+def test_arms_have_equal_state_sizes():
+    def size(mixer, options):
+        config = trainer.Config(task="mqar", mixers=(mixer,), mixer_args=options, features=32, depth=1)
+        state = trainer.make_model(config, trainer.make_task(config)).init_state(1)[0]
+        leaves = jax.tree_util.tree_leaves_with_path(state)
+        # the convolution's window and KLA's second number a state, its precision, do not count
+        return sum(x.size for path, x in leaves if not {"conv", "precision"} & {getattr(p, "name", "") for p in path})
+
+    sizes = {arm: size(*how) for arm, how in kla.ARMS.items() if how[0] != "attention"}
+    assert set(sizes.values()) <= {256, 288}  # linear attention carries its normaliser
+    assert sizes[kla.KLA] == sizes["GLA"] == sizes["Mamba"] == 256
 
 
 def test_the_claim_is_registered_and_its_checks_name_arms():

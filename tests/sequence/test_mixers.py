@@ -13,7 +13,7 @@ from jaxstack.sequence.mixer import Mixer
 
 WIDTH, LENGTH = 8, 11
 SMALL = {
-    "attention": dict(context=16),
+    "attention": dict(context=16, conv_size=3),
     "kla": dict(d_state=2),
     "mamba2": dict(d_state=4, head_dim=8),
 }
