@@ -65,7 +65,7 @@ class Claim(NamedTuple):
     ours: str = ""
     """Arms whose names begin so stand out in figures."""
     curves: tuple[tuple[str, str], ...] = ()
-    """(experiment, metric) pairs whose rows also hold `metric@x` for numbers x: drawn over x in a figure of their own."""
+    """(experiment, metric) pairs whose rows also hold `metric@x` for numbers x, drawn over x in a second figure."""
 
 
 class Verdict(NamedTuple):

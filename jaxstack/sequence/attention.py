@@ -53,9 +53,10 @@ def attend(q: Array, k: Array, v: Array, allowed: Array) -> Array:
 class SoftmaxAttention(nn.Module):
     """Multi-head causal softmax attention: in_proj: D -> 3D, softmax(q k^T / sqrt(D/H)) v a head, out_proj: D -> D.
 
-    Without `rope` there is no position code, as in the MAD suite. The state holds the keys and values of `context`
-    tokens. `conv_size` > 0 puts a causal convolution and SiLU before q, k, v, so that one layer can compare a token with
-    its neighbours, as the recurrent mixers can; the paper has none. More tokens are a `UserError` where their number is known: T > context, or a state that is not traced.
+    Without `rope` there is no position code, as in the MAD suite. `conv_size` > 0 puts a causal convolution and SiLU
+    before q, k, v, so that one layer can compare a token with its neighbours, as recurrent mixers can; the paper has
+    none. The state holds the keys and values of `context` tokens. More tokens are a `UserError` where their number is
+    known: T > context, or a state that is not traced.
     Inside jit the count of a state is not known; outputs of tokens beyond the context are NaN there.
     """
 
