@@ -2,6 +2,7 @@
 
     python scripts/bench.py                                          tens of minutes on 2 cores
     python scripts/bench.py --jaxmarl PATH --purejaxrl PATH          with the peers; PATH is a clone
+    python scripts/bench.py --kla PATH --torch-python PYTHON         with the released KLA, and a Python that has torch
     python scripts/bench.py --quick                                  under three minutes, beside the recorded figures
     python scripts/bench.py --record                                 and keep the results in docs/results/bench
 
@@ -24,11 +25,19 @@ def commands(args: argparse.Namespace, out: Path) -> dict[str, list[str]]:
     peers = [x for name in ("jaxmarl", "purejaxrl") if (path := getattr(args, name)) for x in (f"--{name}", str(path))]
     agents = ["bench_agents.py", *peers, "--out", str(out / "agents.json")]
     envs = ["bench_envs.py", "--out", str(out / "envs.json")]
+    sequence = ["bench_sequence.py", "--out", str(out / "sequence.json")]
     if not args.quick:
-        return {"agents": agents, "envs": envs}
+        torch = ["--kla", str(args.kla), "--torch-python", str(args.torch_python)] if args.kla else []
+        more = {n: [f"bench_{n}.py", "--out", str(out / f"{n}.json")] for n in ("sweep", "scaling")}
+        return {"agents": agents, "envs": envs, "sequence": [*sequence, *torch], **more}
     cases = ["mpe-16"] * bool(args.jaxmarl) + ["cartpole"] * bool(args.purejaxrl) + ["seeds"]
     few = ["--env", "dispersion", "jaxmarl/MPE_simple_spread_v3", "--widths", "16", "128", "--steps", "20000"]
-    return {"agents": [*agents, "--cases", *cases], "envs": [*envs, *few]}
+    layers = ["--cases", "mixers", "--mixers", "kla", "gla", "mamba", "--lengths", "1024"]
+    return {
+        "agents": [*agents, "--cases", *cases],
+        "envs": [*envs, *few],
+        "sequence": [*sequence, *layers],
+    }
 
 
 def ratios(file: Path) -> dict[str, float]:
@@ -58,11 +67,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jaxmarl", type=Path, help="a clone of JaxMARL")
     parser.add_argument("--purejaxrl", type=Path, help="a clone of PureJaxRL")
+    parser.add_argument("--kla", type=Path, help="a clone of the released package of Kalman Linear Attention")
+    parser.add_argument("--torch-python", type=Path, help="a Python that has torch, numpy and tyro")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--record", action="store_true")
     args = parser.parse_args()
     if args.quick and args.record:
         parser.error("--record: expected without --quick, whose sizes are others")
+    if (args.kla is None) != (args.torch_python is None):
+        parser.error("--kla, --torch-python: expected both or neither")
     out = RECORDED if args.record else ROOT / "runs" / "bench"
     out.mkdir(parents=True, exist_ok=True)
     todo = commands(args, out)
