@@ -191,7 +191,7 @@ def read_metrics(path: str | Path) -> Any:
 
 
 def environment() -> dict[str, Any]:
-    """Command, versions, device, git commit and time of this process."""
+    """Command, versions, device, XLA's flags, git commit and time of this process."""
     from importlib.metadata import PackageNotFoundError, version
 
     import jax
@@ -209,6 +209,7 @@ def environment() -> dict[str, Any]:
         | {"python": platform.python_version()},
         "device": f"{device.platform} {device.device_kind} x{jax.device_count()}",
         "cores": os.cpu_count(),
+        "xla_flags": os.environ.get("XLA_FLAGS"),  # other flags, other rounding
         "git_commit": _commit(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
