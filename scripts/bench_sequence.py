@@ -9,7 +9,8 @@ mixers   forward and gradient (of the sum of squares of y, in parameters and x) 
          constant and states of one size, see LAYERS; KLA over GLA and over Mamba, aim at most 2. Softmax attention is
          left out above T = 4096: its logits are [B, H, T, T].
 scan     the form that method="auto" takes over the fastest form, at the sizes of scan_table.json, value and gradient;
-         aim at most 1.2. The associative form only up to T = --associative-up-to, XLA compiles it slowly.
+         aim at most 1.2. The associative form, which XLA compiles slowly, runs only where the table has it within 1.4
+         of the fastest.
 decode   a token's cost through `step` after contexts of growing length; aim a flat line for KLA. Attention with a
          declared context that grows along, and with one fixed context.
 growth   forward and gradient of KLA, B = 1, T = 2k to 32k; aim an exponent of 1.0 +- 0.1.
@@ -48,6 +49,7 @@ from jaxstack.sequence.trainer import make_mixer
 
 FEATURES = 64
 ATTENTION_UP_TO = 4096
+ASSOCIATIVE_WITHIN = 1.4
 KINDS = ("forward", "gradient")
 
 LAYERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -86,14 +88,20 @@ def state_bytes(module: Any) -> int:
     return sum(x.nbytes for x in jax.tree.leaves(module.init_state(1)))
 
 
-def compiled(function: Callable, *arguments: Any, calls: int = 1) -> Side:
-    """`calls` calls a run."""
+def ahead(function: Callable, *arguments: Any) -> tuple[Callable, float, int]:
+    """(program, compile seconds, peak bytes)"""
     begin = time.perf_counter()
     program = jax.jit(function).lower(*arguments).compile()
     seconds = time.perf_counter() - begin
     m = program.memory_analysis()
     assert m is not None, "this backend has no memory analysis"
     peak = m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes - m.alias_size_in_bytes
+    return program, seconds, peak
+
+
+def compiled(function: Callable, *arguments: Any, calls: int = 1) -> Side:
+    """`calls` calls a run."""
+    program, seconds, peak = ahead(function, *arguments)
 
     def run(_: int) -> None:
         for _ in range(calls):
@@ -175,10 +183,12 @@ def scans(args: argparse.Namespace) -> list[Row]:
         raise UserError(f"scan: {bench_scan.TABLE.name} has no sizes for {jax.default_backend()!r}; see bench_scan.py")
     rows = []
     for recurrence in bench_scan.RECURRENCES:
-        for length, lanes in ((r["length"], r["lanes"]) for r in table[recurrence]):
+        for row in table[recurrence]:
+            length, lanes = row["length"], row["lanes"]
             if length * lanes > args.scan_up_to:
                 continue
-            forms = [m for m in scan.METHODS[1:] if m != "associative" or length <= args.associative_up_to]
+            slow = row["grad_ratio"].get("associative", np.inf) > ASSOCIATIVE_WITHIN * min(row["grad_ratio"].values())
+            forms = ["sequential", "chunked", *(["associative"] if not slow else [])]
             sides = {form: scan_side(recurrence, length, lanes, form) for form in forms}
             seconds = interleaved(sides, args.repeats)
             best = min(forms, key=lambda form: np.median(seconds[form]))
@@ -200,10 +210,11 @@ def decode(args: argparse.Namespace) -> list[Row]:
     where: dict[str, list[str]] = {}
     longest = max(args.contexts)
     for name in ("kla", "gla", "mamba", "attention", "attention, fixed context"):
+        kind, _, fixed = name.partition(",")
         for length in args.contexts:
-            declared = (longest if "fixed" in name else length) + args.steps
             key = f"decode, after {length} tokens, {name}"
-            sides[key] = decode_side(name.partition(",")[0], length, declared, args.steps)
+            declared = length if kind == "attention" and not fixed else longest
+            sides[key] = decode_side(kind, length, declared + args.steps, args.steps)
             where.setdefault(name, []).append(key)
     seconds = {k: [s / args.steps for s in v] for k, v in interleaved(sides, args.repeats).items()}
     rows = [time_row(key, side, seconds[key]) for key, side in sides.items()]
@@ -216,23 +227,36 @@ def decode(args: argparse.Namespace) -> list[Row]:
 def decode_side(name: str, length: int, context: int, steps: int) -> Side:
     """`steps` tokens after `length` others, batch 1. The cache of attention is filled with noise, other states by the
     tokens themselves, in pieces."""
-    module, variables, x = layer(name, context), variables_of(name), draw(1, length, FEATURES)
+    program, seconds, peak = decoder(name, context, steps)
+    module, variables = layer(name, context), variables_of(name)
     state = module.init_state(1)
     if name == "attention":
         state = state._replace(k=draw(*state.k.shape), v=draw(*state.v.shape), count=jnp.full(1, length, jnp.int32))
     else:
-        piece = jax.jit(lambda x, state: module.apply(variables, x, state=state)[1])
-        for part in jnp.split(x, range(64, length, 64), axis=1):
-            state = piece(part, state)
+        for part in jnp.split(draw(1, length, FEATURES), list(range(64, length, 64)), axis=1):
+            state = prefill(name)(variables, part, state)
+    xs = draw(steps, 1, FEATURES)
+    return Side(lambda _: jax.block_until_ready(program(variables, xs, state)), seconds, peak)
 
-    def run(variables: Any, state: Any, xs: jax.Array) -> Any:
+
+@functools.cache
+def prefill(name: str) -> Callable:
+    return jax.jit(lambda variables, x, state: layer(name, 64).apply(variables, x, state=state)[1])
+
+
+@functools.cache
+def decoder(name: str, context: int, steps: int) -> tuple[Callable, float, int]:
+    """Compiled for `steps` tokens; `context` is what attention declares."""
+    module = layer(name, context)
+
+    def run(variables: Any, xs: jax.Array, state: Any) -> Any:
         def body(state: Any, x: jax.Array) -> Any:
             y, state = module.apply(variables, x, state, method="step")
             return state, y
 
         return jax.lax.scan(body, state, xs)
 
-    return compiled(run, variables, state, draw(steps, 1, FEATURES))
+    return ahead(run, variables_of(name), draw(steps, 1, FEATURES), module.init_state(1))
 
 
 def growth(args: argparse.Namespace) -> list[Row]:
@@ -255,7 +279,8 @@ class Peer:
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def ask(self, **command: Any) -> Any:
-        assert self.process.stdin is not None and self.process.stdout is not None
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
         self.process.stdin.write(json.dumps(command) + "\n")
         self.process.stdin.flush()
         answer = self.process.stdout.readline()
@@ -277,7 +302,7 @@ def torch(args: argparse.Namespace) -> list[Row]:
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        np.savez(folder / "weights.npz", **layer_to_torch(module, variables))
+        np.savez(folder / "weights.npz", allow_pickle=False, **layer_to_torch(module, variables))
         np.save(folder / "x.npy", np.asarray(x))
         peer = Peer(args, folder)
         try:
@@ -316,11 +341,10 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--lengths", nargs="+", type=int, default=[256, 1024, 4096, 16384], help="T of mixers")
     parser.add_argument("--tokens", type=int, default=16384, help="B T of mixers")
     parser.add_argument("--scan-up-to", type=int, default=2**24, help="greatest length x lanes of scan")
-    parser.add_argument("--associative-up-to", type=int, default=64, help="longest T of scan's associative form")
     parser.add_argument("--contexts", nargs="+", type=int, default=[64, 256, 1024, 4096, 16384], help="of decode")
     parser.add_argument("--steps", type=int, default=64, help="tokens decoded in a repeat")
     parser.add_argument("--growth", nargs="+", type=int, default=[2048, 4096, 8192, 16384, 32768], help="T of growth")
-    parser.add_argument("--torch-size", nargs=2, type=int, default=[2, 1024], metavar=("B", "T"))
+    parser.add_argument("--torch-size", nargs=2, type=int, default=[1, 512], metavar=("B", "T"))
     parser.add_argument("--torch-scans", nargs="+", choices=["auto", "doubling"], default=["auto", "doubling"])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path("runs/bench_sequence.json"))

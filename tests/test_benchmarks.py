@@ -1,0 +1,139 @@
+"""The benchmark scripts run: every case of bench_sequence.py at a tiny size, and what bench.py calls exists."""
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
+
+STAND_IN = """
+import json, sys
+import numpy as np
+weights = np.load(sys.argv[2] + "/weights.npz")
+assert weights["delta"].shape == (128, 16) and np.load(sys.argv[2] + "/x.npy").shape == (1, 16, 64)
+answers = {"load": {"torch": "none", "threads": 1}, "output": np.zeros((8, 64)).tolist()}
+answers |= {"forward": 3.0, "gradient": 9.0}
+for line in sys.stdin:
+    print(json.dumps(answers[json.loads(line)["do"]]), flush=True)
+"""
+
+
+@pytest.fixture
+def script(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    return importlib.import_module
+
+
+@pytest.fixture
+def run(script):
+    bench = script("bench_sequence")
+
+    def case(name, *options):
+        args = bench.options().parse_args([*options, "--repeats", "1"])
+        return {row["case"]: row for row in bench.CASES[name](args)}
+
+    return case
+
+
+def test_mixers_are_timed_and_compared(run):
+    rows = run("mixers", "--mixers", "kla", "gla", "attention", "--lengths", "16", "--tokens", "32")
+    assert {k for k, r in rows.items() if "ratio_quartiles" in r} == {
+        "mixers, T = 16, kla / gla, forward",
+        "mixers, T = 16, kla / gla, gradient",
+    }
+    for name in ("kla", "gla", "attention"):
+        row = rows[f"mixers, T = 16, {name}, gradient"]
+        assert row["batch"] == 2
+        assert min(row["median_ms"], row["compile_s"]) > 0
+        assert row["peak_mib"] >= rows[f"mixers, T = 16, {name}, forward"]["peak_mib"] > 0
+
+
+def test_attention_is_left_out_of_long_sequences(run, script, monkeypatch, capsys):
+    monkeypatch.setattr(script("bench_sequence"), "ATTENTION_UP_TO", 8)
+    assert run("mixers", "--mixers", "attention", "--lengths", "16", "--tokens", "16") == {}
+    assert "attention left out at T = 16" in capsys.readouterr().out
+
+
+def test_layers_have_the_stated_sizes(script):
+    bench = script("bench_sequence")
+    sizes = {
+        name: bench.state_bytes(bench.layer(name, 100)) / bench.state_bytes(bench.layer("kla", 100))
+        for name in bench.LAYERS
+    }
+    own = {"mingru", "s5", "attention", "mamba of N = 16"}
+    assert all(0.9 < size < 1.1 for name, size in sizes.items() if name not in own)
+    from jaxstack.sequence.trainer import MIXERS
+
+    assert {mixer for mixer, _ in bench.LAYERS.values()} == set(MIXERS)
+
+
+def test_scan_compares_the_chosen_form_with_the_best(run):
+    rows = run("scan", "--scan-up-to", "1024")
+    assert len(rows) == 3
+    for row in rows.values():
+        assert {"sequential", "chunked"} <= set(row["compile_s"])
+
+
+def test_decode_and_growth_give_exponents(run):
+    rows = run("decode", "--contexts", "64", "128", "--steps", "2")
+    for name in ("kla", "gla", "mamba", "attention", "attention, fixed context"):
+        assert len(rows[f"decode, exponent, {name}"]["exponent_quartiles"]) == 3
+        assert rows[f"decode, after 128 tokens, {name}"]["median_ms"] > 0
+    rows = run("growth", "--growth", "16", "32")
+    assert {"growth, exponent, forward", "growth, exponent, gradient"} < set(rows)
+
+
+def test_exponent_of_a_power_law(script):
+    sizes = [10, 100, 1000]
+    row = script("bench_sequence").exponent_row("x", sizes, [[2 * n**1.5, 3 * n**1.5] for n in sizes], 1.0)
+    assert row["exponent_quartiles"] == pytest.approx([1.5] * 3)
+    assert not row["met"]
+
+
+def test_targets_are_met_on_the_right_side(script):
+    row = script("bench_sequence").ratio_row
+    assert row("x", [3.0] * 5, [1.0] * 5, 2.0)["met"] is False
+    assert row("x", [3.0] * 5, [1.0] * 5, 2.0, least=True)["met"] is True
+
+
+def test_torch_case_talks_to_a_child(run, script, tmp_path, monkeypatch):
+    """The child is replaced: torch is not among the packages that tests may need."""
+    child = tmp_path / "bench_sequence_torch.py"
+    child.write_text(STAND_IN)
+    monkeypatch.setattr(script("bench_sequence"), "__file__", str(tmp_path / "bench_sequence.py"))
+    options = ["--kla", str(tmp_path), "--torch-python", sys.executable, "--torch-size", "1", "16"]
+    rows = run("torch", *options)
+    assert rows["torch, B = 1, T = 16, difference of y"]["max_abs"] > 0
+    assert sum("ratio_quartiles" in r for r in rows.values()) == 2
+
+
+def test_a_child_that_dies_is_an_error(run, script, tmp_path, monkeypatch):
+    from jaxstack.core.errors import UserError
+
+    (tmp_path / "bench_sequence_torch.py").write_text("raise SystemExit(3)")
+    monkeypatch.setattr(script("bench_sequence"), "__file__", str(tmp_path / "bench_sequence.py"))
+    with pytest.raises(UserError, match="ended with 3"):
+        run("torch", "--kla", str(tmp_path), "--torch-python", sys.executable, "--torch-size", "1", "16")
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_bench_calls_scripts_that_exist(script, tmp_path, quick):
+    bench = script("bench")
+    peers = dict(jaxmarl=Path("a"), purejaxrl=Path("b"), kla=Path("c"), torch_python=Path("d"))
+    for paths in (peers, dict.fromkeys(peers)):
+        todo = bench.commands(argparse.Namespace(quick=quick, **paths), tmp_path)
+        assert {"agents", "envs", "sequence"} <= set(todo)
+        for name, command in todo.items():
+            assert (SCRIPTS / command[0]).is_file()
+            assert command[command.index("--out") + 1] == str(tmp_path / f"{name}.json")
+    assert ("--kla" in bench.commands(argparse.Namespace(quick=quick, **peers), tmp_path)["sequence"]) is not quick
+
+
+def test_quick_sequence_options_are_known(script, tmp_path):
+    args = argparse.Namespace(quick=True, jaxmarl=None, purejaxrl=None)
+    command = script("bench").commands(args, tmp_path)["sequence"]
+    parsed = script("bench_sequence").options().parse_args(command[1:])
+    assert (parsed.cases, parsed.mixers) == (["mixers"], ["kla", "gla", "mamba"])
