@@ -68,10 +68,17 @@ class Ledger:
     programs: list[Program] = field(default_factory=list)
 
     def compile(
-        self, name: str, function: Callable, *args: Any, donate: tuple[int, ...] = (), out_shardings: Any = None
+        self,
+        name: str,
+        function: Callable,
+        *args: Any,
+        donate: tuple[int, ...] = (),
+        out_shardings: Any = None,
+        once: bool = False,
     ) -> Any:
         """Lower and compile `function` for `args` (arrays or shapes); returns the executable.
 
+        `once`: it runs a single time, so on CPU, where optimising takes longer than running, it is not optimised.
         Raises `UserError` when `max_compiles` programs were compiled already.
         """
         if self.max_compiles is not None and len(self.programs) >= self.max_compiles:
@@ -87,7 +94,8 @@ class Ledger:
         t0 = time.perf_counter()
         lowered = jax.jit(counted, donate_argnums=donate, out_shardings=out_shardings).lower(*args)
         t1 = time.perf_counter()
-        compiled = lowered.compile()
+        cheap = once and jax.default_backend() == "cpu"
+        compiled = lowered.compile({"xla_backend_optimization_level": 0} if cheap else None)
         t2 = time.perf_counter()
         cost = compiled.cost_analysis() or {}
         cost = cost[0] if isinstance(cost, list) else cost

@@ -89,7 +89,7 @@ def build(
     constants = () if data is None else distributed.place_all(data.constants(), place.everywhere)
     item = () if data is None else data.chunk(0, 1, chunk, seeds, peek=True)
     one_item = jax.tree.map(lambda x: x[0], item)
-    body = _step_body(learner, data, guarded)
+    body = jax.jit(_step_body(learner, data, guarded))  # traced once, however often it is asked for its shapes
     zero = np.int32(0)
     if dispatch == "auto":
         slow = jax.default_backend() == "cpu" and convolves(body, *shapes, zero, constants, one_item)
@@ -114,7 +114,7 @@ def build(
     ledger.check_memory(book.programs[-1], len(seeds), limit, copies)
     run = _scan if dispatch == "scan" else _loop
 
-    init = book.compile("init", start, *rows, out_shardings=where)
+    init = book.compile("init", start, *rows, out_shardings=where, once=True)
     evaluation = _evaluation(learner, shapes[0], place, book) if evaluate else None
 
     def bind(seeds: Sequence[int], hypers: Any) -> Programs:

@@ -77,7 +77,7 @@ def test_no_token_and_one_token(name):
 
 @every
 def test_padding_anywhere_changes_nothing(name):
-    """Rows are padded left, right and in between, the last is all padding; what stands there is NaN. Then one more token
+    """Rows are padded left, right and in between, the last is all padding; NaN stands there. Then one more token
     behind a padded one: outputs and state are those of the plain row."""
     module, variables, x, y, last = layer(name)
     valid = [0, 1, 4, 5, 6, 7, 9, 10, 12, 13]
