@@ -134,7 +134,7 @@ def episodes(
     num_steps: int,
     draw: Callable[[jax.Array], Any] = lambda key: key,
 ) -> Episodes:
-    """One episode in each of the N environments, from fresh resets, at most `num_steps` long; `draw` as in `collect`."""
+    """An episode in each of the N environments, from fresh resets, at most `num_steps` long; `draw` as in `collect`."""
     k_init, k_act, k_env = jax.random.split(key, 3)
     vs = vector.init(vec, k_init)
 

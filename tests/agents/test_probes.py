@@ -118,9 +118,7 @@ def test_hypermarl_ablations_learn_too(options):
     assert run("hypermarl", "match", 3, **options).returns == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize(
-    ("agent", "options"), [("happo", {}), ("dico", {"diversity": 2.0}), ("kaleidoscope", {})]
-)
+@pytest.mark.parametrize(("agent", "options"), [("happo", {}), ("dico", {"diversity": 2.0}), ("kaleidoscope", {})])
 def test_heterogeneous_agents_take_roles(agent, options):
     assert run(agent, "role", 3, updates=60, **options).returns == pytest.approx(1.0)
 
