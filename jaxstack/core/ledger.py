@@ -95,7 +95,7 @@ class Ledger:
         lowered = jax.jit(counted, donate_argnums=donate, out_shardings=out_shardings).lower(*args)
         t1 = time.perf_counter()
         cheap = once and jax.default_backend() == "cpu"
-        compiled = lowered.compile({"xla_backend_optimization_level": 0} if cheap else None)
+        compiled = lowered.compile({"xla_backend_optimization_level": "0"} if cheap else None)
         t2 = time.perf_counter()
         cost = compiled.cost_analysis() or {}
         cost = cost[0] if isinstance(cost, list) else cost

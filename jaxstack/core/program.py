@@ -147,10 +147,11 @@ def convolves(function: Callable, *args: Any) -> bool:
 
 
 def _evaluation(learner: Learner, shapes: Any, place: Layout, book: ledger.Ledger) -> Callable | None:
-    if learner.evaluate is None:
+    evaluate = learner.evaluate
+    if evaluate is None:
         return None
     key = distributed.place_all(jax.random.key(EVAL_STREAM), place.everywhere)
-    one = lambda state, key: over_seeds(lambda s: learner.evaluate(s, key))(state)
+    one = lambda state, key: over_seeds(lambda s: evaluate(s, key))(state)
     program = book.compile("evaluate", one, shapes, key, out_shardings=place.everywhere)
     return lambda state: {k: np.asarray(v) for k, v in program(state, key).items()}
 
