@@ -344,7 +344,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--contexts", nargs="+", type=int, default=[64, 256, 1024, 4096, 16384], help="of decode")
     parser.add_argument("--steps", type=int, default=64, help="tokens decoded in a repeat")
     parser.add_argument("--growth", nargs="+", type=int, default=[2048, 4096, 8192, 16384, 32768], help="T of growth")
-    parser.add_argument("--torch-size", nargs=2, type=int, default=[1, 512], metavar=("B", "T"))
+    parser.add_argument("--torch-size", nargs=2, type=int, default=[1, 256], metavar=("B", "T"))
     parser.add_argument("--torch-scans", nargs="+", choices=["auto", "doubling"], default=["auto", "doubling"])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path("runs/bench_sequence.json"))
