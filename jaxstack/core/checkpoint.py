@@ -49,15 +49,18 @@ class Checkpoints:
         if not isinstance(sys.unraisablehook, _Hush):
             sys.unraisablehook = _Hush(sys.unraisablehook)
         self._ocp, self.directory, self.retention = ocp, directory.absolute(), retention
-        self._read_only = read_only
         self._set_aside = [] if read_only else self._unreadable()
         self._background = ThreadPoolExecutor(1)
         self._pending: tuple[int, Future[None]] | None = None
+        self._saved = False
         if read_only:
             options = ocp.CheckpointManagerOptions(
                 read_only=True, create=False, save_interval_steps=0, multiprocessing_options=self._alone()
             )
-            self._manager = ocp.CheckpointManager(self.directory, options=options)
+            try:
+                self._manager = ocp.CheckpointManager(self.directory, options=options)
+            except ValueError as e:  # orbax reads all metrics at once
+                raise UserError(f"{self.directory}: the metrics of a checkpoint are damaged ({e})") from e
             return
         self.directory.mkdir(parents=True, exist_ok=True)
         policies = ocp.checkpoint_managers
@@ -105,6 +108,7 @@ class Checkpoints:
             )
         except (OSError, ValueError) as e:
             raise self._failed(step, e) from e
+        self._saved = True
         self._pending = step, self._background.submit(self._finish, step)
 
     def wait(self) -> None:
@@ -196,7 +200,8 @@ class Checkpoints:
         """Wait for the last save. Raises `UserError` when it failed."""
         try:
             self.wait()
-            for old in [] if self._read_only else self.directory.parent.glob("checksums/*.json"):
+            # checksums of checkpoints that later ones replaced; without a save, a missing one is lost and has to be told
+            for old in self.directory.parent.glob("checksums/*.json") if self._saved else []:
                 if int(old.stem) not in self.steps():
                     old.unlink(missing_ok=True)
         finally:

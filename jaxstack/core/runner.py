@@ -363,6 +363,7 @@ def _loop(
             stop = _agreed(job)
             if job.run_dir is not None and (_due(step, total, options.checkpoint_every) or stop or failed.all()):
                 _save(job, run, store, step, state, alive, rows)
+                stop = stop or _agreed(job)
     _settle(job, run, step, failed)
     import pandas as pd
 

@@ -12,6 +12,9 @@ import pytest
 from jaxstack.core import cluster
 from jaxstack.core.errors import UserError
 
+# Ray starts its processes by fork, and earlier tests of this process have started JAX's threads
+pytestmark = pytest.mark.filterwarnings(r"ignore:os\.fork\(\) was called:RuntimeWarning")
+
 SETTINGS = [{"width": w, "log": None} for w in range(5)]
 
 
