@@ -200,7 +200,7 @@ class Checkpoints:
         """Wait for the last save. Raises `UserError` when it failed."""
         try:
             self.wait()
-            # checksums of checkpoints that later ones replaced; without a save, a missing one is lost and has to be told
+            # checksums of checkpoints that later ones replaced; without a save, a missing one is lost and must be told
             for old in self.directory.parent.glob("checksums/*.json") if self._saved else []:
                 if int(old.stem) not in self.steps():
                     old.unlink(missing_ok=True)
