@@ -11,10 +11,11 @@ from jaxstack.sequence.attention import KVCache, SoftmaxAttention, attend, rotat
 from jaxstack.sequence.model import SequenceModel, generate
 
 sys.path.insert(0, os.path.dirname(__file__))
-from layers import close, continues, double, make, matches
+from layers import close, continues, conv, double, make, matches, silu
 
 PLAIN = SoftmaxAttention(8, num_heads=2, context=24)
 ROTARY = SoftmaxAttention(8, num_heads=2, context=24, rope=True, use_bias=True)
+CONVOLVED = SoftmaxAttention(8, num_heads=2, context=24, conv_size=3)
 
 
 def turn(x, t, base=10_000.0):
@@ -27,7 +28,10 @@ def turn(x, t, base=10_000.0):
 def reference(module, p, x):
     """The layer token by token and head by head."""
     (batch, length, width), heads = x.shape, module.num_heads
-    qkv = (x @ p["in_proj"]["kernel"] + p["in_proj"].get("bias", 0.0)).reshape(batch, length, 3, heads, -1)
+    z, window = x @ p["in_proj"]["kernel"] + p["in_proj"].get("bias", 0.0), None
+    if module.conv_size:
+        z, window = silu(conv(z, p["conv"])), z[:, 1 - module.conv_size :]
+    qkv = z.reshape(batch, length, 3, heads, -1)
     y, cache = (
         np.zeros((batch, length, heads, width // heads)),
         np.zeros((2, batch, module.context, heads, width // heads)),
@@ -39,15 +43,15 @@ def reference(module, p, x):
         weights = np.exp(logits - logits.max())
         y[b, t, h] = weights / weights.sum() @ cache[1, b, : t + 1, h]
     y = y.reshape(x.shape) @ p["out_proj"]["kernel"] + p["out_proj"].get("bias", 0.0)
-    return y, KVCache(*cache, np.full(batch, length))
+    return y, KVCache(*cache, np.full(batch, length), window)
 
 
-@pytest.mark.parametrize("module", [PLAIN, ROTARY])
+@pytest.mark.parametrize("module", [PLAIN, ROTARY, CONVOLVED])
 def test_layer_is_its_equations(module):
     matches(module, lambda p, x: reference(module, p, x))
 
 
-@pytest.mark.parametrize("module", [PLAIN, ROTARY])
+@pytest.mark.parametrize("module", [ROTARY, CONVOLVED])
 def test_pieces_padding_and_steps(module):
     continues(module)
 
@@ -128,6 +132,7 @@ def test_double_precision_stays():
         (dict(num_heads=3), "num_heads=3: expected a divisor of features = 8"),
         (dict(num_heads=True), "num_heads=True"),
         (dict(context=0), "context=0"),
+        (dict(conv_size=-1), "conv_size=-1"),
         (dict(num_heads=8, rope=True), "rope=True: expected heads of even width, found 1"),
         (dict(rope=True, rope_base=0.0), "rope_base=0.0"),
     ],
