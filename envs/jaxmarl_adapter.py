@@ -6,6 +6,7 @@ observation. What else differs from the library stands in each `Spec.notes`.
 
 import contextlib
 import io
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -335,7 +336,7 @@ def make(rest: str, **options: Any) -> JaxMARL:
 def _library(name: str, options: tuple[tuple[str, Any], ...]) -> tuple[Any, Family]:
     with warnings.catch_warnings(), jax.ensure_compile_time_eval():
         warnings.simplefilter("ignore")
-        with contextlib.redirect_stdout(io.StringIO()):  # the import prints two lines about optional submodules
+        with _streams_kept():
             import jaxmarl
 
         kwargs = dict(options)
@@ -362,6 +363,21 @@ def _library(name: str, options: tuple[tuple[str, Any], ...]) -> tuple[Any, Fami
             name, _storm
         )()
         return jaxmarl.make(name, **kwargs), family
+
+
+@contextlib.contextmanager
+def _streams_kept() -> Iterator[None]:
+    """JaxMARL prints two lines about optional submodules when it is imported, and leaves sys.stdout and sys.stderr as
+    those of the process, which cuts off a notebook or whoever else had replaced them."""
+    before = {name: getattr(sys, name) for name in ("stdout", "stderr", "__stdout__")}
+    sink = io.StringIO()
+    for name in ("stdout", "__stdout__"):
+        setattr(sys, name, sink)
+    try:
+        yield
+    finally:
+        for name, stream in before.items():
+            setattr(sys, name, stream)
 
 
 def _without_idle_noise(lib: Any) -> Any:

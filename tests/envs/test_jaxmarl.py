@@ -2,6 +2,8 @@
 
 import contextlib
 import io
+import subprocess
+import sys
 import warnings
 
 import jax
@@ -178,3 +180,19 @@ def test_bad_names_and_options():
         envs.make("jaxmarl/MPE_simple_sprad_v3")
     with pytest.raises(UserError, match="only overcooked"):
         envs.make("jaxmarl/switch_riddle", shaped_reward=1.0)
+
+
+def test_making_the_first_environment_prints_nothing_and_keeps_the_streams():
+    code = (
+        "import contextlib, io, sys\n"
+        "from jaxstack import envs\n"
+        "out, err = io.StringIO(), io.StringIO()\n"
+        "with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):\n"
+        "    envs.make('jaxmarl/MPE_simple_spread_v3')\n"
+        "    assert sys.stdout is out and sys.stderr is err\n"
+        "assert out.getvalue() == '', out.getvalue()\n"
+        "assert sys.__stdout__ is sys.stdout\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
