@@ -16,14 +16,9 @@ configuration packages are replaced by empty modules, and gymnax' six-value step
 
 import argparse
 import contextlib
-import datetime
 import importlib
-import importlib.metadata
 import importlib.util
 import io
-import json
-import os
-import platform
 import sys
 import time
 import types
@@ -32,6 +27,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import bench_report
 import jax
 import numpy as np
 
@@ -386,18 +382,7 @@ def main() -> None:
             rows.append(against_peer(name, CASES[name], args, rate))
         else:
             rows += {"hyper": hyper, "seeds": many_seeds}[name](args)
-    report = {
-        "command": sys.argv,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "versions": {p: importlib.metadata.version(p) for p in ("jax", "jaxlib", "flax", "jaxmarl", "gymnax", "numpy")},
-        "machine": {"backend": jax.default_backend(), "cores": os.cpu_count(), "platform": platform.platform()},
-        "matrix_rate": rate,
-        "repeats": args.repeats,
-        "rows": rows,
-    }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(report, indent=1) + "\n")
-    print(f"written to {args.out}")
+    bench_report.write(args.out, rows, backend=jax.default_backend(), matrix_rate=rate, repeats=args.repeats)
 
 
 if __name__ == "__main__":

@@ -17,11 +17,6 @@ pool / other within a repeat, in CPU time, with its quartiles. Above 1 the pool 
 
 import argparse
 import contextlib
-import datetime
-import importlib.metadata
-import json
-import os
-import platform
 import time
 import warnings
 from collections.abc import Callable
@@ -29,6 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import bench_report
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -223,23 +219,14 @@ def main() -> None:
     args = parser.parse_args()
     if args.repeats < 5:
         parser.error(f"--repeats {args.repeats}: expected at least 5, for quartiles")
-    report: dict[str, Any] = {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "versions": {p: importlib.metadata.version(p) for p in PACKAGES},
-        "machine": {"backend": jax.default_backend(), "cores": os.cpu_count(), "platform": platform.platform()},
-        "num_steps": args.num_steps,
-        "repeats": args.repeats,
-        "rows": [],
-    }
+    rows = []
     print(header())
     for id in args.env:
         for width in args.widths:
             row = measure(id, width, args)
-            report["rows"].append(row)
+            rows.append(row)
             print(line(row), flush=True)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(report, indent=1) + "\n")
-    print(f"written to {args.out}")
+    bench_report.write(args.out, rows, backend=jax.default_backend(), num_steps=args.num_steps, repeats=args.repeats)
 
 
 if __name__ == "__main__":

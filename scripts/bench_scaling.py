@@ -13,16 +13,15 @@ efficiency: speed / (speed on one device * devices).
 """
 
 import argparse
-import datetime
-import importlib.metadata
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
+
+import bench_report
 
 CHILD = "--child"
 KINDS = {"seeds": (8, 64), "envs": (1, 512)}
@@ -99,16 +98,7 @@ def main() -> None:
                 f"{row['compile_s']:10.1f} {row['peak_mib_a_device']:10.1f}",
                 flush=True,
             )
-    report = {
-        "command": sys.argv,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "versions": {p: importlib.metadata.version(p) for p in ("jax", "jaxlib", "flax", "gymnax", "numpy")},
-        "machine": {"cores": os.cpu_count(), "platform": platform.platform()},
-        "rows": rows,
-    }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(report, indent=1) + "\n")
-    print(f"written to {args.out}")
+    bench_report.write(args.out, rows)
 
 
 if __name__ == "__main__":

@@ -22,20 +22,16 @@ medians, ratios within a repeat with quartiles, compile seconds and XLA's peak m
 """
 
 import argparse
-import datetime
 import functools
-import importlib.metadata
 import json
-import os
-import platform
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import bench_report
 import bench_scan
 import jax
 import jax.numpy as jnp
@@ -372,17 +368,7 @@ def main() -> None:
         print(f"-- {name}: {time.perf_counter() - begin:.0f} s\n", flush=True)
     missed = [row["case"] for row in rows if not row.get("met", True)]
     print(f"aims missed: {len(missed)} of {sum('met' in row for row in rows)}", *missed, sep="\n  ")
-    report = {
-        "command": sys.argv,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "versions": {p: importlib.metadata.version(p) for p in ("jax", "jaxlib", "flax", "numpy")},
-        "machine": {"backend": jax.default_backend(), "cores": os.cpu_count(), "platform": platform.platform()},
-        "repeats": args.repeats,
-        "rows": rows,
-    }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(report, indent=1) + "\n")
-    print(f"written to {args.out}")
+    bench_report.write(args.out, rows, backend=jax.default_backend(), repeats=args.repeats)
 
 
 if __name__ == "__main__":

@@ -15,16 +15,11 @@ The aim is below 0.25.
 """
 
 import argparse
-import datetime
-import importlib.metadata
-import json
-import os
-import platform
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import bench_report
 import jax
 import numpy as np
 from bench_agents import Side, mpe, ours, quartiles
@@ -98,24 +93,19 @@ def main() -> None:
     print(f"compiling: sweep {sweep.compile_seconds:.1f} s, single run {single.compile_seconds:.1f} s")
     for name, (low, median, high) in ratios.items():
         print(f"sweep / {rows} separate runs, {name:9s}: {median:.3f} [{low:.3f}, {high:.3f}] (aim below {AIM})")
-    report = {
-        "command": sys.argv,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "versions": {p: importlib.metadata.version(p) for p in ("jax", "jaxlib", "flax", "jaxmarl", "numpy")},
-        "machine": {"backend": jax.default_backend(), "cores": os.cpu_count(), "platform": platform.platform()},
-        "repeats": args.repeats,
-        "rows": [{"case": f"sweep, {name}", "target": AIM, "ratio_quartiles": value} for name, value in ratios.items()],
-        "settings": args.settings,
-        "seeds": args.seeds,
-        "updates": args.updates,
-        "options": case.options,
-        "seconds": {"sweep": together, "single": alone},
-        "compile_seconds": {"sweep": sweep.compile_seconds, "single": single.compile_seconds},
-        "peak_mib": {"sweep": sweep.peak_bytes / 2**20, "single": single.peak_bytes / 2**20},
-    }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(report, indent=1) + "\n")
-    print(f"written to {args.out}")
+    bench_report.write(
+        args.out,
+        [{"case": f"sweep, {name}", "target": AIM, "ratio_quartiles": value} for name, value in ratios.items()],
+        backend=jax.default_backend(),
+        repeats=args.repeats,
+        settings=args.settings,
+        seeds=args.seeds,
+        updates=args.updates,
+        options=case.options,
+        seconds={"sweep": together, "single": alone},
+        compile_seconds={"sweep": sweep.compile_seconds, "single": single.compile_seconds},
+        peak_mib={"sweep": sweep.peak_bytes / 2**20, "single": single.peak_bytes / 2**20},
+    )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,27 @@
+"""What a benchmark leaves behind: rows with the command, date, versions and machine that made them, as JSON."""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("jax", "jaxlib", "flax", "jaxmarl", "gymnax", "brax", "numpy")
+
+
+def write(path: Path, rows: list[dict[str, Any]], **facts: Any) -> None:
+    """Write `rows` and `facts` to `path`, whose folder is made."""
+    report = {
+        "command": sys.argv,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": {p: importlib.metadata.version(p) for p in PACKAGES},
+        "machine": {"cores": os.cpu_count(), "platform": platform.platform()},
+        **facts,
+        "rows": rows,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    print(f"written to {path}")
