@@ -9,9 +9,8 @@ from jax.core import Tracer
 from jaxtyping import Array
 
 from jaxstack.core.errors import UserError
-from jaxstack.sequence.kla import _LINEAR
-from jaxstack.sequence.linear_attention import begin, check_at_least, check_heads, convolve, finish, split_heads
-from jaxstack.sequence.mixer import ShortConv
+from jaxstack.sequence.linear_attention import check_heads, split_heads
+from jaxstack.sequence.mixer import LINEAR, ShortConv, begin, check_at_least, convolve, finish
 from jaxstack.sequence.scan import compute_dtype
 
 
@@ -83,7 +82,7 @@ class SoftmaxAttention(nn.Module):
 
     def setup(self) -> None:
         self._validate()
-        dense = lambda width: nn.Dense(width, self.use_bias, self.dtype, kernel_init=_LINEAR)
+        dense = lambda width: nn.Dense(width, self.use_bias, self.dtype, kernel_init=LINEAR)
         self.in_proj, self.out_proj = dense(3 * self.features), dense(self.features)
         self.conv = ShortConv(3 * self.features, self.conv_size) if self.conv_size else None
 

@@ -12,8 +12,8 @@ from jaxtyping import Array
 from jaxstack.core.errors import UserError
 from jaxstack.sequence import scan
 from jaxstack.sequence.delta_rule import METHODS, delta_rule, delta_step
-from jaxstack.sequence.kla import _LINEAR, _delta_init, l2_normalise
-from jaxstack.sequence.mixer import ShortConv, check_sequence, check_state
+from jaxstack.sequence.kla import l2_normalise
+from jaxstack.sequence.mixer import LINEAR, ShortConv, begin, check_sequence, check_state, delta_init, finish
 
 
 class DeltaState(NamedTuple):
@@ -75,7 +75,7 @@ class DeltaNet(nn.Module):
     @nn.nowrap
     def dense(self, width: int) -> nn.Dense:
         """A projection without bias."""
-        return nn.Dense(width, False, self.dtype, kernel_init=_LINEAR)
+        return nn.Dense(width, False, self.dtype, kernel_init=LINEAR)
 
     def log_decay(self, x: Array) -> Array | None:
         """x [B, T, D] -> log alpha [B, T, H], None for no decay."""
@@ -89,18 +89,11 @@ class DeltaNet(nn.Module):
         self, x: Array, *, mask: Array | None = None, state: DeltaState | None = None
     ) -> tuple[Array, DeltaState]:
         """x [B, T, D] -> (out [B, T, D], state); mask as in mixer.py."""
-        check_sequence(x, self.features, mask)
-        expected = self.init_state(x.shape[0])
-        state = expected if state is None else state
-        check_state(state, expected)
-        if mask is not None:
-            x = jnp.where(mask[..., None], x, 0)
-        inputs, window = self._inputs(x, mask, state.conv)
-        o, memory = delta_rule(*inputs, state=state.memory, mask=mask, method=self.method)
+        x, start = begin(self, x, mask, state)
+        inputs, window = self._inputs(x, mask, start.conv)
+        o, memory = delta_rule(*inputs, state=start.memory, mask=mask, method=self.method)
         out = self._outputs(x, o, inputs[2].dtype)
-        if mask is not None:
-            out = jnp.where(mask[..., None], out, 0)
-        return out.astype(x.dtype), DeltaState(window, memory)
+        return finish(out, x, mask), DeltaState(window, memory)
 
     def step(self, x: Array, state: DeltaState) -> tuple[Array, DeltaState]:
         """x [B, D] -> (out [B, D], state); constant time and memory."""
@@ -157,7 +150,7 @@ class GatedDeltaNet(DeltaNet):
             raise UserError(f"GatedDeltaNet.dt_range={self.dt_range!r}: expected 0 < low <= high")
         rate = lambda key, shape: jnp.log(jax.random.uniform(key, shape, minval=1e-3, maxval=16.0))
         self.a_log = self.param("A_log", rate, (self.num_heads,))
-        self.dt_bias = self.param("dt_bias", _delta_init(self.dt_range), (self.num_heads,))
+        self.dt_bias = self.param("dt_bias", delta_init(self.dt_range), (self.num_heads,))
         self.a_proj = self.dense(self.num_heads)
         self.g_proj = self.dense(self.num_heads * self.widths[1])
 

@@ -18,7 +18,7 @@ from jaxtyping import Array, ArrayLike
 from jaxstack.core.errors import UserError, unknown
 from jaxstack.sequence import scan
 from jaxstack.sequence.kla_filter import Token, filter_scan, filter_step
-from jaxstack.sequence.mixer import ShortConv, check_sequence, check_state
+from jaxstack.sequence.mixer import LINEAR, ShortConv, begin, check_sequence, check_state, delta_init, finish
 
 METHODS = (*scan.METHODS, "pallas")
 READS = ("posterior", "prior")
@@ -315,7 +315,7 @@ class KalmanLinearAttention(nn.Module):
         value, var = self.ranks()
         wide = {"full": m, "conv": 0}
         widths = [wide[r] if isinstance(r, str) else r for r in (value, var)]
-        dense = lambda width: nn.Dense(width, self.use_bias, self.dtype, kernel_init=_LINEAR, bias_init=_zeros)
+        dense = lambda width: nn.Dense(width, self.use_bias, self.dtype, kernel_init=LINEAR)
         self.in_proj = dense(2 * m if self.use_gate else m)
         self.conv = ShortConv(m, self.conv_size) if self.use_conv else None
         self.sensor = dense(sum(widths) + 2 * s)
@@ -323,8 +323,8 @@ class KalmanLinearAttention(nn.Module):
         self.value_expand = dense(m) if isinstance(value, int) else None
         self.var_expand = dense(m) if isinstance(var, int) else None
         self.out_proj = dense(self.features)
-        self.delta = self.param("delta", _delta_init(self.delta_range), (m, s))
-        self.lambda_log = self.param("lambda_log", _zeros, (m, s))
+        self.delta = self.param("delta", delta_init(self.delta_range), (m, s))
+        self.lambda_log = self.param("lambda_log", nn.initializers.zeros_init(), (m, s))
         learned = self.learn_process_noise and self.process_noise > 0
         constant = nn.initializers.constant(self.process_noise)
         self.noise = self.param("process_noise", constant, (m, s)) if learned else None
@@ -344,21 +344,15 @@ class KalmanLinearAttention(nn.Module):
         self, x: Array, *, mask: Array | None = None, state: KLALayerState | None = None, return_variance: bool = False
     ) -> Any:
         """x [B, T, D] -> (out [B, T, D], state), or (out, variance of out [B, T, D], state); mask as in mixer.py."""
-        check_sequence(x, self.features, mask)
-        expected = self.init_state(x.shape[0])
-        state = expected if state is None else state
-        check_state(state, expected)
-        if mask is not None:
-            x = jnp.where(mask[..., None], x, 0)
-        z, gate, window = self._inputs(x, mask, state.conv)
+        x, start = begin(self, x, mask, state)
+        z, gate, window = self._inputs(x, mask, start.conv)
         y, var, belief = kla_scan(
-            *self._sense(z), *self.dynamics(), state=state.belief, mask=mask, read=self.read, method=self.method
+            *self._sense(z), *self.dynamics(), state=start.belief, mask=mask, read=self.read, method=self.method
         )
         out, out_var = self._outputs(y, var, z, gate, return_variance)
-        if mask is not None:
-            out = jnp.where(mask[..., None], out, 0)
-            out_var = None if out_var is None else jnp.where(mask[..., None], out_var, 0)
-        out, state = out.astype(x.dtype), KLALayerState(window, belief)
+        out, state = finish(out, x, mask), KLALayerState(window, belief)
+        if mask is not None and out_var is not None:
+            out_var = jnp.where(mask[..., None], out_var, 0)
         return (out, out_var, state) if return_variance else (out, state)
 
     def step(self, x: Array, state: KLALayerState, *, return_variance: bool = False) -> Any:
@@ -430,18 +424,3 @@ class KalmanLinearAttention(nn.Module):
 
 def _rank(value: int | str) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-_zeros = nn.initializers.zeros_init()
-_LINEAR = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # U(-1/sqrt(fan_in), 1/sqrt(fan_in))
-
-
-def _delta_init(bounds: tuple[float, float]) -> Callable[..., Array]:
-    """Log-uniform in `bounds`, floor 1e-4, stored before the softplus."""
-
-    def init(key: Array, shape: tuple[int, ...]) -> Array:
-        low, high = (math.log(x) for x in bounds)
-        delta = jnp.maximum(jnp.exp(jax.random.uniform(key, shape, minval=low, maxval=high)), 1e-4)
-        return delta + jnp.log(-jnp.expm1(-delta))
-
-    return init

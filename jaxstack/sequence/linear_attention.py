@@ -11,8 +11,7 @@ from jaxtyping import Array
 
 from jaxstack.core.errors import UserError
 from jaxstack.sequence.gated_recurrence import GatedState, gated_scan
-from jaxstack.sequence.kla import _LINEAR
-from jaxstack.sequence.mixer import ShortConv, check_sequence, check_state
+from jaxstack.sequence.mixer import LINEAR, ShortConv, begin, check_at_least, convolve, finish
 from jaxstack.sequence.scan import compute_dtype
 
 
@@ -63,7 +62,7 @@ class LinearAttention(nn.Module):
 
     def setup(self) -> None:
         self._validate()
-        dense = lambda width: nn.Dense(width, self.use_bias, self.dtype, kernel_init=_LINEAR)
+        dense = lambda width: nn.Dense(width, self.use_bias, self.dtype, kernel_init=LINEAR)
         self.in_proj = dense(3 * self.features)
         self.conv = ShortConv(3 * self.features, self.conv_size) if self.conv_size else None
         self.out_proj = dense(self.features)
@@ -134,7 +133,7 @@ class GatedLinearAttention(nn.Module):
     def setup(self) -> None:
         self._validate()
         keys, values = self.widths()
-        dense = lambda width, bias=False: nn.Dense(width, bias, self.dtype, kernel_init=_LINEAR)
+        dense = lambda width, bias=False: nn.Dense(width, bias, self.dtype, kernel_init=LINEAR)
         self.in_proj = dense(2 * keys + values)
         self.conv = ShortConv(2 * keys + values, self.conv_size) if self.conv_size else None
         self.gate_down, self.gate_up = dense(self.gate_rank), dense(keys, True)
@@ -182,36 +181,6 @@ class GatedLinearAttention(nn.Module):
 
 
 # ---------------------------------------------------------------- what layers around the recurrence share
-
-
-def begin(module: Any, x: Array, mask: Array | None, state: Any) -> tuple[Array, Any]:
-    """Check the arguments of `__call__` -> (x with 0 at padding, the state to start from)."""
-    check_sequence(x, module.features, mask)
-    expected = module.init_state(x.shape[0])
-    state = expected if state is None else state
-    check_state(state, expected)
-    return x if mask is None else jnp.where(mask[..., None], x, 0), state
-
-
-def convolve(conv: ShortConv | None, z: Array, mask: Array | None, window: Array | None) -> tuple[Array, Array | None]:
-    """SiLU of the convolution and its new window, or what came in if there is none."""
-    if conv is None:
-        return z, window
-    z, window = conv(z, mask=mask, state=window)
-    return jax.nn.silu(z), window
-
-
-def finish(y: Array, x: Array, mask: Array | None) -> Array:
-    """y in x's type, 0 at padding."""
-    return (y if mask is None else jnp.where(mask[..., None], y, 0)).astype(x.dtype)
-
-
-def check_at_least(module: Any, **bounds: int) -> None:
-    """Raise `UserError` unless each named field is a whole number of at least its bound."""
-    for name, low in bounds.items():
-        value = getattr(module, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < low:
-            raise UserError(f"{type(module).__name__}.{name}={value!r}: expected a whole number >= {low}")
 
 
 def check_heads(module: Any, width: int, name: str) -> None:

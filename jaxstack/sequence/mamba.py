@@ -17,8 +17,7 @@ from jaxtyping import Array, ArrayLike
 
 from jaxstack.core.errors import UserError, unknown
 from jaxstack.sequence import scan
-from jaxstack.sequence.kla import _LINEAR, _delta_init
-from jaxstack.sequence.mixer import ShortConv, check_sequence, check_state
+from jaxstack.sequence.mixer import LINEAR, ShortConv, begin, check_sequence, check_state, delta_init, finish
 
 SPAN = 32
 """Steps between the states that the fused scan keeps for its backward pass, which recomputes the others."""
@@ -219,14 +218,14 @@ class Mamba(nn.Module):
         self._validate()
         m, n = self.channels, self.d_state
         rank = math.ceil(self.features / 16) if self.dt_rank is None else self.dt_rank
-        dense = lambda width: nn.Dense(width, False, self.dtype, kernel_init=_LINEAR)
+        dense = lambda width: nn.Dense(width, False, self.dtype, kernel_init=LINEAR)
         self.in_proj = dense(2 * m)
         self.conv = ShortConv(m, self.conv_size)
         self.x_proj = dense(rank + 2 * n)
         self.dt_proj = dense(m)
         self.out_proj = dense(self.features)
         self.splits = (rank, rank + n)
-        self.dt_bias = self.param("dt_bias", _delta_init(self.delta_range), (m,))
+        self.dt_bias = self.param("dt_bias", delta_init(self.delta_range), (m,))
         self.a_log = self.param("A_log", lambda _: jnp.log(jnp.tile(jnp.arange(1.0, n + 1.0), (m, 1))))
         self.skip = self.param("D", nn.initializers.ones_init(), (m,))
 
@@ -234,18 +233,11 @@ class Mamba(nn.Module):
         self, x: Array, *, mask: Array | None = None, state: MambaState | None = None
     ) -> tuple[Array, MambaState]:
         """x [B, T, D] -> (out [B, T, D], state); mask as in mixer.py."""
-        check_sequence(x, self.features, mask)
-        expected = self.init_state(x.shape[0])
-        state = expected if state is None else state
-        check_state(state, expected)
-        if mask is not None:
-            x = jnp.where(mask[..., None], x, 0)
-        z, gate, window = self._inputs(x, mask, state.conv)
-        y, ssm = selective_scan(*self._select(z), state=state.ssm, mask=mask, method=self.method)
+        x, start = begin(self, x, mask, state)
+        z, gate, window = self._inputs(x, mask, start.conv)
+        y, ssm = selective_scan(*self._select(z), state=start.ssm, mask=mask, method=self.method)
         out = self._outputs(y, z, gate)
-        if mask is not None:
-            out = jnp.where(mask[..., None], out, 0)
-        return out.astype(x.dtype), MambaState(window, ssm)
+        return finish(out, x, mask), MambaState(window, ssm)
 
     def step(self, x: Array, state: MambaState) -> tuple[Array, MambaState]:
         """x [B, D] -> (out [B, D], state); constant time and memory."""

@@ -12,9 +12,8 @@ from jaxtyping import Array
 
 from jaxstack.core.errors import UserError
 from jaxstack.sequence.gated_recurrence import GatedState, gated_scan
-from jaxstack.sequence.kla import _LINEAR, _delta_init
-from jaxstack.sequence.linear_attention import begin, check_at_least, convolve, finish, rms_norm, split_heads
-from jaxstack.sequence.mixer import ShortConv
+from jaxstack.sequence.linear_attention import rms_norm, split_heads
+from jaxstack.sequence.mixer import LINEAR, ShortConv, begin, check_at_least, convolve, delta_init, finish
 from jaxstack.sequence.scan import compute_dtype
 
 
@@ -66,13 +65,13 @@ class Mamba2(nn.Module):
     def setup(self) -> None:
         self._validate()
         channels, heads, width = self.sizes()
-        dense = lambda width: nn.Dense(width, False, self.dtype, kernel_init=_LINEAR)
+        dense = lambda width: nn.Dense(width, False, self.dtype, kernel_init=LINEAR)
         self.in_proj = dense(channels + width + heads)
         self.conv = ShortConv(width, self.conv_size)
         low, high = self.a_range
         log_uniform = lambda key, shape: jnp.log(jax.random.uniform(key, shape, minval=low, maxval=high))
         self.a_log = self.param("A_log", log_uniform, (heads,))
-        self.dt_bias = self.param("dt_bias", _delta_init(self.delta_range), (heads,))
+        self.dt_bias = self.param("dt_bias", delta_init(self.delta_range), (heads,))
         self.skip = self.param("D", nn.initializers.ones_init(), (heads,))
         self.scale = self.param("scale", nn.initializers.ones_init(), (channels,))
         self.out_proj = dense(self.features)

@@ -15,8 +15,7 @@ from jaxtyping import Array
 
 from jaxstack.core.errors import UserError
 from jaxstack.sequence import scan
-from jaxstack.sequence.kla import _LINEAR
-from jaxstack.sequence.mixer import ShortConv, check_sequence, check_state
+from jaxstack.sequence.mixer import LINEAR, ShortConv, begin, check_sequence, check_state, finish
 
 CANDIDATES = ("linear", "positive")
 
@@ -75,7 +74,7 @@ class MinGRU(nn.Module):
         for name, value, ok, expected in checks:
             if not ok:
                 raise UserError(f"MinGRU.{name}={value!r}: expected {expected}")
-        dense = lambda width: nn.Dense(width, self.use_bias, self.dtype, kernel_init=_LINEAR)
+        dense = lambda width: nn.Dense(width, self.use_bias, self.dtype, kernel_init=LINEAR)
         self.conv = ShortConv(self.features, self.conv_size) if self.use_conv else None
         self.in_proj = dense(2 * self.channels)
         self.out_proj = dense(self.features)
@@ -84,18 +83,11 @@ class MinGRU(nn.Module):
         self, x: Array, *, mask: Array | None = None, state: MinGRUState | None = None
     ) -> tuple[Array, MinGRUState]:
         """x [B, T, D] -> (out [B, T, D], state); mask as in mixer.py."""
-        check_sequence(x, self.features, mask)
-        expected = self.init_state(x.shape[0])
-        state = expected if state is None else state
-        check_state(state, expected)
-        if mask is not None:
-            x = jnp.where(mask[..., None], x, 0)
-        z, window = self._inputs(x, mask, state.conv)
-        h, last = scan.affine_scan(*self._gates(z), state.hidden, mask=mask, axis=1, method=self.method)
+        x, start = begin(self, x, mask, state)
+        z, window = self._inputs(x, mask, start.conv)
+        h, last = scan.affine_scan(*self._gates(z), start.hidden, mask=mask, axis=1, method=self.method)
         out = self.out_proj(h.astype(z.dtype))
-        if mask is not None:
-            out = jnp.where(mask[..., None], out, 0)
-        return out.astype(x.dtype), MinGRUState(window, last)
+        return finish(out, x, mask), MinGRUState(window, last)
 
     def step(self, x: Array, state: MinGRUState) -> tuple[Array, MinGRUState]:
         """x [B, D] -> (out [B, D], state); constant time and memory."""

@@ -1,4 +1,4 @@
-"""What every sequence mixer offers, and the causal convolution that several of them share.
+"""What every sequence mixer offers, and what several of them share: checks, initialisers, the causal convolution.
 
 A mixer is a flax module with the field `features` (D, width of input and output) and three methods:
 
@@ -17,6 +17,8 @@ and what stands in x there is ignored, so ragged batches need no special care: l
 outputs, and after a padded prefill every row can go on with `step`.
 """
 
+import math
+from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import flax.linen as nn
@@ -58,6 +60,28 @@ def check_state(state: Any, expected: Any) -> None:
         if jnp.shape(leaf) != want.shape:
             name = jax.tree_util.keystr(path)
             raise UserError(f"state{name} has shape {jnp.shape(leaf)}: expected {want.shape}")
+
+
+def begin(module: Any, x: Array, mask: Array | None, state: Any) -> tuple[Array, Any]:
+    """Check the arguments of `__call__` -> (x with 0 at padding, the state to start from)."""
+    check_sequence(x, module.features, mask)
+    expected = module.init_state(x.shape[0])
+    state = expected if state is None else state
+    check_state(state, expected)
+    return x if mask is None else jnp.where(mask[..., None], x, 0), state
+
+
+def finish(y: Array, x: Array, mask: Array | None) -> Array:
+    """y in x's type, 0 at padding."""
+    return (y if mask is None else jnp.where(mask[..., None], y, 0)).astype(x.dtype)
+
+
+def check_at_least(module: Any, **bounds: int) -> None:
+    """Raise `UserError` unless each named field is a whole number of at least its bound."""
+    for name, low in bounds.items():
+        value = getattr(module, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < low:
+            raise UserError(f"{type(module).__name__}.{name}={value!r}: expected a whole number >= {low}")
 
 
 def compact(x: Array, mask: Array) -> tuple[Array, Array, Array]:
@@ -130,3 +154,26 @@ class ShortConv(nn.Module):
         else:
             last = jax.vmap(lambda row, n: jax.lax.dynamic_slice_in_dim(row, n, keep))(padded, count)
         return y, last.astype(window.dtype)
+
+
+def convolve(conv: ShortConv | None, z: Array, mask: Array | None, window: Array | None) -> tuple[Array, Array | None]:
+    """SiLU of the convolution and its new window, or what came in if there is none."""
+    if conv is None:
+        return z, window
+    z, window = conv(z, mask=mask, state=window)
+    return jax.nn.silu(z), window
+
+
+LINEAR = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+"""Weights of projections: U(-1/sqrt(fan_in), 1/sqrt(fan_in)), as the released layers of most mixers start."""
+
+
+def delta_init(bounds: tuple[float, float]) -> Callable[..., Array]:
+    """Log-uniform in `bounds`, floor 1e-4, stored before the softplus."""
+
+    def init(key: Array, shape: tuple[int, ...]) -> Array:
+        low, high = (math.log(x) for x in bounds)
+        delta = jnp.maximum(jnp.exp(jax.random.uniform(key, shape, minval=low, maxval=high)), 1e-4)
+        return delta + jnp.log(-jnp.expm1(-delta))
+
+    return init

@@ -21,8 +21,7 @@ from jaxtyping import Array, ArrayLike
 
 from jaxstack.core.errors import UserError
 from jaxstack.sequence import scan
-from jaxstack.sequence.kla import _LINEAR
-from jaxstack.sequence.mixer import check_sequence, check_state
+from jaxstack.sequence.mixer import LINEAR, begin, check_sequence, check_state, finish
 from jaxstack.sequence.scan import _chunk, _fold, _sum_to, _unfold
 
 DECAY_MIN = 1e-4
@@ -225,7 +224,7 @@ class S5(nn.Module):
         low, high = (math.log(x) for x in self.delta_range)
         step = lambda key: jax.random.uniform(key, (half,), minval=low, maxval=high)
         self.log_step = self.param("log_step", step)
-        self.gate = nn.Dense(d, dtype=self.dtype, kernel_init=_LINEAR) if self.use_gate else None
+        self.gate = nn.Dense(d, dtype=self.dtype, kernel_init=LINEAR) if self.use_gate else None
 
     def dynamics(self) -> tuple[Complex, Complex]:
         """(Lbar [P/2], Bbar [P/2, D])."""
@@ -235,19 +234,11 @@ class S5(nn.Module):
 
     def __call__(self, x: Array, *, mask: Array | None = None, state: Complex | None = None) -> tuple[Array, Complex]:
         """x [B, T, D] -> (out [B, T, D], state); mask as in mixer.py."""
-        check_sequence(x, self.features, mask)
-        expected = self.init_state(x.shape[0])
-        state = expected if state is None else state
-        check_state(state, expected)
-        if mask is not None:
-            x = jnp.where(mask[..., None], x, 0)
+        x, start = begin(self, x, mask, state)
         u = x.astype(scan.compute_dtype(x))
         decay, weight = self.dynamics()
-        hidden, last = complex_scan(decay, _project(u, weight), state, mask=mask, method=self.method)
-        out = self._outputs(hidden, u, x.dtype)
-        if mask is not None:
-            out = jnp.where(mask[..., None], out, 0)
-        return out, last
+        hidden, last = complex_scan(decay, _project(u, weight), start, mask=mask, method=self.method)
+        return finish(self._outputs(hidden, u, x.dtype), x, mask), last
 
     def step(self, x: Array, state: Complex) -> tuple[Array, Complex]:
         """x [B, D] -> (out [B, D], state); constant time and memory."""

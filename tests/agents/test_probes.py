@@ -1,7 +1,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from training import run, values
+from training import run, seeds_with_return, values
 
 GAMMA = 0.9
 
@@ -96,8 +96,9 @@ def test_recurrent_teams_remember(sharing):
 @pytest.mark.parametrize("kind", ["mlp", "linear"])
 @pytest.mark.parametrize("embedding", ["learned", "one_hot"])
 def test_hypermarl_takes_roles(algorithm, kind, embedding):
-    trained = run("hypermarl", "role", 3, algorithm=algorithm, kind=kind, embedding=embedding)
-    assert trained.returns == pytest.approx(1.0)
+    # a seed can settle on one action for all (1/3) before the agents part: the method must do it nearly always
+    options = dict(algorithm=algorithm, kind=kind, embedding=embedding, lr=1e-3)
+    assert seeds_with_return(1.0, "hypermarl", "role", 3, **options) >= 6
 
 
 @pytest.mark.parametrize("algorithm", ["ippo", "mappo"])
@@ -141,7 +142,8 @@ def test_a_homogeneous_dico_team_cannot_take_roles():
 def test_central_critics_value_each_agent_on_its_own():
     trained = run("mappo", "role", 3, sharing="full")
     # agents 0 and 2 disagree with agent 1, whose reward has the other sign; a central critic without ids sees no agent
-    got = values("mappo", trained, jnp.zeros((1, 3, 2)))
+    obs = jnp.broadcast_to(jnp.array([1.0, 0.0]), (1, 3, 2))
+    got = values("mappo", trained, obs)
     np.testing.assert_allclose(got, 1 / 3, atol=0.1)
-    apart = values("mappo", run("mappo", "role", 3, sharing="none"), jnp.zeros((1, 3, 2)))
+    apart = values("mappo", run("mappo", "role", 3, sharing="none"), obs)
     np.testing.assert_allclose(apart, 1.0, atol=0.1)

@@ -6,13 +6,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxstack import agents, envs
+from jaxstack import agents
 from jaxstack.agents import hypermarl, sharing, team_ppo
 from jaxstack.agents.dico import dico_team
 from jaxstack.agents.kaleidoscope import masked_team
 from jaxstack.nn import team
-
-envs.NATIVE.add("probe", "probes:Probe")
 
 SMALL = dict(env="probe", num_steps=16, num_envs=16, num_minibatches=2, hidden=(32,), anneal_lr=False, lr=1e-2)
 
@@ -43,6 +41,22 @@ def run(agent: str, kind: str, count: int = 1, /, updates: int = 50, **options: 
 
     state, metrics, returns = train(jax.random.key(0))
     return Trained(learner, state, metrics, float(returns))
+
+
+def seeds_with_return(
+    target: float, agent: str, kind: str, count: int = 1, /, seeds: int = 8, updates: int = 100, **options: Any
+) -> int:
+    """How many of `seeds` vmapped seeds reach the mean return `target` in greedy episodes after training."""
+    learner = make(agent, kind, count, total_steps=256 * updates, **options)
+
+    @jax.jit
+    @jax.vmap
+    def train(key):
+        k_init, k_eval = jax.random.split(key)
+        state, _ = jax.lax.scan(lambda s, _: learner.step(s), learner.init(k_init), None, length=updates)
+        return learner.evaluate(state, k_eval)["eval/return"]
+
+    return int(jnp.sum(jnp.abs(train(jax.random.split(jax.random.key(0), seeds)) - target) < 1e-6))
 
 
 def network(agent: str, config: Any) -> team_ppo.Task:
