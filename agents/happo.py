@@ -84,10 +84,8 @@ def agent_epochs(
         updates, opt = tx.update(grads, opt, params)
         return (optax.apply_updates(params, updates), opt), metrics
 
-    def epoch(c: tuple, key: Key) -> tuple[tuple, Metrics]:
-        return jax.lax.scan(sgd, c, team_ppo.minibatch_indices(task, key))
-
-    (params, opt), metrics = jax.lax.scan(epoch, (params, opt), jax.random.split(key, task.cfg.num_epochs))
+    index = team_ppo.minibatch_indices(task, key)
+    (params, opt), metrics = jax.lax.scan(sgd, (params, opt), index.reshape(-1, index.shape[-1]))
     return params, opt, jax.tree.map(jnp.mean, metrics)
 
 

@@ -5,6 +5,7 @@ of N environments and A agents, generalised advantages with bootstrapping at tru
 A minibatch holds the same transitions for every agent, so samples stay grouped by agent. float32.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -15,7 +16,7 @@ import optax
 from jaxtyping import Array
 
 from jaxstack import envs
-from jaxstack.core import devices, losses, returns, running
+from jaxstack.core import devices, losses, optim, returns, running, shuffle
 from jaxstack.core.config import Config, require, require_at_least, require_positive, require_unit
 from jaxstack.core.learner import Key, Learner, Metrics, Policy, as_hypers
 from jaxstack.envs import rollout, vector
@@ -228,7 +229,7 @@ def optimiser(cfg: PPOConfig, hypers: Hypers) -> optax.GradientTransformation:
         return hypers.lr * jnp.maximum(1.0 - count / steps, 0.0) if cfg.anneal_lr else jnp.asarray(hypers.lr)
 
     return optax.chain(
-        optax.clip_by_global_norm(hypers.max_grad_norm),
+        optim.clip_by_global_norm(hypers.max_grad_norm),
         optax.scale_by_adam(eps=1e-5),
         optax.scale_by_learning_rate(lr),
     )
@@ -255,7 +256,7 @@ def gather_batch(task: Task, s: State, key: Key) -> tuple[State, Batch, Metrics]
 
     x = critic_x(steps.ts.obs, steps.ts.state)
     last = critic_x(vec.ts.obs[None], None if vec.ts.state is None else vec.ts.state[None])
-    carries, value = task.team.critic(weights, carry0[1], x, steps.first, every=True)
+    carries, value = values(task, weights, carry0[1], x, steps.first)
     critic_carry = jax.tree.map(lambda h: h[-1], carries)
     _, after = task.team.critic(weights, critic_carry, last, vec.first[None])
     next_value = jnp.concatenate([value[1:], after])
@@ -286,6 +287,20 @@ def gather_batch(task: Task, s: State, key: Key) -> tuple[State, Batch, Metrics]
     obs_norm = running.update(s.norms.obs, steps.ts.obs) if cfg.normalise_obs else ()
     norms = Norms(value_norm, obs_norm, reward_norm)
     return s._replace(vec=vec, carry=(actor_carry, critic_carry), norms=norms), batch, stats
+
+
+def values(task: Task, weights: Any, carry: Any, x: Array, first: Array) -> tuple[Any, Array]:
+    """The critic on a rollout x [T, N, A, ...]: (its recurrent states after every step, values [T, N, A]).
+
+    Feed-forward critics take the time in blocks of a minibatch's size: over all samples at once the hidden layers would
+    be the peak of an update's memory.
+    """
+    blocks = 1 if task.cfg.gru else math.gcd(len(x), task.cfg.num_minibatches)
+    if blocks == 1:
+        return task.team.critic(weights, carry, x, first, every=True)
+    parts = (y.reshape(blocks, -1, *y.shape[1:]) for y in (x, first))
+    value = jax.lax.map(lambda part: task.team.critic(weights, carry, *part)[1], tuple(parts))
+    return carry, value.reshape(*first.shape, -1)
 
 
 def value_of_cut(
@@ -321,12 +336,8 @@ def ppo_epochs(task: Task, s: State, batch: Batch, key: Key) -> tuple[State, Met
         metrics["train/grad_norm"] = optax.global_norm(grads)
         return (optax.apply_updates(params, updates), extra, opt), metrics
 
-    def epoch(c: tuple, key: Key) -> tuple[tuple, Metrics]:
-        return jax.lax.scan(sgd, c, minibatch_indices(task, key))
-
-    (params, extra, opt), metrics = jax.lax.scan(
-        epoch, (s.params, s.extra, s.opt), jax.random.split(key, cfg.num_epochs)
-    )
+    index = minibatch_indices(task, key).reshape(cfg.num_epochs * cfg.num_minibatches, -1)
+    (params, extra, opt), metrics = jax.lax.scan(sgd, (s.params, s.extra, s.opt), index)
     metrics = jax.tree.map(jnp.mean, metrics)
     residual = batch.target - batch.value
     metrics["train/explained_variance"] = 1.0 - residual.var() / jnp.maximum(batch.target.var(), 1e-8)
@@ -334,12 +345,11 @@ def ppo_epochs(task: Task, s: State, batch: Batch, key: Key) -> tuple[State, Met
 
 
 def minibatch_indices(task: Task, key: Key) -> Array:
-    """[M, B/M] a random split of the samples (feed-forward: T*N transitions; recurrent: N environments)."""
+    """[E, M, B/M] each epoch's random split of the samples: T*N transitions, or N environments of recurrent nets."""
     cfg = task.cfg
     count = cfg.num_envs if cfg.gru else cfg.num_envs * cfg.num_steps
-    # one sort of random words; jax.random.permutation sorts twice, for ties that 32 bits make rare
-    index = jnp.argsort(jax.random.bits(key, (count,))).reshape(cfg.num_minibatches, -1)
-    return devices.split(index, 1, "the size of a minibatch")
+    index = shuffle.orders(key, cfg.num_epochs, count).reshape(cfg.num_epochs, cfg.num_minibatches, -1)
+    return devices.split(index, 2, "the size of a minibatch")
 
 
 def take(task: Task, batch: Batch, index: Array) -> Batch:
@@ -412,13 +422,11 @@ def policy(task: Task) -> Policy:
     return Policy(params=params, init_carry=lambda p, b: task.team.carry(b)[0], act=act)
 
 
-def _actor(
-    task: Task, weights: Any, obs_norm: Any, greedy: bool = False
-) -> tuple[rollout.Act, Callable[[Key], Array | tuple]]:
-    """How to act, and how to draw the random numbers of one step [N, A, ...]."""
+def _actor(task: Task, weights: Any, obs_norm: Any, greedy: bool = False) -> tuple[rollout.Act, rollout.Draw]:
+    """How to act, and how to draw the random numbers of all steps [T, N, A, ...]."""
 
-    def draw(key: Key) -> Array | tuple:
-        return () if greedy else task.actions.noise(key, (task.vec.num_envs, task.shape.num_agents))
+    def draw(key: Key, steps: int) -> Array | tuple:
+        return () if greedy else task.actions.noise(key, (steps, task.vec.num_envs, task.shape.num_agents))
 
     def act(noise: Any, carry: Any, vs: vector.VecState) -> tuple[Any, Array, Array]:
         obs = running.apply(obs_norm, vs.ts.obs)

@@ -46,6 +46,13 @@ class Step(NamedTuple):
 Act = Callable[[Any, Any, vector.VecState], tuple[Any, Array, Any]]
 """(random numbers of the step, carry, state) -> (carry, action [N, A, ...], extras)"""
 
+Draw = Callable[[jax.Array, int], Any]
+"""(key, T) -> random numbers of T steps, leaves [T, ...], for an `Act`.
+
+They are drawn for all steps at once, before the first: inside the loop every call to the generator costs more than a
+small network.
+"""
+
 
 def collect(
     vec: vector.VecEnv,
@@ -54,15 +61,14 @@ def collect(
     vs: vector.VecState,
     carry: Any,
     num_steps: int,
-    draw: Callable[[jax.Array], Any] = lambda key: key,
+    draw: Draw = jax.random.split,
 ) -> tuple[vector.VecState, Any, Step, Array]:
     """T steps. Returns (state, policy carry, Step with leaves [T, N, ...], number of start states used twice).
 
-    `draw(key)` makes the random numbers that `act` gets in one step, by default a key. It runs for all steps at once,
-    before the first: inside the loop every call to the generator costs more than a small network.
+    `draw` makes the random numbers that `act` gets, by default a key a step.
     """
-    k_pool, k_act, k_env = jax.random.split(key, 3)
-    pool = vector.make_pool(vec, k_pool, num_steps)
+    k_act, k_pool, k_env = vector.rollout_keys(vec, key, num_steps)
+    pool = vector.make_pool(vec, k_pool)
     keep_final = vec.env.spec.can_truncate
 
     def body(c: tuple, random: tuple[Any, Array]) -> tuple[tuple, Step]:
@@ -88,8 +94,7 @@ def collect(
         )
         return (new, carry, pool), out
 
-    random = jax.vmap(draw)(jax.random.split(k_act, num_steps)), vector.step_keys(vec, k_env, num_steps)
-    (vs, carry, pool), steps = jax.lax.scan(body, (vs, carry, pool), random)
+    (vs, carry, pool), steps = jax.lax.scan(body, (vs, carry, pool), (draw(k_act, num_steps), k_env))
     return vs, carry, steps, vector.reused(pool)
 
 
@@ -132,11 +137,11 @@ def episodes(
     key: jax.Array,
     carry: Any,
     num_steps: int,
-    draw: Callable[[jax.Array], Any] = lambda key: key,
+    draw: Draw = jax.random.split,
 ) -> Episodes:
     """An episode in each of the N environments, from fresh resets, at most `num_steps` long; `draw` as in `collect`."""
-    k_init, k_act, k_env = jax.random.split(key, 3)
-    vs = vector.init(vec, k_init)
+    k_act, starts, k_env = vector.rollout_keys(vec._replace(auto_reset="pool", pool_size=vec.num_envs), key, num_steps)
+    vs = vector.start(vec, starts)
 
     def body(c: tuple, random: tuple[Any, Array]) -> tuple[tuple, None]:
         vs, carry, alive, total, length, info = c
@@ -152,12 +157,11 @@ def episodes(
 
     n = vec.num_envs
     start = (vs, carry, jnp.ones(n, bool), jnp.zeros((n, vec.env.spec.num_agents)), jnp.zeros(n, jnp.int32), vs.ts.info)
-    random = jax.vmap(draw)(jax.random.split(k_act, num_steps)), vector.step_keys(vec, k_env, num_steps)
-    (_, _, alive, total, length, info), _ = jax.lax.scan(body, start, random)
+    (_, _, alive, total, length, info), _ = jax.lax.scan(body, start, (draw(k_act, num_steps), k_env))
     return Episodes(total, length, ~alive, info)
 
 
-def evaluate(vec: vector.VecEnv, act: Act, key: jax.Array, carry: Any, num_steps: int, *draw: Callable) -> Metrics:
+def evaluate(vec: vector.VecEnv, act: Act, key: jax.Array, carry: Any, num_steps: int, *draw: Draw) -> Metrics:
     """Means over `episodes`: `eval/return` of the agents' mean return, `eval/finished` the share that ended in time."""
     e = episodes(vec, act, key, carry, num_steps, *draw)
     out = {

@@ -75,27 +75,37 @@ def vectorise(env: Environment, num_envs: int, auto_reset: AutoReset = "pool", p
 
 def init(vec: VecEnv, key: jax.Array) -> VecState:
     """N freshly reset environments."""
-    env, ts = jax.vmap(vec.env.reset)(jax.random.split(key, vec.num_envs))
+    return start(vec, jax.random.split(key, vec.num_envs))
+
+
+def start(vec: VecEnv, keys: jax.Array) -> VecState:
+    """The same from their keys [N]."""
+    env, ts = jax.vmap(vec.env.reset)(keys)
     n, a = vec.num_envs, vec.env.spec.num_agents
     return VecState(env, ts, jnp.ones(n, bool), jnp.zeros((n, a)), jnp.zeros(n, jnp.int32))
 
 
-def make_pool(vec: VecEnv, key: jax.Array, num_steps: int) -> Pool | None:
-    """Fresh starts for a rollout of `num_steps`; None in exact mode."""
+def rollout_keys(vec: VecEnv, key: jax.Array, num_steps: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Keys of a rollout: one for the actions, [P] for `make_pool` (P = 0 in exact mode), [num_steps, N] for `step`.
+
+    All from one call: another costs as much as thousands of keys more.
+    """
+    starts = 0 if vec.auto_reset == "exact" else vec.rollout_pool_size(num_steps)
+    keys = jax.random.split(key, 1 + starts + num_steps * vec.num_envs)
+    return keys[0], keys[1 : 1 + starts], keys[1 + starts :].reshape(num_steps, vec.num_envs)
+
+
+def make_pool(vec: VecEnv, keys: jax.Array) -> Pool | None:
+    """Fresh starts from keys [P]; None in exact mode."""
     if vec.auto_reset == "exact":
         return None
-    env, ts = jax.vmap(vec.env.reset)(jax.random.split(key, vec.rollout_pool_size(num_steps)))
+    env, ts = jax.vmap(vec.env.reset)(keys)
     return Pool(env, ts, jnp.int32(0))
 
 
 def reused(pool: Pool | None) -> Array:
     """How many episodes began from a start state that had been used before; 0 in exact mode."""
     return jnp.int32(0) if pool is None else jnp.maximum(pool.used - pool.ts.reward.shape[0], 0)
-
-
-def step_keys(vec: VecEnv, key: jax.Array, num_steps: int) -> Array:
-    """Keys [num_steps, N] of a rollout's steps, made at once: one step's keys cost as much as thousands."""
-    return jax.random.split(key, (num_steps, vec.num_envs))
 
 
 def step(

@@ -24,6 +24,7 @@ import time
 import types
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,11 +39,13 @@ PPO = dict(num_epochs=4, num_minibatches=4, gamma=0.99, lam=0.95, clip=0.2, vf_c
 
 
 class Side(NamedTuple):
-    """A compiled training run: `run(repeat)` blocks until it is done."""
+    """A compiled training run: `run(repeat)` blocks until it is done; `updates(repeat)` is its part after the
+    initialisation, to be called, untimed, for what is to be timed."""
 
     run: Callable[[int], None]
     compile_seconds: float
     peak_bytes: int
+    updates: Callable[[int], Callable[[], None]] | None = None
 
 
 class Case(NamedTuple):
@@ -65,11 +68,11 @@ def ours(learner: Any, updates: int, seeds: int = 1) -> Side:
     book = ledger.Ledger()
     programs = program.build(learner, list(range(seeds)), book, chunk=updates, evaluate=False)
 
-    def run(_: int) -> None:
-        state, alive = programs.init()
-        jax.block_until_ready(programs.advance(state, alive, 0, updates))
+    def prepared(_: int) -> Callable[[], None]:
+        state, alive = jax.block_until_ready(programs.init())
+        return lambda: jax.block_until_ready(programs.advance(state, alive, 0, updates))
 
-    return Side(run, book.seconds, max(p.peak_bytes for p in book.programs))
+    return Side(lambda n: prepared(n)(), book.seconds, max(p.peak_bytes for p in book.programs), prepared)
 
 
 def compiled(function: Callable, key: jax.Array) -> Side:
@@ -246,13 +249,14 @@ CASES: dict[str, Case] = {
 }
 
 
-def interleaved(sides: dict[str, Side], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each run; the first round is not counted."""
+def interleaved(sides: dict[str, Side], repeats: int, updates: bool = False) -> dict[str, list[float]]:
+    """Seconds of each run, or of its updates alone; the first round is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for repeat in range(repeats + 1):
         for name, side in sides.items():
+            run = side.updates(repeat) if updates and side.updates else partial(side.run, repeat)
             begin = time.perf_counter()
-            side.run(repeat)
+            run()
             if repeat:
                 seconds[name].append(time.perf_counter() - begin)
     return seconds
@@ -333,7 +337,7 @@ def hyper(args: argparse.Namespace) -> list[dict[str, Any]]:
         sides[f"HyperMARL {count}"] = ours(agents.make("hypermarl", **common, **env), updates)
         if count == 8:
             sides["FuPS+ID 8"] = ours(agents.make("ippo", sharing="full+id", **common, **env), updates)
-    seconds = interleaved(sides, args.repeats)
+    seconds = interleaved(sides, args.repeats, updates=True)
     for name, values in seconds.items():
         costs[name] = float(np.median(values)) / updates
         rows.append({"case": f"hyper, {name} agents", "seconds_an_update": costs[name]})
@@ -348,7 +352,7 @@ def hyper(args: argparse.Namespace) -> list[dict[str, Any]]:
 def many_seeds(args: argparse.Namespace) -> list[dict[str, Any]]:
     """8 vmapped seeds against one, IPPO on MPE with 16 environments."""
     case = mpe(16, 10, 4.0)
-    seconds = interleaved({"8": ours(case.learner, 10, 8), "1": ours(case.learner, 10)}, args.repeats)
+    seconds = interleaved({"8": ours(case.learner, 10, 8), "1": ours(case.learner, 10)}, args.repeats, updates=True)
     ratio = quartiles(seconds["8"], seconds["1"])
     print(f"8 seeds / 1 seed: {ratio[1]:.2f} [{ratio[0]:.2f}, {ratio[2]:.2f}] (aim below 4)", flush=True)
     return [{"case": "seeds", "ratio_quartiles": ratio}]

@@ -66,7 +66,7 @@ def ours(env: Environment, width: int, num_steps: int, auto_reset: vector.AutoRe
     vec = envs.vectorise(env, width, auto_reset)
 
     def run(vs: vector.VecState, key: jax.Array) -> tuple[vector.VecState, jax.Array]:
-        k_pool, k_act, k_step = jax.random.split(key, 3)
+        k_act, k_pool, k_step = vector.rollout_keys(vec, key, num_steps)
 
         def step(c: tuple, keys: tuple[jax.Array, jax.Array]) -> tuple[tuple, Any]:
             vs, pool = c
@@ -74,8 +74,8 @@ def ours(env: Environment, width: int, num_steps: int, auto_reset: vector.AutoRe
             vs, last, pool = vector.step(vec, keys[1], vs, action, pool)
             return (vs, pool), (vs.ts.obs, last.obs, last.reward, last.terminated | last.truncated)
 
-        keys = jax.random.split(k_act, (num_steps, width)), vector.step_keys(vec, k_step, num_steps)
-        (vs, _), out = rollout(step, (vs, vector.make_pool(vec, k_pool, num_steps)), keys)
+        keys = jax.random.split(k_act, (num_steps, width)), k_step
+        (vs, _), out = rollout(step, (vs, vector.make_pool(vec, k_pool)), keys)
         return vs, out
 
     return jax.jit(run), jax.jit(partial(vector.init, vec))(jax.random.key(0))

@@ -59,39 +59,69 @@ class MultiCategorical:
     """Independent categoricals; `squeeze`: a single one whose actions have no last axis."""
 
     def __init__(self, logits: list[Array], squeeze: bool = False):
-        # distrax normalises: its logits are log-probabilities, which everything below shares. One row a sample: XLA's
-        # sums over a short last axis are several times slower on arrays of higher rank (CPU)
-        self.logp = [jnp.asarray(distrax.Categorical(logits=x.reshape(-1, x.shape[-1])).logits) for x in logits]
+        # one row a sample: XLA's sums over a short last axis are several times slower on arrays of higher rank (CPU)
+        self.logits = [x.reshape(-1, x.shape[-1]) for x in logits]
         self.lead, self.squeeze = logits[0].shape[:-1], squeeze
 
     def sample(self, key: Array) -> Array:
-        return self.sample_from(jax.random.gumbel(key, (*self.lead, sum(x.shape[-1] for x in self.logp))))
+        return self.sample_from(jax.random.gumbel(key, (*self.lead, sum(x.shape[-1] for x in self.logits))))
 
     def sample_from(self, noise: Array) -> Array:
         """A sample made from standard Gumbel noise [..., A, params], see `Actions.noise`."""
-        sizes = np.cumsum([x.shape[-1] for x in self.logp])[:-1]
+        sizes = np.cumsum([x.shape[-1] for x in self.logits])[:-1]
         rows = jnp.split(noise.reshape(-1, noise.shape[-1]), sizes, axis=-1)
-        return self._join([(l + z).argmax(-1) for l, z in zip(self.logp, rows)])
+        return self._join([(x + z).argmax(-1) for x, z in zip(self.logits, rows)])
 
     def mode(self) -> Array:
-        return self._join([l.argmax(-1) for l in self.logp])
+        return self._join([x.argmax(-1) for x in self.logits])
 
     def log_prob(self, action: Array) -> Array:
         """[..., A]."""
-        columns = [action] if self.squeeze else [action[..., i] for i in range(len(self.logp))]
-        # a masked sum: its gradient is no scatter
-        chosen = lambda l, a: jnp.where(a.reshape(-1, 1) == jnp.arange(l.shape[-1]), l, 0.0).sum(-1)
-        picked = [chosen(l, a) for l, a in zip(self.logp, columns)]
+        columns = [action] if self.squeeze else [action[..., i] for i in range(len(self.logits))]
+        picked = [_log_prob(x, a.reshape(-1)) for x, a in zip(self.logits, columns)]
         return sum(picked[1:], picked[0]).reshape(self.lead)
 
     def entropy(self) -> Array:
         """[..., A], nats."""
-        each = [-(jnp.exp(l) * l).sum(-1) for l in self.logp]
+        each = [_entropy(x) for x in self.logits]
         return sum(each[1:], each[0]).reshape(self.lead)
 
     def _join(self, parts: list[Array]) -> Array:
         parts = [p.astype(jnp.int32).reshape(self.lead) for p in parts]
         return parts[0] if self.squeeze else jnp.stack(parts, axis=-1)
+
+
+def _chosen(x: Array, action: Array) -> Array:
+    return action[:, None] == jnp.arange(x.shape[-1])
+
+
+# Derivatives by their closed forms: what a gradient passes back is elementwise, where that of log_softmax sums again
+# over the short last axis.
+@jax.custom_jvp
+def _log_prob(logits: Array, action: Array) -> Array:
+    """Logits [B, n] and actions [B] -> [B]."""
+    return jnp.where(_chosen(logits, action), jax.nn.log_softmax(logits), 0.0).sum(-1)  # a gather would be slower
+
+
+@_log_prob.defjvp
+def _log_prob_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Any]) -> tuple[Array, Array]:
+    logits, action = primals
+    slope = _chosen(logits, action) - jnp.exp(jax.nn.log_softmax(logits))
+    return _log_prob(logits, action), (slope * tangents[0]).sum(-1)
+
+
+@jax.custom_jvp
+def _entropy(logits: Array) -> Array:
+    """Logits [B, n] -> [B]."""
+    logp = jax.nn.log_softmax(logits)
+    return -(jnp.exp(logp) * logp).sum(-1)
+
+
+@_entropy.defjvp
+def _entropy_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    (logits,), (dx,) = primals, tangents
+    logp, entropy = jax.nn.log_softmax(logits), _entropy(logits)
+    return entropy, (-jnp.exp(logp) * (logp + entropy[:, None]) * dx).sum(-1)
 
 
 class Normal:

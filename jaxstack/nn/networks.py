@@ -28,28 +28,30 @@ NARROW = 16
 def product(x: Array, kernel: Array, *_: Any, **__: Any) -> Array:
     """x [B, D] @ kernel [D, n]; serves as `dot_general=` of flax's Dense on inputs of rank 2.
 
-    For a few outputs the weight gradient is computed as (g^T x)^T. XLA would turn that back into x^T g, which is
-    several times slower on CPU: a product with few columns runs in one thread.
+    A gradient with few columns is computed transposed: that of a narrow layer's weights as (g^T x)^T, that of a few
+    rows' input as (kernel g^T)^T. XLA would turn them back, into products that are several times slower on CPU.
     """
-    return _narrow(x, kernel) if kernel.shape[-1] <= NARROW else x @ kernel
+    return _turned(x, kernel) if kernel.shape[-1] <= NARROW or len(x) <= NARROW else x @ kernel
 
 
 @jax.custom_vjp
-def _narrow(x: Array, kernel: Array) -> Array:
+def _turned(x: Array, kernel: Array) -> Array:
     return x @ kernel
 
 
-def _narrow_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+def _turned_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
     return x @ kernel, (x, kernel)
 
 
-def _narrow_backward(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+def _turned_backward(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
     x, kernel = saved
-    turned = jax.lax.dot_general(g, x, (((0,), (0,)), ((), ())))
-    return g @ kernel.T, jax.lax.optimization_barrier(turned).T
+    turn = lambda a, b, axis: jax.lax.optimization_barrier(jax.lax.dot_general(a, b, (((axis,), (axis,)), ((), ())))).T
+    to_x = turn(kernel, g, 1) if len(x) <= NARROW else g @ kernel.T
+    to_kernel = turn(g, x, 0) if kernel.shape[-1] <= NARROW else x.T @ g
+    return to_x, to_kernel
 
 
-_narrow.defvjp(_narrow_forward, _narrow_backward)
+_turned.defvjp(_turned_forward, _turned_backward)
 
 
 class MLP(nn.Module):

@@ -13,6 +13,7 @@ kernels of scan_pallas.py. State arrays are [.., S, M]: with channels innermost 
 (which makes the scan up to 2.5 times faster on CPU than S innermost does), and channels fill the lanes of a TPU.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +21,9 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxstack.sequence.scan import own_adjoint, precision_range
+
+SPAN = 32
+"""Steps between the states that the scan keeps for its backward pass, which recomputes the others."""
 
 
 class Token(NamedTuple):
@@ -84,8 +88,10 @@ def filter_step_grad(
     cotangent: tuple[Array, Array, Array, Array],
     *,
     prior: bool,
+    over_channels: Callable[[Array], Array] = lambda x: x.sum(-1, keepdims=True),
 ) -> StepGrad:
-    """Adjoint of `filter_step` at its inputs, for cotangents of (lam, mean, y, variance).
+    """Adjoint of `filter_step` at its inputs, for cotangents of (lam, mean, y, variance); `over_channels` sums
+    [.., S, M] -> [.., S, 1].
 
     From mu = (abar lam- m + k Lambda v) / lam: d mu / d lam = -mu / lam, d mu / d lam- = abar m / lam.
     """
@@ -114,8 +120,8 @@ def filter_step_grad(
         token=Token(
             v=(new.gain * d_mean).sum(-2, keepdims=True),
             precision=(k * k * d_lam + per_lam * k * v).sum(-2, keepdims=True),
-            k=(precision * (2.0 * k * d_lam + per_lam * v)).sum(-1, keepdims=True),
-            q=d_q.sum(-1, keepdims=True),
+            k=over_channels(precision * (2.0 * k * d_lam + per_lam * v)),
+            q=over_channels(d_q),
         ),
         abar=d_abar + d_mean * mean * new.kept - 2.0 * abar * lam * through,
         pbar=d_pbar - lam * (lam * through),
@@ -151,32 +157,66 @@ def filter_scan(
 def _filter_fwd(
     tokens: Token, keep: Array | None, abar: Array, pbar: Array, lam: Array, mean: Array, prior: bool
 ) -> Any:
-    def body(state: Any, xs: Any) -> Any:
-        a, p = hold(abar, pbar, xs[1])
-        lam, mean, y, var = filter_step(state[0], state[1], xs[0], a, p, prior=prior)
-        return (lam, mean), (y, var, state)
+    """A step added at the end is one that padding leaves out: it changes nothing."""
+    length = tokens.v.shape[0]
+    span = min(SPAN, length)
+    if length % span and keep is None:
+        keep = jnp.ones((length, 1, 1, 1), lam.dtype)
+    spans = jax.tree.map(lambda x: _spans(x, span), (tokens, keep))
 
-    (lam, mean), (y, var, states) = jax.lax.scan(body, (lam, mean), (tokens, keep))
-    return (y, var, lam, mean), (tokens, keep, abar, pbar, states)
+    def body(state: Any, part: Any) -> Any:
+        y, var, *last = filter_scan(*part, abar, pbar, *state, prior)
+        return tuple(last), (y, var, state)
+
+    (lam, mean), (y, var, starts) = jax.lax.scan(body, (lam, mean), spans)
+    return (_whole(y, length), _whole(var, length), lam, mean), (spans, abar, pbar, starts)
 
 
 def _filter_bwd(prior: bool, saved: Any, cotangent: Any) -> Any:
-    tokens, keep, abar, pbar, states = saved
+    spans, abar, pbar, starts = saved
     d_y, d_var, d_lam, d_mean = cotangent
+    length, span = d_y.shape[0], spans[0].v.shape[1]
 
-    def body(carry: Any, xs: Any) -> Any:
+    def forward(state: Any, xs: Any) -> Any:
+        a, p = hold(abar, pbar, xs[1])
+        return filter_step(*state, xs[0], a, p, prior=prior)[:2], state
+
+    def backward(carry: Any, xs: Any) -> Any:
         d_lam, d_mean, d_abar, d_pbar = carry
-        token, keep, state, d_y, d_var = xs
+        (token, keep), state, d_y, d_var = xs
         a, p = hold(abar, pbar, keep)
-        grad = filter_step_grad(state[0], state[1], token, a, p, (d_lam, d_mean, d_y, d_var), prior=prior)
+        cotangent = (d_lam, d_mean, d_y, d_var)
+        grad = filter_step_grad(*state, token, a, p, cotangent, prior=prior, over_channels=_product_with_ones)
         on = 1.0 if keep is None else keep
         return (grad.lam, grad.mean, d_abar + on * grad.abar, d_pbar + on * grad.pbar), grad.token
 
+    def body(carry: Any, xs: Any) -> Any:
+        part, start, d_y, d_var = xs
+        _, states = jax.lax.scan(forward, start, part)
+        return jax.lax.scan(backward, carry, (part, states, d_y, d_var), reverse=True)
+
     zero = jnp.zeros_like(d_lam)
-    carry, d_tokens = jax.lax.scan(body, (d_lam, d_mean, zero, zero), (tokens, keep, states, d_y, d_var), reverse=True)
+    xs = (spans, starts, _spans(d_y, span), _spans(d_var, span))
+    carry, d_tokens = jax.lax.scan(body, (d_lam, d_mean, zero, zero), xs, reverse=True)
     d_lam, d_mean, d_abar, d_pbar = carry
-    d_keep = None if keep is None else jnp.zeros_like(keep)
-    return d_tokens, d_keep, d_abar.sum(0), d_pbar.sum(0), d_lam, d_mean
+    d_tokens = jax.tree.map(lambda x: _whole(x, length), d_tokens)
+    return d_tokens, None, d_abar.sum(0), d_pbar.sum(0), d_lam, d_mean
 
 
 filter_scan.defvjp(_filter_fwd, _filter_bwd)
+
+
+def _product_with_ones(x: Array) -> Array:
+    """Sum over the innermost axis, which is kept. XLA's CPU compiler makes one chain of additions of a plain sum."""
+    return jnp.matmul(x, jnp.ones((x.shape[-1], 1), x.dtype), precision=jax.lax.Precision.HIGHEST)
+
+
+def _spans(x: Array, span: int) -> Array:
+    """[T, ...] -> [ceil(T / span), span, ...], zeros at the end."""
+    x = jnp.pad(x, ((0, -x.shape[0] % span), *[(0, 0)] * (x.ndim - 1)))
+    return x.reshape(-1, span, *x.shape[1:])
+
+
+def _whole(x: Array, length: int) -> Array:
+    """Inverse of `_spans`."""
+    return x.reshape(-1, *x.shape[2:])[:length]

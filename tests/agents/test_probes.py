@@ -116,7 +116,7 @@ def test_recurrent_hypermarl_remembers(algorithm):
     ],
 )
 def test_hypermarl_ablations_learn_too(options):
-    assert run("hypermarl", "match", 3, **options).returns == pytest.approx(1.0)
+    assert seeds_with_return(1.0, "hypermarl", "match", 3, seeds=4, lr=3e-3, **options) >= 3
 
 
 @pytest.mark.parametrize(("agent", "options"), [("happo", {}), ("dico", {"diversity": 2.0}), ("kaleidoscope", {})])

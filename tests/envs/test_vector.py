@@ -162,7 +162,9 @@ def test_a_step_with_a_pool_costs_less_than_a_reset_in_every_step(id):
             return vs, jax.vmap(partial(sample_action, vec.env.spec))(jax.random.split(key, 64), vs.ts)
 
         vs, action = jax.eval_shape(shapes, jax.random.key(0))
-        pool = jax.eval_shape(lambda key: vector.make_pool(vec, key, 128), jax.random.key(0))
+        pool = jax.eval_shape(
+            lambda key: vector.make_pool(vec, vector.rollout_keys(vec, key, 128)[1]), jax.random.key(0)
+        )
         step = jax.jit(partial(vector.step, vec))
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 64))
         return step.lower(keys, vs, action, pool).compile().cost_analysis()["flops"]
@@ -215,7 +217,8 @@ def test_evaluation_counts_the_first_episode_only():
     idle = lambda key, carry, vs: (carry, jnp.zeros((32, 2), jnp.int32), ())
     run = jax.jit(lambda key, steps: rollout.evaluate(vec, idle, key, (), steps), static_argnums=1)
     key = jax.random.key(2)
-    lengths = np.asarray(vector.init(vec, jax.random.split(key, 3)[0]).env.length)
+    starts = vector.rollout_keys(vec._replace(pool_size=32), key, 1)[1]  # the same however many steps follow
+    lengths = np.asarray(vector.start(vec, starts).env.length)
     out = jax.tree.map(float, run(key, 3 * LONGEST))
     np.testing.assert_allclose(out["eval/length"], lengths.mean(), rtol=1e-5)
     np.testing.assert_allclose(out["eval/return"], (lengths * (lengths + 1) / 4).mean(), rtol=1e-5)

@@ -128,3 +128,25 @@ def test_unequal_action_dimensions_leave_padding_out():
 def test_continuous_actions_need_a_deviation():
     with pytest.raises(UserError, match="log_std"):
         Actions("continuous", (4,)).distribution(jnp.asarray(RAW), None)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_derivatives_equal_those_of_log_softmax(masked):
+    mask = jnp.array([True, not masked, True, True])
+    action = jnp.array(RNG.choice([0, 2, 3], size=(5, 3)))
+    weight = jnp.asarray(RNG.normal(size=(5, 3)), jnp.float32)
+
+    def of_dist(x):
+        dist = Actions("discrete", (4,)).distribution(x, None, mask)
+        return (weight * jnp.exp(dist.log_prob(action)) + 0.3 * weight * dist.entropy() ** 2).sum()
+
+    def by_hand(x):
+        logp = jax.nn.log_softmax(jnp.where(mask, x, -1e9))
+        chosen = jnp.take_along_axis(logp, action[..., None], -1)[..., 0]
+        entropy = -jnp.where(mask, jnp.exp(logp) * logp, 0.0).sum(-1)
+        return (weight * jnp.exp(chosen) + 0.3 * weight * entropy**2).sum()
+
+    x = jnp.asarray(RAW)
+    direction = jnp.asarray(RNG.normal(size=RAW.shape), jnp.float32)
+    for derive in (jax.grad, lambda f: jax.grad(lambda x: jax.jvp(f, (x,), (direction,))[1])):
+        np.testing.assert_allclose(derive(of_dist)(x), derive(by_hand)(x), atol=2e-6)
