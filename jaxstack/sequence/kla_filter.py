@@ -179,14 +179,16 @@ def _filter_bwd(prior: bool, saved: Any, cotangent: Any) -> Any:
 
     def forward(state: Any, xs: Any) -> Any:
         a, p = hold(abar, pbar, xs[1])
-        return filter_step(*state, xs[0], a, p, prior=prior)[:2], state
+        return filter_step(state[0], state[1], xs[0], a, p, prior=prior)[:2], state
 
     def backward(carry: Any, xs: Any) -> Any:
         d_lam, d_mean, d_abar, d_pbar = carry
         (token, keep), state, d_y, d_var = xs
         a, p = hold(abar, pbar, keep)
         cotangent = (d_lam, d_mean, d_y, d_var)
-        grad = filter_step_grad(*state, token, a, p, cotangent, prior=prior, over_channels=_product_with_ones)
+        grad = filter_step_grad(
+            state[0], state[1], token, a, p, cotangent, prior=prior, over_channels=_product_with_ones
+        )
         on = 1.0 if keep is None else keep
         return (grad.lam, grad.mean, d_abar + on * grad.abar, d_pbar + on * grad.pbar), grad.token
 
