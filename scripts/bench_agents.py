@@ -386,7 +386,8 @@ def main() -> None:
             rows.append(against_peer(name, CASES[name], args, rate))
         else:
             rows += {"hyper": hyper, "seeds": many_seeds}[name](args)
-    bench_report.write(args.out, rows, backend=jax.default_backend(), matrix_rate=rate, repeats=args.repeats)
+        # after every case: a long run that is stopped keeps what it measured
+        bench_report.write(args.out, rows, backend=jax.default_backend(), matrix_rate=rate, repeats=args.repeats)
 
 
 if __name__ == "__main__":

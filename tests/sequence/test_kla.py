@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxstack.core.errors import UserError
-from jaxstack.sequence import scan_pallas
+from jaxstack.sequence import kla_filter, scan_pallas
 from jaxstack.sequence.kla import (
     KalmanLinearAttention,
     KLALayerState,
@@ -118,6 +118,18 @@ def test_all_forms_have_the_same_gradients(form, read):
         state = KLAState(jnp.full((2, 3, 4), 1.7), jnp.full((2, 3, 4), 0.3))
         grad = lambda form: jax.jit(jax.grad(loss(form, mask, read=read), argnums=(0, 1)))(args, state)
         close(grad(form), grad("sequential"), rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("length", [32, 33, 75])
+def test_gradients_do_not_depend_on_which_states_are_kept(length, masked, monkeypatch):
+    args, state = inputs(6, length=length), KLAState(jnp.full((2, 3, 4), 1.7), jnp.full((2, 3, 4), 0.3))
+    mask = jnp.asarray(np.random.default_rng(1).random((2, length)) < 0.7) if masked else None
+    with jax.enable_x64():
+        grad = lambda: jax.jit(jax.value_and_grad(loss("sequential", mask), argnums=(0, 1)))(args, state)
+        some = grad()
+        monkeypatch.setattr(kla_filter, "SPAN", 1)
+        close(some, grad(), rtol=1e-9, atol=1e-10)
 
 
 def test_pallas_blocks_of_time_and_channels(monkeypatch):
