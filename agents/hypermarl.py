@@ -8,9 +8,7 @@ gradient, so agents interfere only through the hypernetwork, not through mixed i
 Feed-forward networks are generated whole; recurrent ones share encoder and GRU and generate the layers after it.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
@@ -24,7 +22,7 @@ from jaxstack.agents.team_ppo import PPOConfig
 from jaxstack.core.config import require, require_at_least
 from jaxstack.core.learner import Learner
 from jaxstack.nn.init import orthogonal
-from jaxstack.nn.networks import ACTIVATIONS, Activation, initial_carry, product
+from jaxstack.nn.networks import ACTIVATIONS, Activation, FewRows, initial_carry, product
 from jaxstack.nn.team import Arch, Modules, Shape, TeamNet, modules, states
 
 
@@ -80,29 +78,27 @@ class HyperLayer(nn.Module):
     def __call__(self, e: Array) -> tuple[Array, Array]:
         """e [..., d] -> kernel [..., rows, cols], bias [..., cols]."""
         rows, cols, _ = self.layer
-        # one embedding an agent: few rows
-        dense: Callable[..., nn.Dense] = partial(nn.Dense, dot_general=product if e.ndim == 2 else None)
         trunk = nn.initializers.lecun_normal() if self.trunk_gain is None else orthogonal(self.trunk_gain)
 
         def hidden(name: str) -> Array:
             h = e
             if self.kind == "mlp":
                 for i, width in enumerate(self.hidden):
-                    h = jax.nn.relu(dense(width, kernel_init=trunk, name=f"{name}_trunk_{i}")(h))
+                    h = jax.nn.relu(FewRows(width, kernel_init=trunk, name=f"{name}_trunk_{i}")(h))
             return h
 
         hw, hb = hidden("kernel"), hidden("bias")
         zeros = nn.initializers.zeros_init()
         if self.init_kind == "default":
-            kernel = dense(rows * cols, name="kernel_head")(hw)
-            bias = dense(cols, name="bias_head")(hb)
+            kernel = FewRows(rows * cols, name="kernel_head")(hw)
+            bias = FewRows(cols, name="bias_head")(hb)
         else:
             # parameters are initialised where the embeddings are known, so the scale can be set from them
             scale = 1.0
             if self.init_kind == "normalised":
                 scale = 1.0 / jnp.maximum(jnp.linalg.norm(hw, axis=-1).mean(), 1e-6)
-            kernel = dense(rows * cols, kernel_init=_row_orthogonal(self.layer, scale), name="kernel_head")(hw)
-            bias = dense(cols, kernel_init=zeros, name="bias_head")(hb)
+            kernel = FewRows(rows * cols, kernel_init=_row_orthogonal(self.layer, scale), name="kernel_head")(hw)
+            bias = FewRows(cols, kernel_init=zeros, name="bias_head")(hb)
         return kernel.reshape(*kernel.shape[:-1], rows, cols), bias
 
 

@@ -15,7 +15,8 @@ PACKAGES = ("jax", "jaxlib", "flax", "jaxmarl", "gymnax", "brax", "numpy")
 def write(path: Path, rows: list[dict[str, Any]], **facts: Any) -> None:
     """Write `rows` and `facts` to `path`, whose folder is made."""
     report = {
-        "command": sys.argv,
+        # where clones lie is nobody's business
+        "command": [Path(a).name if Path(a).is_absolute() else a for a in sys.argv],
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": {p: importlib.metadata.version(p) for p in PACKAGES},
         "machine": {"cores": os.cpu_count(), "platform": platform.platform()},

@@ -1,5 +1,6 @@
 """Networks of one agent: a torso (optional convolutions, optional GRU) and an MLP head."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, Literal
@@ -28,30 +29,71 @@ NARROW = 16
 def product(x: Array, kernel: Array, *_: Any, **__: Any) -> Array:
     """x [B, D] @ kernel [D, n]; serves as `dot_general=` of flax's Dense on inputs of rank 2.
 
-    A gradient with few columns is computed transposed: that of a narrow layer's weights as (g^T x)^T, that of a few
-    rows' input as (kernel g^T)^T. XLA would turn them back, into products that are several times slower on CPU.
+    For a few outputs the weight gradient is computed as (g^T x)^T. XLA would turn that back into x^T g, which is
+    several times slower on CPU: a product with few columns runs in one thread.
     """
-    return _turned(x, kernel) if kernel.shape[-1] <= NARROW or len(x) <= NARROW else x @ kernel
+    return _narrow(x, kernel) if kernel.shape[-1] <= NARROW else x @ kernel
 
 
 @jax.custom_vjp
-def _turned(x: Array, kernel: Array) -> Array:
+def _narrow(x: Array, kernel: Array) -> Array:
     return x @ kernel
 
 
-def _turned_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+def _narrow_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
     return x @ kernel, (x, kernel)
 
 
-def _turned_backward(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+def _narrow_backward(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
     x, kernel = saved
-    turn = lambda a, b, axis: jax.lax.optimization_barrier(jax.lax.dot_general(a, b, (((axis,), (axis,)), ((), ())))).T
-    to_x = turn(kernel, g, 1) if len(x) <= NARROW else g @ kernel.T
-    to_kernel = turn(g, x, 0) if kernel.shape[-1] <= NARROW else x.T @ g
-    return to_x, to_kernel
+    return g @ kernel.T, _turned(g, x, 0)
 
 
-_turned.defvjp(_turned_forward, _turned_backward)
+_narrow.defvjp(_narrow_forward, _narrow_backward)
+
+
+def _turned(a: Array, b: Array, axis: int) -> Array:
+    """The transpose of the product of a and b over `axis` of both, in this order."""
+    return jax.lax.optimization_barrier(jax.lax.dot_general(a, b, (((axis,), (axis,)), ((), ())))).T
+
+
+FEW = 32
+"""Rows up to which `FewRows` has its own gradient."""
+
+
+class FewRows(nn.Module):
+    """nn.Dense for inputs [R, D] with few rows and many outputs, such as a hypernetwork's: a row an agent.
+
+    On CPU the gradient to the input is faster as (kernel g^T)^T, and a sum over a few rows as additions, which join the
+    loops of what uses it; XLA's reduction is a kernel of its own with threads to wake.
+    """
+
+    features: int
+    kernel_init: Callable = nn.initializers.lecun_normal()
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """x [..., D] -> [..., features]."""
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
+        bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
+        return _few_rows(x, kernel, bias) if x.ndim == 2 and len(x) <= FEW else x @ kernel + bias
+
+
+@jax.custom_vjp
+def _few_rows(x: Array, kernel: Array, bias: Array) -> Array:
+    return x @ kernel + bias
+
+
+def _few_rows_forward(x: Array, kernel: Array, bias: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _few_rows(x, kernel, bias), (x, kernel)
+
+
+def _few_rows_backward(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array, Array]:
+    x, kernel = saved
+    return _turned(kernel, g, 1), x.T @ g, functools.reduce(jnp.add, g)
+
+
+_few_rows.defvjp(_few_rows_forward, _few_rows_backward)
 
 
 class MLP(nn.Module):
