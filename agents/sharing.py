@@ -24,11 +24,18 @@ class SharingConfig(PPOConfig):
     """Partial sharing: the group of each agent, 0 first, e.g. `0 0 1`; empty: SePS finds them by random play."""
     groups_seed: int = 0
     """Seed of that search."""
+    common_torso: bool = False
+    """One GRU and one set of convolutions for actor and critic, half the work; needs sharing full, full+id or id and
+    decentralised critics."""
 
     def validate(self) -> None:
         super().validate()
         require(self, "groups", not self.groups or self.sharing == "partial", "nothing unless sharing=partial")
         require_at_least(self, 0, "groups_seed")
+        one = self.sharing in ("full", "full+id", "id")
+        require(self, "common_torso", one or not self.common_torso, "off unless sharing is full, full+id or id")
+        torso = self.gru or self.cnn
+        require(self, "common_torso", torso or not self.common_torso, "off without gru or cnn, as there is no torso")
         used = sorted(set(self.groups))
         require(self, "groups", used == list(range(len(used))), "groups numbered 0, 1, ... without gaps")
         require(self, "cnn", not (self.cnn and self.sharing in ("full+id", "id")), "off with ids in the input")
@@ -36,6 +43,7 @@ class SharingConfig(PPOConfig):
 
 def team_network(config: SharingConfig, shape: Shape, env: Environment) -> TeamNet:
     """Raises `UserError` when `groups` does not name every agent."""
+    require(config, "common_torso", not (config.common_torso and shape.central), "off with a central critic")
     if config.sharing == "none":
         return team.separate(shape, config.arch)
     if config.sharing == "partial":
@@ -43,4 +51,5 @@ def team_network(config: SharingConfig, shape: Shape, env: Environment) -> TeamN
         require(config, "groups", len(config.groups) in (0, count), f"one entry for each of {count} agents")
         groups = config.groups or seps.find_groups(env, jax.random.key(config.groups_seed))
         return team.separate(shape, config.arch, groups)
-    return team.shared(shape, config.arch, with_id=config.sharing != "full", with_obs=config.sharing != "id")
+    with_id, with_obs = config.sharing != "full", config.sharing != "id"
+    return team.shared(shape, config.arch, with_id, with_obs, config.common_torso)

@@ -366,8 +366,12 @@ def loss(task: Task, params: Any, extra: Any, hypers: Hypers, mb: Batch) -> tupl
     """Clipped surrogate + value loss - entropy bonus, averaged over the samples of agents that could act."""
     cfg, team = task.cfg, task.team
     weights, extra = team.prepare(params, extra, mb.obs)
-    dist = distribution(task, weights, mb)
-    _, value = team.critic(weights, mb.start[1], mb.critic_x, mb.first)
+    if team.both is None:
+        dist = distribution(task, weights, mb)
+        _, value = team.critic(weights, mb.start[1], mb.critic_x, mb.first)
+    else:
+        raw, value = team.both(weights, mb.start[0], mb.obs, mb.first)
+        dist = task.actions.distribution(raw, team.log_std(weights), mb.action_mask)
     mean = lambda x: losses.masked_mean(x, mb.weight)
     advantage = losses.standardise(mb.advantage, mb.weight) if cfg.normalise_advantage else mb.advantage
     logp = dist.log_prob(mb.action)

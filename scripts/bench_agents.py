@@ -213,6 +213,7 @@ CASES: dict[str, Case] = {
             num_steps=128,
             gru=128,
             hidden=(128,),
+            common_torso=True,
             activation="relu",
             lr=4e-3,
             clip=0.05,

@@ -60,6 +60,8 @@ class TeamNet(NamedTuple):
     """(params, extra) -> scalar added to the loss."""
     groups: tuple[int, ...] = ()
     """Partial sharing: the parameter set of each agent."""
+    both: Callable[[Any, Any, Array, Array], tuple[Array, Array]] | None = None
+    """Where actor and critic have one torso: (weights, carry, obs, first) -> (raw, values), the torso run once."""
 
 
 class Modules(NamedTuple):
@@ -82,10 +84,11 @@ def modules(shape: Shape, arch: Arch) -> Modules:
     )
 
 
-def shared(shape: Shape, arch: Arch, with_id: bool, with_obs: bool = True) -> TeamNet:
+def shared(shape: Shape, arch: Arch, with_id: bool, with_obs: bool = True, common_torso: bool = False) -> TeamNet:
     """Full parameter sharing (FuPS); `with_id` appends a one-hot agent id to flat inputs (FuPS+ID).
 
-    `with_obs=False` feeds the id alone ("no state").
+    `with_obs=False` feeds the id alone ("no state"). `common_torso`: convolutions and GRU serve actor and critic, whose
+    inputs must then be the same.
     """
     m = modules(shape, arch)
     count = shape.num_agents
@@ -102,18 +105,25 @@ def shared(shape: Shape, arch: Arch, with_id: bool, with_obs: bool = True) -> Te
     if with_id:
         m = m._replace(actor_torso=m.actor_torso.clone(obs_ndim=1), critic_torso=m.critic_torso.clone(obs_ndim=1))
 
+    critic_torso = "actor_torso" if common_torso else "critic_torso"
+
     def actor(w: Any, carry: Any, obs: Array, first: Array) -> tuple[Any, Array]:
         carry, x = m.actor_torso.apply(w["actor_torso"], carry, ids(obs, len(shape.obs_shape)), first)  # pyright: ignore
         return carry, m.actor_head.apply(w["actor_head"], x)  # pyright: ignore[reportReturnType]
 
     def critic(w: Any, carry: Any, x: Array, first: Array, every: bool = False) -> tuple[Any, Array]:
         x = critic_input(shape, x, 1 if single else count)
-        carry, x = m.critic_torso.apply(w["critic_torso"], carry, ids(x, len(shape.critic_shape)), first)  # pyright: ignore
+        carry, x = m.critic_torso.apply(w[critic_torso], carry, ids(x, len(shape.critic_shape)), first)  # pyright: ignore
         v = m.critic_head.apply(w["critic_head"], x)[..., 0]  # pyright: ignore
         return states(arch, carry, x, every), jnp.broadcast_to(v, (*v.shape[:-1], count))
 
+    def both(w: Any, carry: Any, obs: Array, first: Array) -> tuple[Array, Array]:
+        _, x = m.actor_torso.apply(w["actor_torso"], carry, ids(obs, len(shape.obs_shape)), first)  # pyright: ignore
+        return m.actor_head.apply(w["actor_head"], x), m.critic_head.apply(w["critic_head"], x)[..., 0]  # pyright: ignore
+
     def init(key: Array) -> Any:
-        return init_modules(key, m, shape, count if with_id else 0, with_obs, 1 if single else count)
+        params = init_modules(key, m, shape, count if with_id else 0, with_obs, 1 if single else count)
+        return {k: v for k, v in params.items() if not (common_torso and k == "critic_torso")}
 
     return TeamNet(
         init=init,
@@ -124,6 +134,7 @@ def shared(shape: Shape, arch: Arch, with_id: bool, with_obs: bool = True) -> Te
         log_std=lambda w: w.get("log_std"),
         carry=lambda b: (initial_carry(arch.gru, b, count), initial_carry(arch.gru, b, 1 if single else count)),
         penalty=lambda params, extra: jnp.float32(0),
+        both=both if common_torso else None,
     )
 
 

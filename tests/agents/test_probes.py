@@ -92,6 +92,11 @@ def test_recurrent_teams_remember(sharing):
     assert run("mappo", "memory", 3, updates=80, sharing=sharing, gru=16).returns == pytest.approx(1.0)
 
 
+def test_a_common_torso_remembers():
+    trained = run("ippo", "memory", 3, updates=80, sharing="full", gru=16, common_torso=True)
+    assert trained.returns == pytest.approx(1.0)
+
+
 @pytest.mark.parametrize("algorithm", ["ippo", "mappo"])
 @pytest.mark.parametrize("kind", ["mlp", "linear"])
 @pytest.mark.parametrize("embedding", ["learned", "one_hot"])

@@ -4,10 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import training  # noqa: F401  (registers the probes)
 from sklearn.metrics import davies_bouldin_score
 
-from jaxstack import envs
+from jaxstack import agents, envs
 from jaxstack.agents import seps
 from jaxstack.agents.ippo import Config as IPPO
 from jaxstack.agents.mappo import Config as MAPPO
@@ -41,6 +40,38 @@ def test_parameter_counts(cls, critic, sharing, copies, ids, sees):
     params = jax.eval_shape(net.init, jax.random.key(0))
     actor, value = (mlp(sees * size + ids, out) for size, out in ((OBS, ACTIONS), (critic, 1)))
     assert sum(x.size for x in jax.tree.leaves(params)) == copies * (actor + value)
+
+
+@pytest.mark.parametrize("sharing", ["full", "full+id", "id"])
+def test_a_common_torso_gives_actor_and_critic_the_same_features(sharing):
+    config = IPPO(env="probe", env_args=("kind=memory", f"count={A}"), gru=HIDDEN, sharing=sharing, common_torso=True)
+    env = make_env(config)
+    net = team_network(config, team_shape(env, config, central=False), env)
+    params = net.init(jax.random.key(0))
+    assert sorted(params) == ["actor_head", "actor_torso", "critic_head"]
+    obs = jax.random.normal(jax.random.key(1), (5, 4, A, OBS))
+    first = jax.random.bernoulli(jax.random.key(2), 0.3, (5, 4))
+    start = jax.tree.map(lambda h: h + 0.5, net.carry(4))
+    assert net.both is not None
+    raw, value = net.both(params, start[0], obs, first)
+    carry, want = net.actor(params, start[0], obs, first)
+    np.testing.assert_allclose(raw, want, atol=1e-6)
+    after, want = net.critic(params, start[1], obs, first)
+    np.testing.assert_allclose(value, want, atol=1e-6)
+    np.testing.assert_allclose(after, carry, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("agent", "options", "message"),
+    [
+        ("ippo", {}, "off without gru or cnn"),
+        ("ippo", {"gru": 8, "sharing": "none"}, "off unless sharing is full"),
+        ("mappo", {"gru": 8}, "off with a central critic"),
+    ],
+)
+def test_a_common_torso_needs_a_torso_and_one_input(agent, options, message):
+    with pytest.raises(UserError, match=f"common_torso.*{message}"):
+        agents.make(agent, env="probe", env_args=("kind=memory",), common_torso=True, **options)
 
 
 def test_seps_finds_the_agents_with_equal_tasks():
