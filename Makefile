@@ -10,7 +10,7 @@ help:
 	@echo "make test    set up and run the tests"
 	@echo "make soak    kill runs at random moments 100 times, and twenty times as many random configs"
 	@echo "make lint    formatting, lint, types, import rules"
-	@echo "make bench   speed against the peers; ARGS='--jaxmarl PATH --purejaxrl PATH'"
+	@echo "make bench   speed against the peers; ARGS='--jaxmarl PATH --purejaxrl PATH --kla PATH --torch-python PYTHON'"
 	@echo "make bench-quick   today's ratios beside the recorded ones, in under three minutes"
 	@echo "make lock    resolve the versions in pyproject.toml anew"
 	@echo "make lowest  train one step with the lowest versions that pyproject.toml allows"

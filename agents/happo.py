@@ -84,8 +84,7 @@ def agent_epochs(
         updates, opt = tx.update(grads, opt, params)
         return (optax.apply_updates(params, updates), opt), metrics
 
-    index = team_ppo.minibatch_indices(task, key)
-    (params, opt), metrics = jax.lax.scan(sgd, (params, opt), index.reshape(-1, index.shape[-1]))
+    (params, opt), metrics = jax.lax.scan(sgd, (params, opt), team_ppo.minibatch_indices(task, key))
     return params, opt, jax.tree.map(jnp.mean, metrics)
 
 

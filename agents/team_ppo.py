@@ -16,7 +16,7 @@ import optax
 from jaxtyping import Array
 
 from jaxstack import envs
-from jaxstack.core import devices, losses, optim, returns, running, shuffle
+from jaxstack.core import devices, losses, returns, running, shuffle
 from jaxstack.core.config import Config, require, require_at_least, require_positive, require_unit
 from jaxstack.core.learner import Key, Learner, Metrics, Policy, as_hypers
 from jaxstack.envs import rollout, vector
@@ -229,7 +229,7 @@ def optimiser(cfg: PPOConfig, hypers: Hypers) -> optax.GradientTransformation:
         return hypers.lr * jnp.maximum(1.0 - count / steps, 0.0) if cfg.anneal_lr else jnp.asarray(hypers.lr)
 
     return optax.chain(
-        optim.clip_by_global_norm(hypers.max_grad_norm),
+        optax.clip_by_global_norm(hypers.max_grad_norm),
         optax.scale_by_adam(eps=1e-5),
         optax.scale_by_learning_rate(lr),
     )
@@ -336,8 +336,8 @@ def ppo_epochs(task: Task, s: State, batch: Batch, key: Key) -> tuple[State, Met
         metrics["train/grad_norm"] = optax.global_norm(grads)
         return (optax.apply_updates(params, updates), extra, opt), metrics
 
-    index = minibatch_indices(task, key).reshape(cfg.num_epochs * cfg.num_minibatches, -1)
-    (params, extra, opt), metrics = jax.lax.scan(sgd, (s.params, s.extra, s.opt), index)
+    start = (s.params, s.extra, s.opt)
+    (params, extra, opt), metrics = jax.lax.scan(sgd, start, minibatch_indices(task, key))
     metrics = jax.tree.map(jnp.mean, metrics)
     residual = batch.target - batch.value
     metrics["train/explained_variance"] = 1.0 - residual.var() / jnp.maximum(batch.target.var(), 1e-8)
@@ -345,11 +345,11 @@ def ppo_epochs(task: Task, s: State, batch: Batch, key: Key) -> tuple[State, Met
 
 
 def minibatch_indices(task: Task, key: Key) -> Array:
-    """[E, M, B/M] each epoch's random split of the samples: T*N transitions, or N environments of recurrent nets."""
+    """[E*M, B/M] each epoch's random split of the samples: T*N transitions, or N environments of recurrent nets."""
     cfg = task.cfg
     count = cfg.num_envs if cfg.gru else cfg.num_envs * cfg.num_steps
-    index = shuffle.orders(key, cfg.num_epochs, count).reshape(cfg.num_epochs, cfg.num_minibatches, -1)
-    return devices.split(index, 2, "the size of a minibatch")
+    index = shuffle.orders(key, cfg.num_epochs, count).reshape(cfg.num_epochs * cfg.num_minibatches, -1)
+    return devices.split(index, 1, "the size of a minibatch")
 
 
 def take(task: Task, batch: Batch, index: Array) -> Batch:
@@ -366,12 +366,7 @@ def loss(task: Task, params: Any, extra: Any, hypers: Hypers, mb: Batch) -> tupl
     """Clipped surrogate + value loss - entropy bonus, averaged over the samples of agents that could act."""
     cfg, team = task.cfg, task.team
     weights, extra = team.prepare(params, extra, mb.obs)
-    if team.both is None:
-        dist = distribution(task, weights, mb)
-        _, value = team.critic(weights, mb.start[1], mb.critic_x, mb.first)
-    else:
-        raw, value = team.both(weights, mb.start[0], mb.obs, mb.first)
-        dist = task.actions.distribution(raw, team.log_std(weights), mb.action_mask)
+    dist, value = distribution_and_value(task, weights, mb)
     mean = lambda x: losses.masked_mean(x, mb.weight)
     advantage = losses.standardise(mb.advantage, mb.weight) if cfg.normalise_advantage else mb.advantage
     logp = dist.log_prob(mb.action)
@@ -395,10 +390,19 @@ def loss(task: Task, params: Any, extra: Any, hypers: Hypers, mb: Batch) -> tupl
     return total, (extra, metrics)
 
 
-def distribution(task: Task, weights: Any, mb: Batch) -> TeamDistribution:
-    """The team's action distributions [T, B, A] on a batch."""
-    _, raw = task.team.actor(weights, mb.start[0], mb.obs, mb.first)
+def distribution(task: Task, weights: Any, mb: Batch, raw: Array | None = None) -> TeamDistribution:
+    """The team's action distributions [T, B, A] on a batch; `raw` where the actor's outputs are known already."""
+    if raw is None:
+        _, raw = task.team.actor(weights, mb.start[0], mb.obs, mb.first)
     return task.actions.distribution(raw, task.team.log_std(weights), mb.action_mask)
+
+
+def distribution_and_value(task: Task, weights: Any, mb: Batch) -> tuple[TeamDistribution, Array]:
+    """The same and the critic's values [T, B, A]; a common torso runs once for both."""
+    if task.team.both is not None:
+        raw, value = task.team.both(weights, mb.start[0], mb.obs, mb.first)
+        return distribution(task, weights, mb, raw), value
+    return distribution(task, weights, mb), task.team.critic(weights, mb.start[1], mb.critic_x, mb.first)[1]
 
 
 def evaluate(task: Task, s: State, key: Key) -> Metrics:

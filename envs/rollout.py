@@ -140,8 +140,8 @@ def episodes(
     draw: Draw = jax.random.split,
 ) -> Episodes:
     """An episode in each of the N environments, from fresh resets, at most `num_steps` long; `draw` as in `collect`."""
-    k_act, starts, k_env = vector.rollout_keys(vec._replace(auto_reset="pool", pool_size=vec.num_envs), key, num_steps)
-    vs = vector.start(vec, starts)
+    k_act, k_start, k_env = vector.rollout_keys(vec, key, num_steps, starts=vec.num_envs)
+    vs = vector.start(vec, k_start)
 
     def body(c: tuple, random: tuple[Any, Array]) -> tuple[tuple, None]:
         vs, carry, alive, total, length, info = c

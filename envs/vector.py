@@ -85,12 +85,16 @@ def start(vec: VecEnv, keys: jax.Array) -> VecState:
     return VecState(env, ts, jnp.ones(n, bool), jnp.zeros((n, a)), jnp.zeros(n, jnp.int32))
 
 
-def rollout_keys(vec: VecEnv, key: jax.Array, num_steps: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Keys of a rollout: one for the actions, [P] for `make_pool` (P = 0 in exact mode), [num_steps, N] for `step`.
+def rollout_keys(
+    vec: VecEnv, key: jax.Array, num_steps: int, starts: int | None = None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Keys of a rollout: one for the actions, [P] for start states, [num_steps, N] for `step`. P is what `make_pool`
+    takes (0 in exact mode) unless `starts` says otherwise. The first P + 1 keys do not depend on num_steps.
 
     All from one call: another costs as much as thousands of keys more.
     """
-    starts = 0 if vec.auto_reset == "exact" else vec.rollout_pool_size(num_steps)
+    if starts is None:
+        starts = 0 if vec.auto_reset == "exact" else vec.rollout_pool_size(num_steps)
     keys = jax.random.split(key, 1 + starts + num_steps * vec.num_envs)
     return keys[0], keys[1 : 1 + starts], keys[1 + starts :].reshape(num_steps, vec.num_envs)
 

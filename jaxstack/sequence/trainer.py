@@ -17,7 +17,6 @@ import yaml
 from jaxtyping import Array
 
 from jaxstack.core import config as configs
-from jaxstack.core import optim
 from jaxstack.core.config import require, require_at_least, require_positive, require_unit
 from jaxstack.core.errors import UserError, unknown
 from jaxstack.core.learner import Key, Learner, Metrics, as_hypers
@@ -192,7 +191,7 @@ def learning_rate(config: Config, hypers: Hypers, step: Any) -> Array:
 def optimiser(config: Config, hypers: Hypers) -> optax.GradientTransformation:
     """AdamW on clipped gradients, built anew inside each step from traced hyperparameters."""
     return optax.chain(
-        optim.clip_by_global_norm(hypers.max_grad_norm),
+        optax.clip_by_global_norm(hypers.max_grad_norm),
         optax.scale_by_adam(hypers.b1, hypers.b2),
         optax.add_decayed_weights(hypers.weight_decay, mask=decay_mask),
         optax.scale_by_learning_rate(lambda step: learning_rate(config, hypers, step)),

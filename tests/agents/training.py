@@ -28,18 +28,18 @@ def make(agent: str, kind: str, count: int = 1, /, **options: Any) -> Any:
     return agents.make(agent, **(SMALL | dict(env_args=(f"kind={kind}", f"count={count}")) | options))
 
 
+def train(learner: Any, updates: int, key: jax.Array) -> tuple[Any, Any, jax.Array]:
+    """(state, metrics of all updates, mean return of greedy episodes after them)."""
+    k_init, k_eval = jax.random.split(key)
+    state, metrics = jax.lax.scan(lambda s, _: learner.step(s), learner.init(k_init), None, length=updates)
+    return state, metrics, learner.evaluate(state, k_eval)["eval/return"]
+
+
 @functools.cache
 def run(agent: str, kind: str, count: int = 1, /, updates: int = 50, **options: Any) -> Trained:
     """Train for `updates` updates and evaluate, in one program."""
     learner = make(agent, kind, count, total_steps=256 * updates, **options)
-
-    @jax.jit
-    def train(key):
-        k_init, k_eval = jax.random.split(key)
-        state, metrics = jax.lax.scan(lambda s, _: learner.step(s), learner.init(k_init), None, length=updates)
-        return state, metrics, learner.evaluate(state, k_eval)["eval/return"]
-
-    state, metrics, returns = train(jax.random.key(0))
+    state, metrics, returns = jax.jit(lambda key: train(learner, updates, key))(jax.random.key(0))
     return Trained(learner, state, metrics, float(returns))
 
 
@@ -48,15 +48,8 @@ def seeds_with_return(
 ) -> int:
     """How many of `seeds` vmapped seeds reach the mean return `target` in greedy episodes after training."""
     learner = make(agent, kind, count, total_steps=256 * updates, **options)
-
-    @jax.jit
-    @jax.vmap
-    def train(key):
-        k_init, k_eval = jax.random.split(key)
-        state, _ = jax.lax.scan(lambda s, _: learner.step(s), learner.init(k_init), None, length=updates)
-        return learner.evaluate(state, k_eval)["eval/return"]
-
-    return int(jnp.sum(jnp.abs(train(jax.random.split(jax.random.key(0), seeds)) - target) < 1e-6))
+    returns = jax.jit(jax.vmap(lambda key: train(learner, updates, key)[2]))(jax.random.split(jax.random.key(0), seeds))
+    return int(jnp.sum(jnp.abs(returns - target) < 1e-6))
 
 
 def network(agent: str, config: Any) -> team_ppo.Task:

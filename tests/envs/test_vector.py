@@ -217,7 +217,7 @@ def test_evaluation_counts_the_first_episode_only():
     idle = lambda key, carry, vs: (carry, jnp.zeros((32, 2), jnp.int32), ())
     run = jax.jit(lambda key, steps: rollout.evaluate(vec, idle, key, (), steps), static_argnums=1)
     key = jax.random.key(2)
-    starts = vector.rollout_keys(vec._replace(pool_size=32), key, 1)[1]  # the same however many steps follow
+    starts = vector.rollout_keys(vec, key, 1, starts=32)[1]  # the same however many steps follow
     lengths = np.asarray(vector.start(vec, starts).env.length)
     out = jax.tree.map(float, run(key, 3 * LONGEST))
     np.testing.assert_allclose(out["eval/length"], lengths.mean(), rtol=1e-5)
