@@ -7,7 +7,7 @@ alone. `run_claim` prints the verdicts and stores everything as JSON and a figur
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -19,8 +19,8 @@ from jaxstack.core.errors import UserError
 Row = dict[str, Any]
 """`experiment`, `arm`, `seed` and metrics."""
 
-Experiment = Callable[[int], list[Row]]
-"""seeds -> rows."""
+Experiment = Callable[[int], Iterable[Row]]
+"""seeds -> rows; a generator's arms are reported as they finish."""
 
 
 class Check(NamedTuple):
@@ -106,10 +106,17 @@ def run_claim(
     seeds = claim.seeds if seeds is None else seeds
     if seeds < 2:
         raise UserError(f"seeds={seeds}: expected at least 2, a claim is a statement over seeds")
+    from rich.console import Console
+
+    console = Console(quiet=quiet)
     rows: list[Row] = []
     start = time.perf_counter()
     for experiment in claim.small if scale == "small" else claim.full:
-        rows += experiment(seeds)
+        for row in experiment(seeds):
+            rows.append(row)
+            if row["seed"] == seeds - 1:
+                done = f"{time.perf_counter() - start:6.0f} s  {row['experiment']}: {row['arm']}"
+                console.print(done, highlight=False, soft_wrap=True)
     seconds = time.perf_counter() - start
     have = {r["experiment"] for r in rows}
     verdicts = [judge(c, rows) for c in claim.checks if c.experiment in have]
@@ -137,8 +144,7 @@ def run_claim(
     figure(claim, rows, path.with_suffix(".png"))
     if claim.curves:
         curves(claim, rows, path.with_name(f"{path.name}-curves.png"))
-    if not quiet:
-        _print(claim, verdicts, holds, seconds, path)
+    _print(console, claim, verdicts, holds, seconds, path)
     return holds
 
 
@@ -219,11 +225,9 @@ def _plain(value: Any) -> Any:
     return round(float(value), 6) if isinstance(value, (float, np.floating)) else value
 
 
-def _print(claim: Claim, verdicts: list[Verdict], holds: bool, seconds: float, path: Path) -> None:
-    from rich.console import Console
+def _print(console: Any, claim: Claim, verdicts: list[Verdict], holds: bool, seconds: float, path: Path) -> None:
     from rich.table import Table
 
-    console = Console()
     table = Table(title=f"{claim.method}: {claim.statement}", title_justify="left")
     for column in ("check", "estimate [95% interval]", "verdict"):
         table.add_column(column)

@@ -3,6 +3,7 @@
 Small scale: temporal matrix games with 4 and 8 agents, and Dispersion with 4 agents.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -34,8 +35,7 @@ def matrix_game(kind: str, num_agents: int, updates: int, arms: tuple[str, ...])
     """
     name = f"{kind}, {num_agents} agents"
 
-    def run(seeds: int) -> list[Row]:
-        rows = []
+    def run(seeds: int) -> Iterator[Row]:
         for arm in arms:
             agent, options = ARMS[arm]
             if agent == "hypermarl":
@@ -65,8 +65,7 @@ def matrix_game(kind: str, num_agents: int, updates: int, arms: tuple[str, ...])
             for seed in range(seeds):
                 own = result.metrics.seed == seed
                 row = {"reward": payoff[own & late].mean(), "mean_reward": payoff[own].mean()}
-                rows.append({"experiment": name, "arm": arm, "seed": seed} | row)
-        return rows
+                yield {"experiment": name, "arm": arm, "seed": seed} | row
 
     return run
 
@@ -77,8 +76,7 @@ def dispersion(total_steps: int, lr: float = 5e-4) -> Any:
     `return` is the mean of 256 evaluation episodes with sampled actions after training.
     """
 
-    def run(seeds: int) -> list[Row]:
-        rows = []
+    def run(seeds: int) -> Iterator[Row]:
         for arm in ("NoPS", "FuPS", "FuPS+ID", "HyperMARL"):
             agent, options = ARMS[arm]
             options = {"algorithm": "mappo"} | options if agent == "hypermarl" else options
@@ -101,8 +99,7 @@ def dispersion(total_steps: int, lr: float = 5e-4) -> Any:
             last = result.metrics[result.metrics.step == result.metrics.step.max()]
             for _, r in last.iterrows():
                 row = {"return": r["eval/return"], "eaten": r["eval/eaten"], "length": r["eval/length"]}
-                rows.append({"experiment": "dispersion", "arm": arm, "seed": int(r["seed"])} | row)
-        return rows
+                yield {"experiment": "dispersion", "arm": arm, "seed": int(r["seed"])} | row
 
     return run
 
@@ -115,8 +112,7 @@ def gradient_cosine(num_agents: int = 4, batches: int = 20) -> Any:
     """
     from jaxstack.agents import gradients
 
-    def run(seeds: int) -> list[Row]:
-        rows = []
+    def run(seeds: int) -> Iterator[Row]:
         for arm in ("FuPS+ID", "HyperMARL"):
             agent, options = ARMS[arm]
             if agent == "hypermarl":
@@ -142,8 +138,7 @@ def gradient_cosine(num_agents: int = 4, batches: int = 20) -> Any:
             values = jax.tree.map(np.asarray, jax.lax.map(measure, jax.vmap(jax.random.key)(jnp.arange(seeds))))
             for seed in range(seeds):
                 row = {k: float(v[seed]) for k, v in values.items()}
-                rows.append({"experiment": "gradients", "arm": arm, "seed": seed} | row)
-        return rows
+                yield {"experiment": "gradients", "arm": arm, "seed": seed} | row
 
     return run
 

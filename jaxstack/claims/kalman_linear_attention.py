@@ -5,6 +5,7 @@ recall with and without noise, and two state-tracking problems, parity and words
 have one block of width 32, a causal convolution over 4 tokens where their layer has one, and 256 state numbers.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -58,13 +59,12 @@ def tracking(
     """One block on the noisy walk. `mse / optimum` is the test error over that of the Kalman filter which knows the
     walk's parameters, at the trained length and, `at 4x length`, on sequences never seen so long."""
 
-    def run(seeds: int) -> list[Row]:
+    def run(seeds: int) -> Iterator[Row]:
         optimum = {}
         for n in (length, longer):
             task = state_tasks.Tracking(length=n)
             batch = jax.jit(lambda task=task: task.sample(jax.random.key(1), 4 * examples))()
             optimum[n] = float(jnp.square(task.optimal(batch.tokens)[0] - batch.targets).mean())
-        rows = []
         for arm in arms:
             mixer, options = ARMS[arm]
             learner = trainer.sequence(
@@ -87,8 +87,7 @@ def tracking(
                     "mse / optimum": scores["eval/loss"] / optimum[length],
                     "mse / optimum at 4x length": scores[f"eval/loss@{longer}"] / optimum[longer],
                 }
-                rows.append({"experiment": "tracking", "arm": arm, "seed": seed} | row)
-        return rows
+                yield {"experiment": "tracking", "arm": arm, "seed": seed} | row
 
     return run
 
@@ -104,8 +103,7 @@ def classified(
     """`accuracy` on scored positions of test sequences at the trained length, and `accuracy@T` there and at lengths
     never trained on."""
 
-    def run(seeds: int) -> list[Row]:
-        rows = []
+    def run(seeds: int) -> Iterator[Row]:
         for arm in arms:
             mixer, mixer_args = ARMS[arm]
             learner = trainer.sequence(
@@ -120,8 +118,7 @@ def classified(
             for seed, scores in enumerate(last_scores(learner, seeds)):
                 row = {"accuracy": scores["eval/accuracy"], f"accuracy@{trained}": scores["eval/accuracy"]}
                 row |= {f"accuracy@{n}": scores[f"eval/accuracy@{n}"] for n in longer}
-                rows.append({"experiment": name, "arm": arm, "seed": seed} | row)
-        return rows
+                yield {"experiment": name, "arm": arm, "seed": seed} | row
 
     return run
 

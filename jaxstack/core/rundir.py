@@ -6,6 +6,9 @@ metrics.jsonl   one line a step and seed; pandas.read_json(path, lines=True, pre
 ledger.json     compiles of the last process
 checkpoints/    orbax, with checksums/ beside it
 damaged/        whatever was found damaged, or newer than the checkpoint that a resume went on from
+
+A run in groups of seeds (`split_seeds`) has a directory like this for each group, which its run.yaml names, and no
+metrics or checkpoints beside them.
 """
 
 import fcntl
@@ -18,6 +21,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -180,14 +184,24 @@ def read_plan(path: str | Path) -> dict[str, Any]:
 
 
 def read_metrics(path: str | Path) -> Any:
-    """metrics.jsonl as a pandas frame; raises `UserError` when there is none."""
+    """metrics.jsonl as a pandas frame, that of all groups of a run in groups; raises `UserError` when there is none."""
     import pandas as pd
 
+    if (Path(path) / "run.yaml").exists() and (groups := read_plan(path).get("groups")):
+        begun = [Path(path) / name for name in groups if (Path(path) / name).exists()]
+        return by_step([read_metrics(group) for group in begun or [Path(path) / groups[0]]])
     file = Path(path) / "metrics.jsonl"
     if not file.exists() or not file.stat().st_size:
         raise UserError(f"run directory {path}: no metrics found (metrics.jsonl is missing or empty)")
     # pandas' default parser is off by an ulp now and then
     return pd.read_json(file, lines=True, precise_float=True)
+
+
+def by_step(frames: Sequence[Any]) -> Any:
+    """Metrics of several groups of seeds as those of one run, ordered by step."""
+    import pandas as pd
+
+    return pd.concat(frames).sort_values("step", kind="stable", ignore_index=True)
 
 
 def environment() -> dict[str, Any]:

@@ -24,7 +24,7 @@ from jaxstack.core.data import Source
 from jaxstack.core.errors import UserError
 from jaxstack.core.learner import Learner
 from jaxstack.core.progress import Progress
-from jaxstack.core.rundir import RunDir, read_plan
+from jaxstack.core.rundir import RunDir, by_step, read_plan
 from jaxstack.core.sinks import Row, Sink
 
 
@@ -53,7 +53,8 @@ class RunOptions(config.Config):
     """Devices that share the environments of one seed, see devices.py."""
     split_seeds: int | Literal["auto"] | None = None
     """At most so many seeds at once, in groups one after another; auto: as many as fit; default: refuse a run that
-    does not fit. In a run directory each group is a run of its own, in a folder named after its seeds."""
+    does not fit. In a run directory each group is a run of its own, in a folder named after its seeds; what reads or
+    resumes the run reads and resumes them all."""
     progress: bool = True
     memory_limit_mb: int | None = None
     """Refuse a run that needs more; default: what is free."""
@@ -151,7 +152,8 @@ def train(
             stack.callback(sink.close)
         while True:
             try:
-                return _some_alive(_split(job, at_once) if at_once < len(seeds) else _fresh(job), job)
+                groups = -(-len(seeds) // at_once)
+                return _some_alive(_split(job, groups) if groups > 1 else _fresh(job), job)
             except ledger.DoesNotFit as e:  # measured by compiling, before anything runs
                 if options.split_seeds != "auto" or e.fit < 1:
                     raise
@@ -187,23 +189,17 @@ def resume(
     num_steps = int(old["num_steps"] if num_steps is None else num_steps)
     _check_data(learner, data)
     cache.enable()
-    run = distributed.on_first(lambda: RunDir.open(run_dir))
     book = ledger.Ledger(options.max_compiles)
     hypers = _stored_hypers(learner, old) if hypers is None else hypers
     job = Job(
         learner, num_steps, seeds, hypers, data, Path(run_dir), old, options, sinks, book, [], old.get("settings")
     )
-    with _signals(job.stop), _closing(run, sinks):
-        step, restored, meta, table = _restore(job, run)
-        try:
-            programs = _programs(job)
-        except Interrupted:
-            _interrupt(job, run, step)
-        if data is not None and restored is not None:
-            data.restore(meta["data"])
-        state, alive = programs.init() if restored is None else programs.place(restored)
-        result = _loop(job, programs, run, state, alive, step, table)
-    return _some_alive(result, job)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_signals(job.stop))
+        for sink in sinks:
+            stack.callback(sink.close)
+        groups = old.get("groups", ())
+        return _some_alive(_split(job, len(groups), resumed=True) if groups else _continued(job), job)
 
 
 def _restore(job: Job, run: RunDir | None) -> tuple[int, Any, dict[str, Any], list[Row]]:
@@ -244,58 +240,106 @@ def _stored_hypers(learner: Learner, plan: dict[str, Any]) -> Any:
 
 def load_state(learner: Learner, run_dir: str | Path, seeds: Sequence[int] | None = None) -> Any:
     """The newest stored state [S, ...] of a run, for evaluation. Raises `UserError` when there is none."""
-    chosen: Sequence[int] = read_plan(run_dir)["seeds"] if seeds is None else seeds
+    plan = read_plan(run_dir)
+    if "groups" in plan:
+        return _side_by_side([load_state(learner, Path(run_dir) / name) for name in plan["groups"]])
+    chosen: Sequence[int] = plan["seeds"] if seeds is None else seeds
     template = jax.eval_shape(lambda: program.initial(learner, chosen, None))
     with contextlib.closing(Checkpoints(Path(run_dir) / "checkpoints", read_only=True)) as store:
         _, (state, _), _, _ = store.restore(template)
     return state
 
 
-def _fresh(job: Job, programs: program.Programs | None = None) -> Result:
-    """All seeds of the job from their first step."""
+def _create(job: Job) -> RunDir | None:
+    """The directory of a job that begins."""
     plan = job.plan
     if job.hypers is not None:
         values = jax.tree_util.tree_leaves_with_path(job.hypers)
         plan = plan | {"hypers": {jax.tree_util.keystr(k): np.asarray(v, np.float32).tolist() for k, v in values}}
-    create = lambda: None if job.run_dir is None else RunDir.create(job.run_dir, plan)
+    return distributed.on_first(lambda: None if job.run_dir is None else RunDir.create(job.run_dir, plan))
+
+
+def _fresh(job: Job, programs: program.Programs | None = None) -> Result:
+    """All seeds of the job from their first step."""
     # compiled before the directory is made: a run that does not fit leaves none behind
     try:
         programs = _programs(job) if programs is None else programs
     except Interrupted:
-        run = create()
+        run = _create(job)
         with _closing(run):
-            _interrupt(job, run, 0)
-    run = distributed.on_first(create)
+            _interrupt_after(job, run, 0)
+    run = _create(job)
     with _closing(run):
         return _loop(job, programs, run, *programs.init(), 0)
 
 
-def _split(job: Job, at_once: int) -> Result:
-    """Groups of at most `at_once` seeds, of one size or two, one after another; their results side by side."""
-    import pandas as pd
+def _continued(job: Job, programs: program.Programs | None = None) -> Result:
+    """The stored run of the job from its newest checkpoint on."""
+    run = distributed.on_first(lambda: RunDir.open(job.run_dir or ""))
+    with _closing(run):
+        step, restored, meta, table = _restore(job, run)
+        try:
+            programs = _programs(job) if programs is None else programs
+        except Interrupted:
+            _interrupt_after(job, run, step)
+        if job.data is not None and restored is not None:
+            job.data.restore(meta["data"])
+        state, alive = programs.init() if restored is None else programs.place(restored)
+        return _loop(job, programs, run, state, alive, step, table)
 
+
+def _split(job: Job, count: int, resumed: bool = False) -> Result:
+    """`count` groups of seeds, of one size or two, one after another; their results side by side. The run's directory
+    names the groups and holds a run for each."""
+    groups = _groups(job, count)
+    job = job._replace(plan=job.plan | {"groups": [name for name, _ in groups]})
+    programs, results = {}, []
+    with contextlib.suppress(Interrupted):  # told below, when the directory is there
+        programs = {size: _programs(group) for size, group in {len(g.seeds): g for _, g in groups}.items()}
+    run = distributed.on_first(lambda: RunDir.open(job.run_dir or "")) if resumed else _create(job)
+    with _closing(run):
+        try:
+            if not programs:
+                raise Interrupted(job.stop[0], COMPILING)
+            data = None if job.data is None else job.data.state()
+            for _, group in groups:
+                if job.data is not None:
+                    job.data.restore(data)  # every group sees the same batches
+                begun = resumed and group.run_dir is not None and (group.run_dir / "run.yaml").exists()
+                begun = distributed.share(begun)
+                one = programs[len(group.seeds)].bind(group.seeds, group.hypers)
+                results.append(_continued(group, one) if begun else _fresh(group, one))
+        except Interrupted:
+            _interrupt(job, run, f"with {len(results)} of {count} groups of seeds done", groups_done=len(results))
+        alive = np.concatenate([r.alive for r in results])
+        if run is not None:
+            run.write_json("ledger.json", job.book.rows())
+            run.status("finished" if alive.any() else "failed", step=job.num_steps)
+    metrics = by_step([r.metrics for r in results])
+    return Result(_side_by_side([r.state for r in results]), metrics, alive, job.book, job.run_dir)
+
+
+def _groups(job: Job, count: int) -> list[tuple[str, Job]]:
+    """(name, job) of each group."""
     groups = []
-    for index in np.array_split(np.arange(len(job.seeds)), -(-len(job.seeds) // at_once)):
+    for index in np.array_split(np.arange(len(job.seeds)), count):
         part = slice(index[0], index[-1] + 1)
         take = lambda x, part=part: jnp.asarray(x)[part] if np.ndim(x) else x
         hypers = None if job.hypers is None else jax.tree.map(take, job.hypers)
-        seeds, settings, plan = job.seeds[part], job.settings, job.plan | {"seeds": job.seeds[part]}
+        seeds, settings = job.seeds[part], job.settings
+        plan = {k: v for k, v in job.plan.items() if k != "groups"} | {"seeds": seeds}
         name = f"seeds_{'_'.join(map(str, seeds))}"
         if settings is not None:
             settings, name = settings[part], f"rows_{index[0]}_{index[-1]}"
             plan |= {"settings": settings}
         folder = None if job.run_dir is None else job.run_dir / name
-        groups.append(job._replace(seeds=seeds, hypers=hypers, run_dir=folder, plan=plan, settings=settings))
-    programs = {len(g.seeds): _programs(g) for g in {len(g.seeds): g for g in groups}.values()}
-    data = None if job.data is None else job.data.state()
-    results = []
-    for group in groups:
-        if job.data is not None:
-            job.data.restore(data)  # every group sees the same batches
-        results.append(_fresh(group, programs[len(group.seeds)].bind(group.seeds, group.hypers)))
-    state = jax.tree.map(lambda *xs: jnp.concatenate(xs), *(r.state for r in results))
-    metrics = pd.concat([r.metrics for r in results]).sort_values("step", kind="stable", ignore_index=True)
-    return Result(state, metrics, np.concatenate([r.alive for r in results]), job.book, job.run_dir)
+        group = job._replace(seeds=seeds, hypers=hypers, run_dir=folder, plan=plan, settings=settings)
+        groups.append((name, group))
+    return groups
+
+
+def _side_by_side(states: Sequence[Any]) -> Any:
+    return jax.tree.map(lambda *xs: jnp.concatenate(xs), *states)
 
 
 def _programs(job: Job) -> program.Programs:
@@ -415,19 +459,23 @@ def _save(
 def _settle(job: Job, run: RunDir | None, step: int, failed: np.ndarray) -> None:
     """Record how the loop ended; raises `Interrupted` when a signal ended it early."""
     if step < job.num_steps and job.stop and not failed.all():
-        _interrupt(job, run, step)
+        _interrupt_after(job, run, step)
     if run is not None:
         run.status("failed" if failed.all() else "finished", step=step)
 
 
-def _interrupt(job: Job, run: RunDir | None, step: int) -> NoReturn:
+def _interrupt(job: Job, run: RunDir | None, where: str, **facts: int) -> NoReturn:
     """Record that a signal ended the run, and say how to go on."""
     how = "nothing was saved: the run has no directory"
     if run is not None:
-        run.status("interrupted", step=step)
+        run.status("interrupted", **facts)
     if job.run_dir is not None:
         how = f"`jaxstack resume {job.run_dir}` goes on"
-    raise Interrupted(job.stop[0], f"stopped after step {step} of {job.num_steps}; {how}")
+    raise Interrupted(job.stop[0], f"stopped {where}; {how}")
+
+
+def _interrupt_after(job: Job, run: RunDir | None, step: int) -> NoReturn:
+    _interrupt(job, run, f"after step {step} of {job.num_steps}", step=step)
 
 
 def _some_alive(result: Result, job: Job) -> Result:
@@ -516,7 +564,7 @@ def _check_data(learner: Learner, data: Source | None) -> None:
 
 
 @contextlib.contextmanager
-def _closing(run: RunDir | None, sinks: Sequence[Sink] = ()) -> Iterator[None]:
+def _closing(run: RunDir | None) -> Iterator[None]:
     """Release the directory; a run that ends with an error is marked so."""
     try:
         yield
@@ -528,8 +576,6 @@ def _closing(run: RunDir | None, sinks: Sequence[Sink] = ()) -> Iterator[None]:
                 run.status("failed", error=f"{type(e).__name__}: {e}"[:500])
         raise
     finally:
-        for sink in sinks:
-            sink.close()
         if run is not None:
             run.close()
 

@@ -14,14 +14,14 @@ def test_the_filter_knows_its_error_with_process_noise_and_not_without():
 
 
 def test_tracking_is_measured_against_the_optimal_filter():
-    rows = kla.tracking(2, (kla.KLA,), length=8, longer=16, examples=32)(2)
+    rows = list(kla.tracking(2, (kla.KLA,), length=8, longer=16, examples=32)(2))
     assert [(r["arm"], r["seed"]) for r in rows] == [(kla.KLA, 0), (kla.KLA, 1)]
     assert all(r["mse / optimum"] > 1 and r["mse / optimum at 4x length"] > 1 for r in rows)
 
 
 def test_classification_gives_accuracies_at_both_lengths():
     options = dict(features=8, depth=1, batch_size=4, num_updates=2, eval_examples=32)
-    rows = kla.classified("parity", "parity", ("length=4",), (kla.NO_NOISE,), longer=(8,), **options)(2)
+    rows = list(kla.classified("parity", "parity", ("length=4",), (kla.NO_NOISE,), longer=(8,), **options)(2))
     assert all(0 < r["accuracy@8"] < 1 and r["accuracy"] == r["accuracy@4"] for r in rows)
 
 

@@ -15,7 +15,8 @@ from toy_learners import Hypers, ToyConfig, assert_same, numbers, regression
 from jaxstack.core import guard, program
 from jaxstack.core.errors import UserError
 from jaxstack.core.ledger import Ledger
-from jaxstack.core.runner import Interrupted, RunOptions, _signals, train
+from jaxstack.core.rundir import read_metrics, read_plan
+from jaxstack.core.runner import Interrupted, RunOptions, _signals, load_state, resume, train
 
 LEARNER = regression()
 
@@ -188,8 +189,11 @@ def test_split_seeds_gives_the_same_runs(whole):
 
 def test_split_seeds_keeps_one_run_a_group(tmp_path):
     got = train(LEARNER, 2, 3, split_seeds=2, progress=False, run_dir=tmp_path / "r")
-    assert sorted(p.name for p in (tmp_path / "r").iterdir()) == ["seeds_0_1", "seeds_2"]
+    folders = [p.name for p in (tmp_path / "r").iterdir() if (p / "metrics.jsonl").exists()]
+    assert sorted(folders) == read_plan(tmp_path / "r")["groups"] == ["seeds_0_1", "seeds_2"]
     assert got.run_dir == tmp_path / "r"
+    assert_same(load_state(LEARNER, tmp_path / "r"), got.state)
+    assert read_metrics(tmp_path / "r").equals(got.metrics)
 
 
 def test_a_run_that_does_not_fit_is_refused_before_it_starts_or_split(tmp_path, monkeypatch):
@@ -260,6 +264,40 @@ def test_a_signal_finishes_the_chunk_saves_and_tells_how_to_go_on(tmp_path, sign
     assert json.loads((tmp_path / "r" / "run.json").read_text())["status"] == "interrupted"
     assert sink.closed == 1
     assert (tmp_path / "r" / "checkpoints" / "4").is_dir()
+
+
+@pytest.mark.parametrize(("seed", "done"), [(0, 0), (2, 1)])
+def test_a_stopped_run_in_groups_resumes_as_one(tmp_path, seed, done):
+    path, options = tmp_path / "r", dict(seeds=[0, 1, 2], split_seeds=2, chunk=2)
+
+    class Stopping(Recorder):
+        def write(self, rows):
+            if rows[0]["seed"] == seed:
+                super().write(rows)
+
+    sink = Stopping(at=4, signum=signal.SIGTERM)
+    with pytest.raises(Interrupted, match=f"stopped with {done} of 2 groups of seeds done; `jaxstack resume {path}` g"):
+        run(**options, run_dir=path, sinks=[sink])
+    assert sink.closed == 1
+    assert json.loads((path / "run.json").read_text())["status"] == "interrupted"
+    with pytest.raises(UserError, match=f"`jaxstack resume {path}` continues it"):
+        run(**options, run_dir=path)
+    whole = run(**options)
+    for _ in range(2):  # the second time nothing is left to do
+        got = resume(LEARNER, path, progress=False)
+        assert_same(got.state, whole.state)
+        assert got.metrics.equals(whole.metrics)
+        assert json.loads((path / "run.json").read_text())["status"] == "finished"
+    assert read_metrics(path).equals(whole.metrics)
+
+
+def test_a_run_in_groups_that_is_stopped_while_compiling_can_be_resumed(tmp_path, monkeypatch):
+    build, path = program.build, tmp_path / "r"
+    monkeypatch.setattr(program, "build", lambda *a, **o: (signal.raise_signal(signal.SIGTERM), build(*a, **o))[1])
+    with pytest.raises(Interrupted, match="stopped with 0 of 3 groups"):
+        run(2, seeds=3, split_seeds=1, run_dir=path)
+    monkeypatch.undo()
+    assert resume(LEARNER, path, progress=False).metrics.equals(run(2, seeds=3, split_seeds=1).metrics)
 
 
 def test_signals_are_left_alone_outside_the_main_thread():
