@@ -1,6 +1,7 @@
 """Speed of the environments under random play: ours against the wrapped library, used as its own scripts use it.
 
     python scripts/bench_envs.py                                      # native and cheap wrapped ids; minutes on 2 cores
+    python scripts/bench_envs.py --families                           # one id of every family; half an hour
     python scripts/bench_envs.py --env jaxmarl/MPE_simple_spread_v3 --widths 16 1024
     python scripts/bench_envs.py --env dispersion --widths 16 --steps 2000 --repeats 5          # seconds
 
@@ -39,6 +40,21 @@ DEFAULT_ENVS = (
     "jaxmarl/MPE_simple_spread_v3",
     "jaxmarl/overcooked/cramped_room",
     "gymnax/CartPole-v1",
+)
+FAMILIES = (
+    "jaxmarl/MPE_simple_spread_v3",
+    "jaxmarl/smax/2s3z",
+    "jaxmarl/overcooked/cramped_room",
+    "jaxmarl/overcooked_v2/cramped_room",
+    "jaxmarl/hanabi",
+    "jaxmarl/hopper_3x1",
+    "jaxmarl/switch_riddle",
+    "jaxmarl/coin_game",
+    "jaxmarl/jaxnav",
+    "jaxmarl/storm_np",
+    "gymnax/CartPole-v1",
+    "gymnax/Breakout-MinAtar",
+    "brax/hopper",
 )
 DEFAULT_WIDTHS = (1, 16, 128, 1024)
 FORMS = ("pool", "exact", "library")
@@ -210,7 +226,11 @@ def header() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--env", nargs="+", default=list(DEFAULT_ENVS), metavar="ID")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--env", nargs="+", default=list(DEFAULT_ENVS), metavar="ID")
+    which.add_argument(
+        "--families", dest="env", action="store_const", const=list(FAMILIES), help="wrapped ids, one each"
+    )
     parser.add_argument("--widths", nargs="+", type=int, default=list(DEFAULT_WIDTHS))
     parser.add_argument("--num-steps", type=int, default=128, help="length of a rollout")
     parser.add_argument("--steps", type=int, default=50_000, help="environment steps of one repeat, at least a rollout")
@@ -220,13 +240,16 @@ def main() -> None:
     if args.repeats < 5:
         parser.error(f"--repeats {args.repeats}: expected at least 5, for quartiles")
     rows = []
+    facts = dict(backend=jax.default_backend(), num_steps=args.num_steps, repeats=args.repeats)
     print(header())
     for id in args.env:
         for width in args.widths:
             row = measure(id, width, args)
             rows.append(row)
             print(line(row), flush=True)
-    bench_report.write(args.out, rows, backend=jax.default_backend(), num_steps=args.num_steps, repeats=args.repeats)
+            # a long run that is stopped keeps what it has measured
+            bench_report.write(args.out, rows, say=False, **facts)
+    bench_report.write(args.out, rows, **facts)
 
 
 if __name__ == "__main__":
