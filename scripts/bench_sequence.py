@@ -359,6 +359,7 @@ def main() -> None:
     jax.config.update("jax_enable_compilation_cache", False)
     print(f"{'':52s}    median        peak compile")
     rows: list[Row] = []
+    facts = dict(backend=jax.default_backend(), repeats=args.repeats)
     for name in args.cases:
         if name == "torch" and args.kla is None:
             print("torch left out: needs --kla PATH --torch-python PYTHON")
@@ -366,9 +367,10 @@ def main() -> None:
         begin = time.perf_counter()
         rows += CASES[name](args)
         print(f"-- {name}: {time.perf_counter() - begin:.0f} s\n", flush=True)
+        bench_report.write(args.out, rows, say=False, **facts)
     missed = [row["case"] for row in rows if not row.get("met", True)]
     print(f"aims missed: {len(missed)} of {sum('met' in row for row in rows)}", *missed, sep="\n  ")
-    bench_report.write(args.out, rows, backend=jax.default_backend(), repeats=args.repeats)
+    bench_report.write(args.out, rows, **facts)
 
 
 if __name__ == "__main__":
