@@ -168,8 +168,11 @@ def sample_action(spec: Spec, key: jax.Array, ts: TimeStep) -> Array:
     space = spec.action_space
     if isinstance(space, Discrete):
         mask = ts.action_mask if ts.action_mask is not None else action_limits(spec)
-        logits = jnp.zeros((spec.num_agents, space.n)) if mask is None else jnp.where(mask, 0.0, -jnp.inf)
-        return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
+        u = jax.random.uniform(key, (spec.num_agents,))  # noise for every action would be several times dearer
+        if mask is None:
+            return (u * space.n).astype(jnp.int32)
+        place = jnp.cumsum(mask, axis=-1)
+        return jnp.argmax(place > (u * place[:, -1]).astype(jnp.int32)[:, None], axis=-1).astype(jnp.int32)
     if isinstance(space, MultiDiscrete):
         return jax.random.randint(key, (spec.num_agents, len(space.nvec)), 0, jnp.asarray(space.nvec), jnp.int32)
     low, high = (

@@ -8,7 +8,7 @@ from toys import Clock, Image
 
 from jaxstack import envs
 from jaxstack.core.errors import UserError
-from jaxstack.envs.base import global_state, sample_action
+from jaxstack.envs.base import Discrete, Spec, first_step, global_state, sample_action
 from jaxstack.envs.wrappers import AgentId, FrameStack, RewardClip, RewardScale, TimeLimit
 
 
@@ -105,3 +105,16 @@ def test_wrappers_nest_hash_and_pass_the_rest_on():
         TimeLimit("dispersion", 4)  # pyright: ignore[reportArgumentType]
     with pytest.raises(UserError, match="steps"):
         TimeLimit(Clock(), 0)
+
+
+def test_random_actions_are_uniform_over_the_legal_ones():
+    count = 30_000
+    spec = Spec("x", ("a", "b"), obs_shape=(1,), action_space=Discrete(5), has_action_mask=True)
+    mask = jnp.array([[True, False, True, True, False], [False, False, False, True, False]])
+    draw = lambda mask: lambda key: sample_action(spec, key, first_step(spec, jnp.zeros((2, 1)), action_mask=mask))
+    actions = jax.vmap(draw(mask))(jax.random.split(jax.random.key(0), count))
+    shares = np.asarray(jax.nn.one_hot(actions, 5).mean(0))
+    np.testing.assert_allclose(shares, [[1 / 3, 0, 1 / 3, 1 / 3, 0], [0, 0, 0, 1, 0]], atol=0.015)
+    assert (shares[~np.asarray(mask)] == 0).all()
+    free = jax.vmap(draw(None))(jax.random.split(jax.random.key(1), count))
+    np.testing.assert_allclose(jax.nn.one_hot(free, 5).mean(0), 0.2, atol=0.015)
