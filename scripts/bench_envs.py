@@ -12,8 +12,8 @@ Each form is one jitted scan over rollouts of 128 steps of `width` environments 
     library  the library's own auto-reset: `step` of JaxMARL and gymnax under vmap, brax with its training wrappers
 
 Each repeat runs all forms one after the other on the same number of steps, so that load on the machine hits all alike.
-Shown are the median of steps per second and the median of the ratios pool / other within a repeat with its quartiles, in
-wall time; the JSON has both in CPU time too, which counts the waiting of XLA's threads. Above 1 the pool is faster.
+Shown are the median of steps per second and the median of the ratios pool / other within a repeat with its quartiles,
+in wall time; the JSON has both in CPU time too, which counts waiting threads. Above 1 the pool is faster.
 """
 
 import argparse
