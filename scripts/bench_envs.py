@@ -241,7 +241,7 @@ def main() -> None:
     if args.repeats < 5:
         parser.error(f"--repeats {args.repeats}: expected at least 5, for quartiles")
     rows = []
-    facts = dict(backend=jax.default_backend(), num_steps=args.num_steps, repeats=args.repeats)
+    facts: dict[str, Any] = dict(backend=jax.default_backend(), num_steps=args.num_steps, repeats=args.repeats)
     print(header())
     for id in args.env:
         for width in args.widths:

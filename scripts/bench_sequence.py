@@ -359,7 +359,7 @@ def main() -> None:
     jax.config.update("jax_enable_compilation_cache", False)
     print(f"{'':52s}    median        peak compile")
     rows: list[Row] = []
-    facts = dict(backend=jax.default_backend(), repeats=args.repeats)
+    facts: dict[str, Any] = dict(backend=jax.default_backend(), repeats=args.repeats)
     for name in args.cases:
         if name == "torch" and args.kla is None:
             print("torch left out: needs --kla PATH --torch-python PYTHON")
