@@ -389,6 +389,7 @@ def main() -> None:
             rows += {"hyper": hyper, "seeds": many_seeds}[name](args)
         # after every case: a long run that is stopped keeps what it measured
         bench_report.write(args.out, rows, backend=jax.default_backend(), matrix_rate=rate, repeats=args.repeats)
+    print(f"written to {args.out}")
 
 
 if __name__ == "__main__":

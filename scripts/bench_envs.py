@@ -252,8 +252,8 @@ def main() -> None:
             rows.append(row)
             print(line(row), flush=True)
             # a long run that is stopped keeps what it has measured
-            bench_report.write(args.out, rows, say=False, **facts)
-    bench_report.write(args.out, rows, **facts)
+            bench_report.write(args.out, rows, **facts)
+    print(f"written to {args.out}")
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ from typing import Any
 PACKAGES = ("jax", "jaxlib", "flax", "jaxmarl", "gymnax", "brax", "numpy")
 
 
-def write(path: Path, rows: list[dict[str, Any]], say: bool = True, **facts: Any) -> None:
-    """Write `rows` and `facts` to `path`, whose folder is made, and `say` so."""
+def write(path: Path, rows: list[dict[str, Any]], **facts: Any) -> None:
+    """Write `rows` and `facts` to `path`, whose folder is made."""
     report = {
         # where clones lie is nobody's business
         "command": [Path(a).name if Path(a).is_absolute() else a for a in sys.argv],
@@ -25,5 +25,3 @@ def write(path: Path, rows: list[dict[str, Any]], say: bool = True, **facts: Any
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=1) + "\n")
-    if say:
-        print(f"written to {path}")

@@ -99,6 +99,7 @@ def main() -> None:
                 flush=True,
             )
     bench_report.write(args.out, rows)
+    print(f"written to {args.out}")
 
 
 if __name__ == "__main__":

@@ -367,10 +367,10 @@ def main() -> None:
         begin = time.perf_counter()
         rows += CASES[name](args)
         print(f"-- {name}: {time.perf_counter() - begin:.0f} s\n", flush=True)
-        bench_report.write(args.out, rows, say=False, **facts)
+        bench_report.write(args.out, rows, **facts)
     missed = [row["case"] for row in rows if not row.get("met", True)]
     print(f"aims missed: {len(missed)} of {sum('met' in row for row in rows)}", *missed, sep="\n  ")
-    bench_report.write(args.out, rows, **facts)
+    print(f"written to {args.out}")
 
 
 if __name__ == "__main__":

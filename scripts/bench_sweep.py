@@ -106,6 +106,7 @@ def main() -> None:
         compile_seconds={"sweep": sweep.compile_seconds, "single": single.compile_seconds},
         peak_mib={"sweep": sweep.peak_bytes / 2**20, "single": single.peak_bytes / 2**20},
     )
+    print(f"written to {args.out}")
 
 
 if __name__ == "__main__":
