@@ -373,7 +373,7 @@ def _resume(args: argparse.Namespace, _: list[str]) -> None:
     options = config.from_dict(runner.RunOptions, plan.get("options", {}), f"{args.run_dir}/run.yaml: options")
     layout = {"devices": args.devices, "env_devices": args.env_devices}
     options = config.replace(options, **{k: v for k, v in layout.items() if v is not None})
-    result = runner.resume(learner, args.run_dir, plan["num_steps"], plan["seeds"], options=options, plan=plan)
+    result = runner.resume(learner, args.run_dir, options=options, plan=plan)
     _report(learner, result, plan["seeds"])
 
 
@@ -381,7 +381,7 @@ def _states(args: argparse.Namespace) -> tuple[Any, dict[str, Any], Any]:
     from jaxstack.core import runner
 
     learner, plan = _load(args.run_dir)
-    return learner, plan, runner.load_state(learner, args.run_dir, plan["seeds"])
+    return learner, plan, runner.load_state(learner, args.run_dir)
 
 
 def _one_seed(args: argparse.Namespace) -> tuple[Any, dict[str, Any], Any]:
@@ -430,15 +430,12 @@ def _sweep(args: argparse.Namespace, rest: list[str]) -> None:
 def _groups(run_dirs: Sequence[str]) -> list[tuple[Any, list[tuple[str, str]], Any]]:
     """(learner, (run, seed) of each member, states [K, ...]) of the runs whose agent and config are equal, but for the
     hyperparameters, which do not act."""
-    import jax
-    import jax.numpy as jnp
-
     from jaxstack.core import config, runner
 
     found: dict[str, list[tuple[Any, list[tuple[str, str]], Any]]] = {}
     for run_dir in dict.fromkeys(run_dirs):
         learner, plan = _load(run_dir)
-        state = runner.load_state(learner, run_dir, plan["seeds"])
+        state = runner.load_state(learner, run_dir)
         settings = [f"setting {i}, " for i in plan["settings"]] if "settings" in plan else [""] * len(plan["seeds"])
         names = [(run_dir, f"{i}seed {s}") for i, s in zip(settings, plan["seeds"])]
         key = repr((plan["agent"], config.to_dict(learner.config) | {"hypers": None}))
@@ -447,7 +444,7 @@ def _groups(run_dirs: Sequence[str]) -> list[tuple[Any, list[tuple[str, str]], A
         (
             g[0][0],
             [n for _, names, _ in g for n in names],
-            jax.tree.map(lambda *x: jnp.concatenate(x), *(x[2] for x in g)),
+            runner.side_by_side([state for _, _, state in g]),
         )
         for g in found.values()
     ]

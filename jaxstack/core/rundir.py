@@ -188,8 +188,9 @@ def read_metrics(path: str | Path) -> Any:
     import pandas as pd
 
     if (Path(path) / "run.yaml").exists() and (groups := read_plan(path).get("groups")):
-        begun = [Path(path) / name for name in groups if (Path(path) / name).exists()]
-        return by_step([read_metrics(group) for group in begun or [Path(path) / groups[0]]])
+        folders = [Path(path) / name for name in groups]
+        begun = [folder for folder in folders if (folder / "metrics.jsonl").exists()]
+        return by_step([read_metrics(folder) for folder in begun or folders[:1]])
     file = Path(path) / "metrics.jsonl"
     if not file.exists() or not file.stat().st_size:
         raise UserError(f"run directory {path}: no metrics found (metrics.jsonl is missing or empty)")

@@ -6,8 +6,6 @@ recompiles, and how steps are grouped never changes a result. All buffers are do
 
 import contextlib
 import dataclasses
-import signal
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,13 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxstack.core import cache, config, distributed, guard, ledger, program
+from jaxstack.core import cache, config, distributed, guard, ledger, program, signals
 from jaxstack.core.checkpoint import Checkpoints, NoCheckpoint, Retention, from_table, to_table
 from jaxstack.core.data import Source
 from jaxstack.core.errors import UserError
 from jaxstack.core.learner import Learner
 from jaxstack.core.progress import Progress
 from jaxstack.core.rundir import RunDir, by_step, read_plan
+from jaxstack.core.signals import COMPILING, Interrupted
 from jaxstack.core.sinks import Row, Sink
 
 
@@ -77,17 +76,6 @@ class Result(NamedTuple):
     alive: np.ndarray
     ledger: ledger.Ledger
     run_dir: Path | None
-
-
-COMPILING = "stopped while compiling, before the first step; nothing was saved"
-
-
-class Interrupted(Exception):
-    """SIGINT or SIGTERM stopped the run while compiling or after a chunk; everything is saved. `signum` tells which."""
-
-    def __init__(self, signum: int, message: str):
-        super().__init__(message)
-        self.signum = signum
 
 
 class Job(NamedTuple):
@@ -147,7 +135,7 @@ def train(
     job = Job(learner, num_steps, seeds, hypers, data, path, plan, options, sinks, book, [], settings)
     at_once = options.split_seeds if isinstance(options.split_seeds, int) else len(seeds)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_signals(job.stop))
+        stack.enter_context(signals.collected(job.stop))
         for sink in sinks:
             stack.callback(sink.close)
         while True:
@@ -165,7 +153,6 @@ def resume(
     learner: Learner,
     run_dir: str | Path,
     num_steps: int | None = None,
-    seeds: Sequence[int] | None = None,
     *,
     hypers: Any = None,
     data: Source | None = None,
@@ -177,7 +164,7 @@ def resume(
     """Continue a run from its newest undamaged checkpoint, to the bit as if it had not stopped; from its beginning when
     it was stopped before the first one.
 
-    Steps and seeds default to those the run was made with. What is damaged is named and moved to `damaged/` in the run
+    Steps default to those the run was made with. What is damaged is named and moved to `damaged/` in the run
     directory. Raises `UserError` when every checkpoint is damaged, or naming the fields in which the learner's config
     (or `plan`'s) differs from that of the run.
     """
@@ -185,7 +172,7 @@ def resume(
     old = distributed.share(distributed.on_first(lambda: read_plan(run_dir)))
     new = (plan or {}).get("config", _config(learner))
     _same_config(run_dir, old["config"], new)
-    seeds = list(old["seeds"] if seeds is None else seeds)
+    seeds = list(old["seeds"])
     num_steps = int(old["num_steps"] if num_steps is None else num_steps)
     _check_data(learner, data)
     cache.enable()
@@ -195,7 +182,7 @@ def resume(
         learner, num_steps, seeds, hypers, data, Path(run_dir), old, options, sinks, book, [], old.get("settings")
     )
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_signals(job.stop))
+        stack.enter_context(signals.collected(job.stop))
         for sink in sinks:
             stack.callback(sink.close)
         groups = old.get("groups", ())
@@ -238,13 +225,12 @@ def _stored_hypers(learner: Learner, plan: dict[str, Any]) -> Any:
     )
 
 
-def load_state(learner: Learner, run_dir: str | Path, seeds: Sequence[int] | None = None) -> Any:
+def load_state(learner: Learner, run_dir: str | Path) -> Any:
     """The newest stored state [S, ...] of a run, for evaluation. Raises `UserError` when there is none."""
     plan = read_plan(run_dir)
     if "groups" in plan:
-        return _side_by_side([load_state(learner, Path(run_dir) / name) for name in plan["groups"]])
-    chosen: Sequence[int] = plan["seeds"] if seeds is None else seeds
-    template = jax.eval_shape(lambda: program.initial(learner, chosen, None))
+        return side_by_side([load_state(learner, Path(run_dir) / name) for name in plan["groups"]])
+    template = jax.eval_shape(lambda: program.initial(learner, plan["seeds"], None))
     with contextlib.closing(Checkpoints(Path(run_dir) / "checkpoints", read_only=True)) as store:
         _, (state, _), _, _ = store.restore(template)
     return state
@@ -305,10 +291,9 @@ def _split(job: Job, count: int, resumed: bool = False) -> Result:
             for _, group in groups:
                 if job.data is not None:
                     job.data.restore(data)  # every group sees the same batches
-                begun = resumed and group.run_dir is not None and (group.run_dir / "run.yaml").exists()
-                begun = distributed.share(begun)
-                one = programs[len(group.seeds)].bind(group.seeds, group.hypers)
-                results.append(_continued(group, one) if begun else _fresh(group, one))
+                bound = programs[len(group.seeds)].bind(group.seeds, group.hypers)
+                begun = resumed and distributed.share((Path(group.run_dir or "") / "run.yaml").exists())
+                results.append(_continued(group, bound) if begun else _fresh(group, bound))
         except Interrupted:
             _interrupt(job, run, f"with {len(results)} of {count} groups of seeds done", groups_done=len(results))
         alive = np.concatenate([r.alive for r in results])
@@ -316,7 +301,7 @@ def _split(job: Job, count: int, resumed: bool = False) -> Result:
             run.write_json("ledger.json", job.book.rows())
             run.status("finished" if alive.any() else "failed", step=job.num_steps)
     metrics = by_step([r.metrics for r in results])
-    return Result(_side_by_side([r.state for r in results]), metrics, alive, job.book, job.run_dir)
+    return Result(side_by_side([r.state for r in results]), metrics, alive, job.book, job.run_dir)
 
 
 def _groups(job: Job, count: int) -> list[tuple[str, Job]]:
@@ -338,7 +323,8 @@ def _groups(job: Job, count: int) -> list[tuple[str, Job]]:
     return groups
 
 
-def _side_by_side(states: Sequence[Any]) -> Any:
+def side_by_side(states: Sequence[Any]) -> Any:
+    """States [S, ...] of several runs as those of one."""
     return jax.tree.map(lambda *xs: jnp.concatenate(xs), *states)
 
 
@@ -347,7 +333,7 @@ def _programs(job: Job) -> program.Programs:
     alone, so they agree after the first chunk."""
     options, limit = job.options, job.options.memory_limit_mb
     alone = distributed.count() == 1
-    with _signals(job.stop, at_once=alone):
+    with signals.collected(job.stop, at_once=alone):
         programs = program.build(
             job.learner,
             job.seeds,
@@ -578,27 +564,3 @@ def _closing(run: RunDir | None) -> Iterator[None]:
     finally:
         if run is not None:
             run.close()
-
-
-@contextlib.contextmanager
-def _signals(caught: list[int], at_once: bool = False) -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM so that the chunk can finish; a second one, or with `at_once` the first, acts at once.
-    Main thread only."""
-    if threading.current_thread() is not threading.main_thread():
-        yield caught
-        return
-    old: dict[int, Any] = {}
-
-    def note(number: int, _: Any) -> None:
-        caught.append(number)
-        if at_once:
-            raise Interrupted(number, COMPILING)
-        signal.signal(number, old[number])
-
-    for s in (signal.SIGINT, signal.SIGTERM):
-        old[s] = signal.signal(s, note)
-    try:
-        yield caught
-    finally:
-        for s, handler in old.items():
-            signal.signal(s, handler)

@@ -16,7 +16,8 @@ from jaxstack.core import guard, program
 from jaxstack.core.errors import UserError
 from jaxstack.core.ledger import Ledger
 from jaxstack.core.rundir import read_metrics, read_plan
-from jaxstack.core.runner import Interrupted, RunOptions, _signals, load_state, resume, train
+from jaxstack.core.runner import Interrupted, RunOptions, load_state, resume, train
+from jaxstack.core.signals import collected
 
 LEARNER = regression()
 
@@ -268,7 +269,8 @@ def test_a_signal_finishes_the_chunk_saves_and_tells_how_to_go_on(tmp_path, sign
 
 @pytest.mark.parametrize(("seed", "done"), [(0, 0), (2, 1)])
 def test_a_stopped_run_in_groups_resumes_as_one(tmp_path, seed, done):
-    path, options = tmp_path / "r", dict(seeds=[0, 1, 2], split_seeds=2, chunk=2)
+    rates = LEARNER.hypers._replace(lr=np.array([0.1, 0.05, 0.2], np.float32))
+    path, options = tmp_path / "r", dict(seeds=[0, 1, 2], split_seeds=2, chunk=2, hypers=rates)
 
     class Stopping(Recorder):
         def write(self, rows):
@@ -280,6 +282,7 @@ def test_a_stopped_run_in_groups_resumes_as_one(tmp_path, seed, done):
         run(**options, run_dir=path, sinks=[sink])
     assert sink.closed == 1
     assert json.loads((path / "run.json").read_text())["status"] == "interrupted"
+    assert read_metrics(path).seed.unique().tolist() == [0, 1, 2][: 2 + done]  # what there is so far
     with pytest.raises(UserError, match=f"`jaxstack resume {path}` continues it"):
         run(**options, run_dir=path)
     whole = run(**options)
@@ -304,7 +307,7 @@ def test_signals_are_left_alone_outside_the_main_thread():
     seen = []
 
     def body():
-        with _signals([]) as stop:
+        with collected([]) as stop:
             seen.append((stop, signal.getsignal(signal.SIGINT)))
 
     before = signal.getsignal(signal.SIGINT)
@@ -317,7 +320,7 @@ def test_signals_are_left_alone_outside_the_main_thread():
 def test_a_second_signal_acts_at_once():
     # whoever starts the tests in the background may have it ignored
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    with pytest.raises(KeyboardInterrupt), _signals([]) as stop:  # noqa: PT012
+    with pytest.raises(KeyboardInterrupt), collected([]) as stop:  # noqa: PT012
         signal.raise_signal(signal.SIGINT)
         assert stop == [signal.SIGINT]
         signal.raise_signal(signal.SIGINT)

@@ -1,0 +1,41 @@
+"""SIGINT and SIGTERM, collected so that a run can finish its chunk and save before it ends."""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+COMPILING = "stopped while compiling, before the first step; nothing was saved"
+
+
+class Interrupted(Exception):
+    """SIGINT or SIGTERM stopped the run while compiling or after a chunk; everything is saved. `signum` tells which."""
+
+    def __init__(self, signum: int, message: str):
+        super().__init__(message)
+        self.signum = signum
+
+
+@contextlib.contextmanager
+def collected(caught: list[int], at_once: bool = False) -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM so that the chunk can finish; a second one, or with `at_once` the first, acts at once.
+    Main thread only."""
+    if threading.current_thread() is not threading.main_thread():
+        yield caught
+        return
+    old: dict[int, Any] = {}
+
+    def note(number: int, _: Any) -> None:
+        caught.append(number)
+        if at_once:
+            raise Interrupted(number, COMPILING)
+        signal.signal(number, old[number])
+
+    for s in (signal.SIGINT, signal.SIGTERM):
+        old[s] = signal.signal(s, note)
+    try:
+        yield caught
+    finally:
+        for s, handler in old.items():
+            signal.signal(s, handler)
