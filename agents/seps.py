@@ -6,6 +6,7 @@ ReLU layer each: without it a code could only shift predictions, never select wh
 """
 
 import warnings
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -52,17 +53,13 @@ def transitions(env: Environment, key: Array, total: int) -> tuple[Array, Array,
     k_init, k_roll = jax.random.split(key)
 
     def act(key: Array, carry: Any, vs: vector.VecState) -> tuple[Any, Array, Any]:
-        k_action, k_step = jax.random.split(key)
-        action = jax.vmap(lambda k, ts: sample_action(spec, k, ts))(jax.random.split(k_action, 10), vs.ts)
-        # the pool replaces observations at episode ends, so the true next one is taken from a second step
-        _, nxt = jax.vmap(env.step)(jax.random.split(k_step, 10), vs.env, action)
-        return carry, action, (nxt.obs, nxt.reward)
+        return carry, jax.vmap(partial(sample_action, spec))(jax.random.split(key, 10), vs.ts), ()
 
-    _, _, data, _ = rollout.collect(vec, act, k_roll, vector.init(vec, k_init), (), steps)
+    data = rollout.collect(vec, act, k_roll, vector.init(vec, k_init), (), steps).steps
     flat = lambda x: x.reshape(-1, *x.shape[3:]).reshape(steps * 10 * spec.num_agents, -1).astype(jnp.float32)
     space = spec.action_space
     action = jax.nn.one_hot(data.action, space.n) if isinstance(space, Discrete) else data.action
-    return flat(data.ts.obs), flat(action), flat(data.extras[0]), flat(data.extras[1])[:, 0]
+    return flat(data.ts.obs), flat(action), flat(data.final_obs), flat(data.reward)[:, 0]
 
 
 def codes(data: tuple[Array, Array, Array, Array], count: int, key: Array, options: Options) -> Array:

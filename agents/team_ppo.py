@@ -241,7 +241,8 @@ def gather_batch(task: Task, s: State, key: Key) -> tuple[State, Batch, Metrics]
     weights, _ = task.team.prepare(s.params, s.extra, None)
     carry0 = s.carry
     act, draw = _actor(task, weights, s.norms.obs)
-    vec, actor_carry, steps, reused = rollout.collect(task.vec, act, key, s.vec, carry0[0], cfg.num_steps, draw)
+    played = rollout.collect(task.vec, act, key, s.vec, carry0[0], cfg.num_steps, draw, finals="cuts")
+    vec, actor_carry, steps, cuts, reused = played
     stats = rollout.statistics(steps) | {"rollout/reused_starts": reused.astype(jnp.float32)}
     reward, reward_norm = steps.reward, s.norms.reward
     if cfg.normalise_reward:
@@ -260,8 +261,8 @@ def gather_batch(task: Task, s: State, key: Key) -> tuple[State, Batch, Metrics]
     critic_carry = jax.tree.map(lambda h: h[-1], carries)
     _, after = task.team.critic(weights, critic_carry, last, vec.first[None])
     next_value = jnp.concatenate([value[1:], after])
-    if steps.final_obs is not None:
-        next_value = value_of_cut(task, weights, steps, carries, next_value, critic_x)
+    if cuts is not None:
+        next_value = value_of_cut(task, weights, cuts, carries, next_value, critic_x)
     value, next_value = running.unapply(s.norms.value, value), running.unapply(s.norms.value, next_value)
     flag = lambda x: jnp.broadcast_to(x[..., None], reward.shape)
     advantage, target = returns.gae(
@@ -292,33 +293,33 @@ def gather_batch(task: Task, s: State, key: Key) -> tuple[State, Batch, Metrics]
 def values(task: Task, weights: Any, carry: Any, x: Array, first: Array) -> tuple[Any, Array]:
     """The critic on a rollout x [T, N, A, ...]: (its recurrent states after every step, values [T, N, A]).
 
-    Feed-forward critics take the time in blocks of a minibatch's size: over all samples at once the hidden layers would
-    be the peak of an update's memory.
+    Time goes in blocks of a minibatch's size: over all samples at once the hidden layers would be the peak of an
+    update's memory.
     """
-    blocks = 1 if task.cfg.gru else math.gcd(len(x), task.cfg.num_minibatches)
-    if blocks == 1:
-        return task.team.critic(weights, carry, x, first, every=True)
+    blocks = math.gcd(len(x), task.cfg.num_minibatches)
+
+    def block(carry: Any, part: tuple[Array, Array]) -> tuple[Any, tuple[Any, Array]]:
+        carries, value = task.team.critic(weights, carry, *part, every=True)
+        return jax.tree.map(lambda h: h[-1], carries), (carries, value)
+
     parts = (y.reshape(blocks, -1, *y.shape[1:]) for y in (x, first))
-    value = jax.lax.map(lambda part: task.team.critic(weights, carry, *part)[1], tuple(parts))
-    return carry, value.reshape(*first.shape, -1)
+    out = jax.lax.scan(block, carry, tuple(parts))[1]
+    return jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:]), out)
 
 
 def value_of_cut(
-    task: Task, weights: Any, steps: rollout.Step, carries: Any, next_value: Array, critic_x: Callable
+    task: Task, weights: Any, cuts: rollout.Cuts, carries: Any, next_value: Array, critic_x: Callable
 ) -> Array:
     """`next_value` [T, N, A] with the values of the TRUE next inputs where an episode was cut by its time limit (behind
-    it stands the next episode's first value). Each environment is cut at most ceil(T / horizon) times, so only so many
-    rows are evaluated."""
-    length, count = steps.truncated.shape
-    horizon = task.env.spec.horizon
-    limit = count * min(length, -(-length // horizon) if horizon else length)
-    (index,) = jnp.nonzero(steps.truncated.reshape(-1), size=limit, fill_value=length * count)
-    rows = lambda x: x.reshape(length * count, *x.shape[2:]).at[index].get(mode="clip")
-    obs, state = rows(steps.final_obs)[None], None if steps.final_state is None else rows(steps.final_state)[None]
-    never = jnp.zeros((1, limit), bool)
-    _, value = task.team.critic(weights, jax.tree.map(rows, carries), critic_x(obs, state), never)
-    flat = next_value.reshape(length * count, -1).at[index].set(value[0], mode="drop")
-    return flat.reshape(next_value.shape)
+    it stands the next episode's first value)."""
+    length, count = next_value.shape[:2]
+    index = (cuts.step * count + jnp.arange(count)).reshape(-1)  # beyond the end where nothing was cut
+    before = jax.tree.map(lambda x: x.reshape(length * count, *x.shape[2:]).at[index].get(mode="clip"), carries)
+    flat = lambda x: None if x is None else x.reshape(1, -1, *x.shape[2:])
+    x, never = critic_x(flat(cuts.obs), flat(cuts.state)), jnp.zeros((1, index.size), bool)
+    _, value = task.team.critic(weights, before, x, never)
+    out = next_value.reshape(length * count, -1).at[index].set(value[0], mode="drop")
+    return out.reshape(next_value.shape)
 
 
 def ppo_epochs(task: Task, s: State, batch: Batch, key: Key) -> tuple[State, Metrics]:

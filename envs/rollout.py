@@ -1,7 +1,7 @@
 """Rollouts: T steps of N environments in one scan, and episode statistics."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,21 @@ from jaxtyping import Array
 from jaxstack.core.learner import Metrics, Policy
 from jaxstack.envs import vector
 from jaxstack.envs.base import Environment, TimeStep
+
+
+class Cuts(NamedTuple):
+    """The true next observations of episodes that were cut (truncated) in a rollout of T steps.
+
+    An environment with horizon H is cut at most once within H steps, so row k holds what was cut in the steps from k H
+    to k H + H - 1: K = ceil(T / H) rows instead of T. Without a horizon every step has its row.
+    """
+
+    step: Array
+    """[K, N] int32: the step that was cut, T where none was."""
+    obs: Array
+    """[K, N, A, *obs_shape]"""
+    state: Array | None
+    """[K, N, *state_shape] the global state, where the environment has one."""
 
 
 class Step(NamedTuple):
@@ -28,7 +43,7 @@ class Step(NamedTuple):
     terminated: Array
     truncated: Array
     final_obs: Array | None
-    """[N, A, *obs_shape] true next observation, also at episode ends; None when the environment never truncates."""
+    """[N, A, *obs_shape] true next observation, also at episode ends; None in rollouts that keep `Cuts` alone."""
     final_state: Array | None
     """Likewise the global state, where the environment has one."""
     final_mask: Array
@@ -41,6 +56,20 @@ class Step(NamedTuple):
     @property
     def done(self) -> Array:
         return self.terminated | self.truncated
+
+
+class Rollout(NamedTuple):
+    """T steps of N environments."""
+
+    vec: vector.VecState
+    """The environments after them."""
+    carry: Any
+    """The policy's, likewise."""
+    steps: Step
+    """Leaves [T, N, ...]."""
+    cuts: Cuts | None
+    reused: Array
+    """How many start states were used twice."""
 
 
 Act = Callable[[Any, Any, vector.VecState], tuple[Any, Array, Any]]
@@ -62,18 +91,21 @@ def collect(
     carry: Any,
     num_steps: int,
     draw: Draw = jax.random.split,
-) -> tuple[vector.VecState, Any, Step, Array]:
-    """T steps. Returns (state, policy carry, Step with leaves [T, N, ...], number of start states used twice).
+    *,
+    finals: Literal["every", "cuts"] = "every",
+) -> Rollout:
+    """T steps; `draw` makes the random numbers that `act` gets, by default a key a step.
 
-    `draw` makes the random numbers that `act` gets, by default a key a step.
+    The true next observations stand in the steps (finals="every"), or only those of cut episodes are kept, as `Cuts`
+    ("cuts"; None where an environment never truncates): what values bootstrap from, in a fraction of the memory.
     """
     k_act, k_pool, k_env = vector.rollout_keys(vec, key, num_steps)
     pool = vector.make_pool(vec, k_pool)
-    keep_final = vec.env.spec.can_truncate
+    every = finals == "every"
 
-    def body(c: tuple, random: tuple[Any, Array]) -> tuple[tuple, Step]:
-        vs, carry, pool = c
-        numbers, keys = random
+    def body(c: tuple, x: tuple[Any, Array, Array]) -> tuple[tuple, Step]:
+        vs, carry, pool, cuts = c
+        numbers, keys, t = x
         carry, action, extras = act(numbers, carry, vs)
         new, last, pool = vector.step(vec, keys, vs, action, pool)
         done = last.terminated | last.truncated
@@ -85,17 +117,38 @@ def collect(
             reward=last.reward,
             terminated=last.terminated,
             truncated=last.truncated,
-            final_obs=last.obs if keep_final else None,
-            final_state=last.state if keep_final else None,
+            final_obs=last.obs if every else None,
+            final_state=last.state if every else None,
             final_mask=last.agent_mask,
             episode_return=jnp.where(done[:, None], vs.episode_return + last.reward, 0.0),
             episode_length=jnp.where(done, vs.episode_length + 1, 0),
             info=last.info,
         )
-        return (new, carry, pool), out
+        return (new, carry, pool, _note(vec, cuts, t, last)), out
 
-    (vs, carry, pool), steps = jax.lax.scan(body, (vs, carry, pool), (draw(k_act, num_steps), k_env))
-    return vs, carry, steps, vector.reused(pool)
+    cuts = None if every or not vec.env.spec.can_truncate else _no_cuts(vec, vs.ts, num_steps)
+    xs = (draw(k_act, num_steps), k_env, jnp.arange(num_steps, dtype=jnp.int32))
+    (vs, carry, pool, cuts), steps = jax.lax.scan(body, (vs, carry, pool, cuts), xs)
+    return Rollout(vs, carry, steps, cuts, vector.reused(vec, pool))
+
+
+def _no_cuts(vec: vector.VecEnv, ts: TimeStep, num_steps: int) -> Cuts:
+    rows = -(-num_steps // (vec.env.spec.horizon or 1))
+    empty = lambda x: None if x is None else jnp.zeros((rows, *x.shape), x.dtype)
+    return Cuts(jnp.full((rows, vec.num_envs), num_steps, jnp.int32), empty(ts.obs), empty(ts.state))
+
+
+def _note(vec: vector.VecEnv, cuts: Cuts | None, t: Array, last: TimeStep) -> Cuts | None:
+    """`cuts` with the environments that were cut in step t."""
+    if cuts is None:
+        return None
+    row = t // (vec.env.spec.horizon or 1)
+
+    def put(kept: Array, new: Array) -> Array:
+        return kept.at[row].set(jnp.where(_like(last.truncated, new), new, kept[row]))
+
+    new = Cuts(jnp.full_like(cuts.step[0], t), last.obs, last.state)
+    return jax.tree.map(put, cuts, new)
 
 
 def statistics(steps: Step) -> Metrics:

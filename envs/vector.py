@@ -1,16 +1,18 @@
 """Many copies of one environment with auto-reset.
 
 `auto_reset="pool"` (default) draws each new episode's start from a pool of fresh resets that is made in bulk once a
-rollout, so that no step pays for a reset; `"exact"` computes a reset in every step, as most libraries do, and is the
-reference. Start states are never used twice within a rollout unless more episodes end than the pool holds, which
-`reused` counts.
+rollout, so that no step pays for a reset, and only what differs between starts is copied; `"exact"` computes a reset in
+every step, as most libraries do, and is the reference. Start states are never used twice within a rollout unless more
+episodes end than the pool holds, which `reused` counts.
 """
 
+import functools
 import math
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import Literal as Constant
 from jaxtyping import Array
 
 from jaxstack.core.errors import UserError
@@ -35,11 +37,16 @@ class VecState(NamedTuple):
 
 
 class Pool(NamedTuple):
-    """Fresh start states [P, ...] and how many were used."""
+    """Fresh start states and how many were used. Leaves [P, ...], or [1, ...] where all starts are equal."""
 
     env: Any
     ts: TimeStep
     used: Array
+
+    @property
+    def size(self) -> int:
+        """P, or 1 if all starts are equal."""
+        return max(x.shape[0] for x in jax.tree.leaves((self.env, self.ts)))
 
 
 class VecEnv(NamedTuple):
@@ -103,13 +110,35 @@ def make_pool(vec: VecEnv, keys: jax.Array) -> Pool | None:
     """Fresh starts from keys [P]; None in exact mode."""
     if vec.auto_reset == "exact":
         return None
-    env, ts = jax.vmap(vec.env.reset)(keys)
+    starts = jax.vmap(vec.env.reset)(keys)
+    env, ts = jax.tree.map(lambda x, random: x if random else x[:1], starts, random_parts(vec.env))
     return Pool(env, ts, jnp.int32(0))
 
 
-def reused(pool: Pool | None) -> Array:
-    """How many episodes began from a start state that had been used before; 0 in exact mode."""
-    return jnp.int32(0) if pool is None else jnp.maximum(pool.used - pool.ts.reward.shape[0], 0)
+@functools.lru_cache(maxsize=256)
+def random_parts(env: Environment) -> tuple[Any, TimeStep]:
+    """Which leaves of a start (state, TimeStep) depend on the key of `reset`: bools, read off its program."""
+    program, shapes = jax.make_jaxpr(env.reset, return_shape=True)(jax.random.key(0))
+    return jax.tree.unflatten(jax.tree.structure(shapes), _depend(program.jaxpr, [True]))
+
+
+def _depend(jaxpr: Any, inputs: list[bool]) -> list[bool]:
+    """Which outputs depend on the given inputs; of inner programs only those of jit are looked into."""
+    known = dict(zip(jaxpr.invars, inputs))
+    found = lambda variables: [not isinstance(v, Constant) and known.get(v, False) for v in variables]
+    for e in jaxpr.eqns:
+        given = found(e.invars)
+        inner = e.params["jaxpr"].jaxpr if e.primitive.name in ("jit", "pjit") else None
+        known |= zip(e.outvars, [any(given)] * len(e.outvars) if inner is None else _depend(inner, given))
+    return found(jaxpr.outvars)
+
+
+def reused(vec: VecEnv, pool: Pool | None) -> Array:
+    """How many episodes began from a start state that had been used before; 0 in exact mode and where an environment
+    has but one start."""
+    if pool is None or not any(jax.tree.leaves(random_parts(vec.env))):
+        return jnp.int32(0)
+    return jnp.maximum(pool.used - pool.size, 0)
 
 
 def step(
@@ -127,11 +156,10 @@ def step(
     if pool is None:
         fresh_env, fresh_ts = jax.vmap(vec.env.reset)(k_reset)
     else:
-        size = pool.ts.reward.shape[0]
         order = pool.used + jnp.cumsum(done) - 1
         # past the end of the pool the oldest starts are used again
-        index = jnp.where(done, order % size, 0)
-        fresh_env, fresh_ts = jax.tree.map(lambda x: x[index], (pool.env, pool.ts))
+        index = jnp.where(done, order % pool.size, 0)
+        fresh_env, fresh_ts = jax.tree.map(lambda x: x if len(x) == 1 else x[index], (pool.env, pool.ts))
         pool = pool._replace(used=pool.used + jnp.sum(done, dtype=jnp.int32))
 
     def pick(fresh: Array, old: Array) -> Array:

@@ -28,14 +28,17 @@ def test_next_values_are_those_of_the_true_next_inputs(agent, count, gru):
 
     def run(state):
         act, draw = team_ppo._actor(task, state.params, ())
-        _, _, steps, _ = rollout.collect(task.vec, act, key, state.vec, state.carry[0], STEPS, draw)
+        played = rollout.collect(task.vec, act, key, state.vec, state.carry[0], STEPS, draw, finals="cuts")
+        steps, cuts = played.steps, played.cuts
+        assert steps.final_obs is None
         noise = jax.random.normal(key, (2, *steps.ts.obs.shape))
+        cuts = cuts._replace(obs=noise[1].at[cuts.step, jnp.arange(3)].get(mode="fill"))
         steps = steps._replace(ts=steps.ts._replace(obs=noise[0]), final_obs=noise[1])
         shape = lambda obs: obs.reshape(*obs.shape[:2], -1) if task.shape.central else obs
         critic_x = lambda obs, _: shape(obs)
         carries, value = task.team.critic(state.params, state.carry[1], shape(noise[0]), steps.first, every=True)
         next_value = jnp.concatenate([value[1:], jnp.zeros_like(value[:1])])
-        return steps, value, team_ppo.value_of_cut(task, state.params, steps, carries, next_value, critic_x)
+        return steps, value, team_ppo.value_of_cut(task, state.params, cuts, carries, next_value, critic_x)
 
     steps, value, got = jax.jit(run)(state)
     assert int(steps.truncated.sum()) == 2 + 2 + 3  # ceil(12 / 5) of the one that was nearest its end

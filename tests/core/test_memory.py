@@ -63,12 +63,13 @@ def test_a_rollout_is_not_copied(env, options):
     def play(key):
         idle = jnp.zeros((envs, vec.env.spec.num_agents))
         act = lambda key, carry, vs: (carry, idle.astype(jnp.int32), idle)
-        return rollout.collect(vec, act, key, vector.init(vec, key), (), steps)[2]
+        return rollout.collect(vec, act, key, vector.init(vec, key), (), steps, finals="cuts").steps
 
     recorded = size(jax.eval_shape(play, jax.random.key(0)))
     chunk = compiled(learner)
     assert recorded > 100 * chunk.argument_bytes  # the rollout dominates
-    assert 0.5 * recorded <= chunk.temp_bytes <= 3.0 * recorded
+    # the bits and the noise that actions are drawn from are made at once, beside it
+    assert 0.5 * recorded <= chunk.temp_bytes <= 4.0 * recorded
 
 
 def test_bytes_a_seed_and_an_environment_are_what_more_of_them_need():
@@ -77,7 +78,7 @@ def test_bytes_a_seed_and_an_environment_are_what_more_of_them_need():
     assert (few.seeds, many.seeds, few.envs, wide.envs) == (2, 8, 8, 32)
     assert (many.peak_bytes - few.peak_bytes) / 6 == pytest.approx(few.bytes_per_seed, rel=0.1)
     marginal = (wide.bytes_per_seed - few.bytes_per_seed) / 24
-    assert 0.5 * few.bytes_per_env <= marginal <= few.bytes_per_env * 1.05
+    assert 0.5 * few.bytes_per_env <= marginal <= few.bytes_per_env * 1.1
 
 
 def test_shared_data_is_no_seeds_part():

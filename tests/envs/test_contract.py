@@ -49,7 +49,7 @@ def check_dtypes(spec: Spec, ts: TimeStep, lead: tuple[int, ...]) -> None:
 
 
 def unroll(env: Environment):
-    """jit(key -> (start, last state-free TimeSteps [T])) with a count of its traces."""
+    """jit(key -> (start state, its TimeStep, TimeSteps [T])) with a count of its traces."""
     traces = []
 
     @jax.jit
@@ -64,7 +64,7 @@ def unroll(env: Environment):
             new = env.step(k_step, state, sample_action(env.spec, k_act, ts))
             return new, new[1]
 
-        return ts, jax.lax.scan(body, (state, ts), jax.random.split(k_run, T))[1]
+        return state, ts, jax.lax.scan(body, (state, ts), jax.random.split(k_run, T))[1]
 
     return run, traces
 
@@ -81,11 +81,13 @@ def check(id: str) -> None:
     assert limits is None or limits.any(-1).all()
 
     run, traces = unroll(env)
-    first, steps = run(jax.random.key(1))
+    start, first, steps = run(jax.random.key(1))
     again = run(jax.random.key(1))
-    run(jax.random.key(2))
+    other = run(jax.random.key(2))
     assert len(traces) == 1
-    jax.tree.map(np.testing.assert_array_equal, (first, steps), again)
+    jax.tree.map(np.testing.assert_array_equal, (first, steps), again[1:])
+    for random, x, y in zip(*map(jax.tree.leaves, (vector.random_parts(env), (start, first), other[:2]))):
+        assert random or bool(jnp.all(x == y)), "what does not depend on the key is the same in every start"
 
     check_dtypes(spec, first, ())
     check_dtypes(spec, steps, (T,))

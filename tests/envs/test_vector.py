@@ -1,3 +1,4 @@
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -34,9 +35,10 @@ def collect(vec, steps=T, seed=0, rollouts=1, act=None):
     vs, carry = vector.init(vec, jax.random.key(seed)), jnp.int32(0)
     out, reused = [], []
     for i in range(rollouts):
-        vs, carry, s, r = run(vs, carry, jax.random.fold_in(jax.random.key(seed + 1), i))
-        out.append(s)
-        reused.append(int(r))
+        played = run(vs, carry, jax.random.fold_in(jax.random.key(seed + 1), i))
+        vs, carry = played.vec, played.carry
+        out.append(played.steps)
+        reused.append(int(played.reused))
     assert int(carry) == rollouts * steps
     return jax.tree.map(lambda *x: np.concatenate(x), *out), reused
 
@@ -118,6 +120,28 @@ def test_a_small_pool_is_used_in_turn_and_counted():
     assert len(np.unique(fresh)) == 5
 
 
+def test_only_what_differs_between_starts_is_pooled():
+    """Through jit and other inner programs; what only an operation with the key could make differ counts as random."""
+
+    class Parts(Clock):
+        def reset(self, key):
+            draw = jax.jit(lambda key, x: (jax.random.uniform(key), 2.0 * x))
+            noise, same = draw(key, 3.0)
+            branch = jax.lax.cond(noise > 0.5, lambda: (0.0, 1.0), lambda: (1.0, 1.0))
+            start = {"noise": noise, "same": same, "branch": branch, "none": jnp.zeros(2), "key": key}
+            return start, super().reset(key)[1]
+
+    env = Parts()
+    state, ts = vector.random_parts(env)
+    assert state == {"noise": True, "same": False, "branch": (True, True), "none": False, "key": True}
+    assert (ts.obs, ts.reward, ts.agent_mask, ts.action_mask) == (True, False, False, False)
+    pool = vector.make_pool(envs.vectorise(env, 2), jax.random.split(jax.random.key(0), 5))
+    assert pool.env["noise"].shape == (5,)
+    assert pool.env["same"].shape == (1,)
+    assert pool.env["none"].shape == (1, 2)
+    assert pool.size == 5
+
+
 def test_both_modes_draw_from_the_same_distribution():
     samples = {}
     for mode in ("pool", "exact"):
@@ -136,7 +160,9 @@ def test_runs_repeat_and_jit_changes_nothing():
     assert not np.array_equal(one.ts.obs, other.ts.obs)
     vs = vector.init(vec, jax.random.key(5))
     with jax.disable_jit():
-        eager = rollout.collect(vec, random_act(vec), jax.random.fold_in(jax.random.key(6), 0), vs, jnp.int32(0), 5)[2]
+        eager = rollout.collect(
+            vec, random_act(vec), jax.random.fold_in(jax.random.key(6), 0), vs, jnp.int32(0), 5
+        ).steps
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), eager, one)
 
 
@@ -144,7 +170,7 @@ def test_seeds_in_one_vmap_are_the_seeds_alone():
     vec = envs.vectorise(Clock(), 3)
 
     def run(key):
-        return rollout.collect(vec, random_act(vec), key, vector.init(vec, key), jnp.int32(0), 12)[2]
+        return rollout.collect(vec, random_act(vec), key, vector.init(vec, key), jnp.int32(0), 12).steps
 
     keys = jax.random.split(jax.random.key(0), 2)
     both = jax.jit(jax.vmap(run))(keys)
@@ -190,12 +216,45 @@ def test_pools_hold_what_a_rollout_can_use():
         envs.vectorise(fixed, 2, pool_size=0)
 
 
-def test_no_final_observation_where_nothing_is_cut():
+class Unbounded(Clock):
+    """The clock without a horizon: it may be cut at any step."""
+
+    @property
+    def spec(self):
+        return replace(super().spec, horizon=None)
+
+
+@pytest.mark.parametrize("steps", [1, 5, 6, T])
+@pytest.mark.parametrize("env", [Clock((2, 4, 5)), Unbounded()])
+def test_cuts_alone_are_the_last_observations_of_cut_episodes(env, steps):
+    """From the middle of episodes, with a horizon (few rows) and without one (a row a step)."""
+    vec = envs.vectorise(env, N)
+    play = jax.jit(partial(rollout.collect, vec, random_act(vec), num_steps=steps), static_argnames="finals")
+    start = rollout.collect(
+        vec, random_act(vec), jax.random.key(3), vector.init(vec, jax.random.key(0)), jnp.int32(0), 5
+    )
+    args = dict(key=jax.random.key(1), vs=start.vec, carry=start.carry)
+    whole, short = play(**args), play(**args, finals="cuts")
+    assert whole.cuts is None
+    assert short.steps.final_obs is None
+    assert short.cuts.state is None
+    jax.tree.map(np.testing.assert_array_equal, short.steps, whole.steps._replace(final_obs=None))
+    rows = -(-steps // 5) if env.spec.horizon else steps
+    assert short.cuts.step.shape == (rows, N)
+    row, column = np.nonzero(short.cuts.step < steps)
+    step = np.asarray(short.cuts.step)[row, column]
+    cut = np.zeros((steps, N), bool)
+    cut[step, column] = True
+    np.testing.assert_array_equal(cut, whole.steps.truncated)
+    np.testing.assert_array_equal(short.cuts.obs[row, column], whole.steps.final_obs[step, column])
+
+
+def test_no_cuts_where_nothing_is_cut():
     vec = envs.vectorise(envs.make("matrix_game"), 2)
-    steps, _ = collect(vec, steps=20, act=lambda key, carry, vs: (carry + 1, jnp.zeros((2, 4), jnp.int32), ()))
-    assert steps.final_obs is None
-    assert steps.final_state is None
-    assert steps.terminated.sum() == 4
+    act = lambda key, carry, vs: (carry, jnp.zeros((2, 4), jnp.int32), ())
+    played = rollout.collect(vec, act, jax.random.key(0), vector.init(vec, jax.random.key(0)), (), 20, finals="cuts")
+    assert played.cuts is None
+    assert played.steps.terminated.sum() == 4
 
 
 def test_statistics_are_means_over_finished_episodes(history):

@@ -51,8 +51,8 @@ def test_time_limit_starts_anew_after_each_reset():
 
     act = lambda key, carry, vs: (carry, jnp.zeros((3, 4), jnp.int32), ())
     vs = vector.init(vec, jax.random.key(0))
-    _, _, steps, _ = jax.jit(partial(rollout.collect, vec, act, num_steps=15))(key=jax.random.key(1), vs=vs, carry=())
-    np.testing.assert_array_equal(steps.truncated, np.repeat(np.arange(15)[:, None] % 5 == 4, 3, 1))
+    played = jax.jit(partial(rollout.collect, vec, act, num_steps=15))(key=jax.random.key(1), vs=vs, carry=())
+    np.testing.assert_array_equal(played.steps.truncated, np.repeat(np.arange(15)[:, None] % 5 == 4, 3, 1))
 
 
 def test_agent_ids_tell_equal_agents_apart():
