@@ -109,6 +109,9 @@ def run_claim(
     from rich.console import Console
 
     console = Console(quiet=quiet)
+    run = rundir.environment()  # of the start: later the code may be another
+    # the record goes with the code: where its folder lies is nobody's business
+    run["command"] = [Path(a).name if Path(a).is_absolute() else a for a in run["command"]]
     rows: list[Row] = []
     start = time.perf_counter()
     for experiment in claim.small if scale == "small" else claim.full:
@@ -133,7 +136,7 @@ def run_claim(
         "verdicts": [{"check": v.check.describe(), "holds": v.holds, "estimate": list(v.estimate)} for v in verdicts],
         "seeds": seeds,
         "seconds": round(seconds, 1),
-        "run": rundir.environment(),
+        "run": run,
         "rows": [{k: _plain(v) for k, v in r.items()} for r in rows],
     }
     try:
@@ -152,6 +155,7 @@ def figure(claim: Claim, rows: list[Row], path: Path) -> Path:
     """The checked metrics of all arms with intervals, a panel for each experiment and metric."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     from jaxstack.core.plots import COLOURS
 
@@ -176,6 +180,10 @@ def figure(claim: Claim, rows: list[Row], path: Path) -> Path:
         axes.set_title(experiment, fontsize=9, loc="left")
         axes.set_xlabel(metric, fontsize=8)
         axes.tick_params(axis="x", labelsize=8)
+        left, right = axes.get_xlim()
+        pad = max(0.0, 0.01 - (right - left) / 2)  # arms that agree to three digits look alike
+        axes.set_xlim(left - pad, right + pad)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="x", alpha=0.25)
     path.parent.mkdir(parents=True, exist_ok=True)
