@@ -174,13 +174,15 @@ def _process_flags(p: argparse.ArgumentParser) -> None:
     group.add_argument("--distributed", action="store_true", help="find all three from Slurm, a TPU pod or Open MPI")
 
 
-def _join(args: argparse.Namespace) -> None:
+def _join(args: argparse.Namespace) -> bool:
     """Join the other processes of the run, if it has any; before anything touches a device."""
     given = (args.coordinator, args.num_processes, args.process_id)
-    if args.distributed or any(x is not None for x in given):
+    several = args.distributed or any(x is not None for x in given)
+    if several:
         from jaxstack.core import distributed
 
         distributed.start(*given)
+    return several
 
 
 def _list(args: argparse.Namespace, _: list[str]) -> None:
@@ -250,11 +252,14 @@ def _train(args: argparse.Namespace, rest: list[str]) -> None:
         return
     import time
 
-    from jaxstack.core import config, distributed, runner
+    from jaxstack import agents
+    from jaxstack.core import config, devices, distributed, runner
 
-    if not {"-h", "--help"} & set(rest):
-        _join(args)
-    learner, job = plan(args.agent, rest)
+    several = not {"-h", "--help"} & set(rest) and _join(args)
+    job = _job(args.agent, rest)
+    if not several:
+        devices.show(job.run.devices * job.run.env_devices)
+    learner = agents.make(args.agent, job.config)
     run_dir = Path(job.run_dir or f"runs/{args.agent}-{time.strftime('%Y%m%d-%H%M%S')}")
     stored = {"config": config.to_dict(job.config), "options": config.to_dict(job.run)}
     sinks = _sinks(job, run_dir, stored) if distributed.is_first() else []
@@ -267,6 +272,13 @@ def plan(agent: str, argv: Sequence[str]) -> tuple[Any, Any]:
 
     Raises `UserError` for wrong values, SystemExit(2) with a message on stderr for arguments that do not parse.
     """
+    from jaxstack import agents
+
+    job = _job(agent, argv)
+    return agents.make(agent, job.config), job
+
+
+def _job(agent: str, argv: Sequence[str]) -> Any:
     import dataclasses
 
     import tyro
@@ -308,7 +320,7 @@ def plan(agent: str, argv: Sequence[str]) -> tuple[Any, Any]:
         config=(tyro.conf.OmitArgPrefixes,),
     )
     runner.check_seeds(job.seeds)
-    return agents.make(agent, job.config), job
+    return job
 
 
 def _sinks(job: Any, run_dir: Path, stored: dict[str, Any]) -> list[Any]:
@@ -366,13 +378,20 @@ def _load(run_dir: str) -> tuple[Any, dict[str, Any]]:
 
 
 def _resume(args: argparse.Namespace, _: list[str]) -> None:
-    from jaxstack.core import config, runner
+    from jaxstack.core import config, devices, runner
+    from jaxstack.core.rundir import read_plan
 
-    _join(args)
-    learner, plan = _load(args.run_dir)
-    options = config.from_dict(runner.RunOptions, plan.get("options", {}), f"{args.run_dir}/run.yaml: options")
     layout = {"devices": args.devices, "env_devices": args.env_devices}
-    options = config.replace(options, **{k: v for k, v in layout.items() if v is not None})
+
+    def options_of(plan: dict[str, Any]) -> runner.RunOptions:
+        stored = config.from_dict(runner.RunOptions, plan.get("options", {}), f"{args.run_dir}/run.yaml: options")
+        return config.replace(stored, **{k: v for k, v in layout.items() if v is not None})
+
+    if not _join(args):
+        options = options_of(read_plan(args.run_dir))
+        devices.show(options.devices * options.env_devices)
+    learner, plan = _load(args.run_dir)
+    options = options_of(plan)
     result = runner.resume(learner, args.run_dir, options=options, plan=plan)
     _report(learner, result, plan["seeds"])
 

@@ -262,3 +262,19 @@ def test_sigterm_saves_and_exits_with_143(tmp_path):
     assert f"`jaxstack resume {path}` goes on" in err
     assert json.loads((path / "run.json").read_text())["status"] == "interrupted"
     assert cli.main(["evaluate", str(path), "--episodes", "2"]) == 0
+
+
+def test_devices_need_no_flags_on_a_cpu(tmp_path):
+    """The command makes the CPU show as many, in training and resuming; a number that was set stays."""
+    path = tmp_path / "run"
+    env = os.environ | {"JAXSTACK_CACHE": os.environ.get("JAX_COMPILATION_CACHE_DIR", "off"), "JAX_PLATFORMS": "cpu"}
+    train = ["train", "ippo", *SMALL, "--seeds", "0", "1", "--devices", "2", "--run-dir", str(path)]
+    for argv in (train, ["resume", str(path)]):
+        out = subprocess.run([sys.executable, "-m", "jaxstack.cli", *argv], env=env, capture_output=True, text=True)
+        assert out.returncode == 0, out.stderr
+    assert json.loads((path / "run.json").read_text())["device"] == "cpu cpu x2"
+    forced = env | {"XLA_FLAGS": f"{env.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=1".strip()}
+    argv = [sys.executable, "-m", "jaxstack.cli", *train[:-1], str(tmp_path / "other")]
+    out = subprocess.run(argv, env=forced, capture_output=True, text=True)
+    assert out.returncode == 2
+    assert "devices=2: expected at most 1" in out.stderr

@@ -14,6 +14,7 @@ states: spread seeds first.
 """
 
 import contextlib
+import os
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +26,7 @@ from jaxstack.core.errors import UserError
 from jaxstack.core.learner import Learner
 
 SEED, ENV = "seed", "env"
+FORCED = "xla_force_host_platform_device_count"
 
 
 class Layout(NamedTuple):
@@ -47,6 +49,16 @@ class Layout(NamedTuple):
         if self.mesh is None:
             return state, alive
         return jax.tree.map(distributed.place, state, self.state), distributed.place_all(alive, self.seeds)
+
+
+def show(count: int) -> None:
+    """Let the CPU show at least `count` devices: several seeds use its cores better in programs side by side than in
+    one. Before anything touches a device; accelerators and a number set by XLA_FLAGS or JAX's config stay as they are.
+    """
+    told = FORCED in os.environ.get("XLA_FLAGS", "") or jax.config.jax_num_cpu_devices != -1
+    if count > 1 and not told:
+        with contextlib.suppress(RuntimeError):  # devices were in use before; `layout` says how many there are
+            jax.config.update("jax_num_cpu_devices", count)
 
 
 def layout(learner: Learner, state: Any, devices: int, env_devices: int) -> Layout:
