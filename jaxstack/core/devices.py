@@ -55,8 +55,8 @@ def show(count: int) -> None:
     """Let the CPU show at least `count` devices: several seeds use its cores better in programs side by side than in
     one. Before anything touches a device; accelerators and a number set by XLA_FLAGS or JAX's config stay as they are.
     """
-    told = FORCED in os.environ.get("XLA_FLAGS", "") or jax.config.jax_num_cpu_devices != -1
-    if count > 1 and not told:
+    chosen = jax.config.jax_num_cpu_devices  # pyright: ignore[reportAttributeAccessIssue]
+    if count > 1 and chosen == -1 and FORCED not in os.environ.get("XLA_FLAGS", ""):
         with contextlib.suppress(RuntimeError):  # devices were in use before; `layout` says how many there are
             jax.config.update("jax_num_cpu_devices", count)
 
