@@ -132,6 +132,32 @@ def test_gradients_do_not_depend_on_which_states_are_kept(length, masked, monkey
         close(some, grad(), rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.parametrize("read", ["posterior", "prior"])
+def test_one_sequence_has_the_gradients_it_has_in_a_batch(read):
+    """`filter_scan` goes back through a batch of one without the batch axis."""
+    args, state = inputs(6, length=35), KLAState(jnp.full((2, 3, 4), 1.7), jnp.full((2, 3, 4), 0.3))
+    mask = jnp.asarray(np.random.default_rng(1).random((2, 35)) < 0.7)
+    with jax.enable_x64():
+        grad = lambda at: jax.jit(jax.grad(loss("sequential", mask[at], read=read), argnums=(0, 1)))(
+            (*(x[at] for x in args[:4]), *args[4:]), jax.tree.map(lambda x: x[at], state)
+        )
+        (both, d_state), (first, d_first), (second, d_second) = (grad(slice(*at)) for at in ((0, 2), (0, 1), (1, 2)))
+        apart = (
+            *(jnp.concatenate(x) for x in zip(first[:4], second[:4])),
+            *(x + y for x, y in zip(first[4:], second[4:])),
+        )
+        close(apart, both, rtol=1e-9, atol=1e-10)
+        close(jax.tree.map(lambda x, y: jnp.concatenate([x, y]), d_first, d_second), d_state, rtol=1e-9, atol=1e-10)
+
+
+def test_small_gradients_of_the_mean_pass_saturated_precisions():
+    """A cotangent of 1e-9 over a precision of 7e30 is 0 in float32; the mean's own gradient does not take that way."""
+    v, precision, k, q, abar, pbar = as_float32(inputs(0, batch=1, length=4))
+    state = KLAState(jnp.full((1, 3, 4), 1e38), jnp.ones((1, 3, 4)))
+    last = lambda mean: kla_scan(v, precision, k, q, abar, 0.0 * pbar, state=state._replace(mean=mean))[2].mean
+    close(jax.grad(lambda mean: 1e-9 * last(mean).sum())(state.mean), 1e-9 * abar[None] ** 4, rtol=1e-5)
+
+
 def test_pallas_blocks_of_time_and_channels(monkeypatch):
     """As on TPU: several blocks of each, the state handed on through an output, channels and steps padded."""
     plan = scan_pallas._plan
