@@ -104,8 +104,8 @@ def collect(
     every = finals == "every"
 
     def body(c: tuple, x: tuple[Any, Array, Array]) -> tuple[tuple, Step]:
-        vs, carry, pool, cuts = c
-        numbers, keys, t = x
+        vs, carry, pool, kept = c
+        numbers, keys, row = x
         carry, action, extras = act(numbers, carry, vs)
         new, last, pool = vector.step(vec, keys, vs, action, pool)
         done = last.terminated | last.truncated
@@ -124,31 +124,35 @@ def collect(
             episode_length=jnp.where(done, vs.episode_length + 1, 0),
             info=last.info,
         )
-        return (new, carry, pool, _note(vec, cuts, t, last)), out
+        return (new, carry, pool, _note(kept, row, last)), out
 
-    cuts = None if every or not vec.env.spec.can_truncate else _no_cuts(vec, vs.ts, num_steps)
-    xs = (draw(k_act, num_steps), k_env, jnp.arange(num_steps, dtype=jnp.int32))
-    (vs, carry, pool, cuts), steps = jax.lax.scan(body, (vs, carry, pool, cuts), xs)
+    keep = vec.env.spec.can_truncate and not every
+    window = vec.env.spec.horizon or 1
+    kept = _room(vs.ts, -(-num_steps // window)) if keep else None
+    rows = jnp.arange(num_steps, dtype=jnp.int32) // window
+    (vs, carry, pool, kept), steps = jax.lax.scan(body, (vs, carry, pool, kept), (draw(k_act, num_steps), k_env, rows))
+    cuts = None if kept is None else Cuts(_cut_steps(steps.truncated, window), *kept)
     return Rollout(vs, carry, steps, cuts, vector.reused(vec, pool))
 
 
-def _no_cuts(vec: vector.VecEnv, ts: TimeStep, num_steps: int) -> Cuts:
-    rows = -(-num_steps // (vec.env.spec.horizon or 1))
-    empty = lambda x: None if x is None else jnp.zeros((rows, *x.shape), x.dtype)
-    return Cuts(jnp.full((rows, vec.num_envs), num_steps, jnp.int32), empty(ts.obs), empty(ts.state))
+def _room(ts: TimeStep, rows: int) -> tuple[Array, Array | None]:
+    """For observations and global states of cut episodes."""
+    empty = lambda x: jnp.zeros((rows, *x.shape), x.dtype)
+    return jax.tree.map(empty, (ts.obs, ts.state))
 
 
-def _note(vec: vector.VecEnv, cuts: Cuts | None, t: Array, last: TimeStep) -> Cuts | None:
-    """`cuts` with the environments that were cut in step t."""
-    if cuts is None:
-        return None
-    row = t // (vec.env.spec.horizon or 1)
+def _note(kept: Any, row: Array, last: TimeStep) -> Any:
+    """`kept` with those that were cut in a step."""
+    put = lambda x, new: x.at[row].set(jnp.where(_like(last.truncated, new), new, x[row]))
+    return None if kept is None else jax.tree.map(put, kept, (last.obs, last.state))
 
-    def put(kept: Array, new: Array) -> Array:
-        return kept.at[row].set(jnp.where(_like(last.truncated, new), new, kept[row]))
 
-    new = Cuts(jnp.full_like(cuts.step[0], t), last.obs, last.state)
-    return jax.tree.map(put, cuts, new)
+def _cut_steps(truncated: Array, window: int) -> Array:
+    """[T, N] -> [ceil(T / window), N]: in which step of each window an environment was cut, T where in none."""
+    length = len(truncated)
+    step = jnp.where(truncated, jnp.arange(length, dtype=jnp.int32)[:, None], length)
+    step = jnp.pad(step, ((0, -length % window), (0, 0)), constant_values=length)
+    return step.reshape(-1, window, step.shape[1]).min(1)
 
 
 def statistics(steps: Step) -> Metrics:

@@ -19,6 +19,8 @@ import contextlib
 import importlib
 import importlib.util
 import io
+import math
+import os
 import sys
 import time
 import types
@@ -33,7 +35,7 @@ import jax
 import numpy as np
 
 from jaxstack import agents
-from jaxstack.core import ledger, program
+from jaxstack.core import devices, ledger, program
 
 PPO = dict(num_epochs=4, num_minibatches=4, gamma=0.99, lam=0.95, clip=0.2, vf_coef=0.5, ent_coef=0.01)
 
@@ -63,10 +65,10 @@ class Case(NamedTuple):
         return agents.make(self.agent, total_steps=size * self.updates, **self.options)
 
 
-def ours(learner: Any, updates: int, seeds: int = 1) -> Side:
-    """The runner's own compiled program over all updates."""
+def ours(learner: Any, updates: int, seeds: int = 1, spread: int = 1) -> Side:
+    """The runner's own compiled program over all updates, seeds spread over so many devices."""
     book = ledger.Ledger()
-    programs = program.build(learner, list(range(seeds)), book, chunk=updates, evaluate=False)
+    programs = program.build(learner, list(range(seeds)), book, chunk=updates, evaluate=False, devices=spread)
 
     def prepared(_: int) -> Callable[[], None]:
         state, alive = jax.block_until_ready(programs.init())
@@ -351,12 +353,18 @@ def hyper(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def many_seeds(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """8 vmapped seeds against one, IPPO on MPE with 16 environments."""
-    case = mpe(16, 10, 4.0)
-    seconds = interleaved({"8": ours(case.learner, 10, 8), "1": ours(case.learner, 10)}, args.repeats, updates=True)
-    ratio = quartiles(seconds["8"], seconds["1"])
-    print(f"8 seeds / 1 seed: {ratio[1]:.2f} [{ratio[0]:.2f}, {ratio[2]:.2f}] (aim below 4)", flush=True)
-    return [{"case": "seeds", "ratio_quartiles": ratio}]
+    """8 vmapped seeds against one, IPPO on MPE with 16 environments, on one device and spread over a device a core."""
+    case, cores = mpe(16, 10, 4.0), jax.device_count()
+    sides = {"1": ours(case.learner, 10)}
+    for spread in dict.fromkeys((1, math.gcd(8, cores))):
+        sides[f"seeds, over {spread} devices"] = ours(case.learner, 10, 8, spread)
+    seconds = interleaved(sides, args.repeats, updates=True)
+    rows = []
+    for name in list(sides)[1:]:
+        ratio = quartiles(seconds[name], seconds["1"])
+        print(f"8 {name} / 1 seed: {ratio[1]:.2f} [{ratio[0]:.2f}, {ratio[2]:.2f}] (aim below 4)", flush=True)
+        rows.append({"case": "seeds" if name.endswith(" 1 devices") else name, "ratio_quartiles": ratio})
+    return rows
 
 
 def main() -> None:
@@ -374,6 +382,7 @@ def main() -> None:
     if args.repeats < 5:
         parser.error(f"--repeats {args.repeats}: expected at least 5, for quartiles")
     jax.config.update("jax_enable_compilation_cache", False)
+    devices.show(os.cpu_count() or 1)  # XLA starts a thread a core either way
     rate = matrix_rate()
     print(f"float32 matrix rate {rate / 1e9:.0f} Gflop/s\n")
     print("case       ours k/s  peer k/s   ratio                        compile s     peak MiB          of matrix rate")

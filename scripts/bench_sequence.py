@@ -161,7 +161,11 @@ def mixers(args: argparse.Namespace) -> list[Row]:
         if len(names) < len(args.mixers):
             print(f"attention left out at T = {length}")
         sides = {(n, kind): side for n in names for kind, side in passes(n, batch, length).items()}
-        seconds = interleaved(sides, args.repeats)  # pyright: ignore[reportArgumentType]
+        # attention touches a gigabyte of memory: what runs right after it pays for pages that the others find at hand
+        seconds = {}
+        for alone in (False, True):
+            group = {key: side for key, side in sides.items() if (key[0] == "attention") == alone}
+            seconds |= interleaved(group, args.repeats)  # pyright: ignore[reportArgumentType]
         at = f"mixers, T = {length}"
         for (name, kind), side in sides.items():
             more = {"batch": batch, "state_bytes": state_bytes(layer(name, length)), "options": LAYERS[name][1]}
