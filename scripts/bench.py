@@ -30,11 +30,11 @@ def commands(args: argparse.Namespace, out: Path) -> dict[str, list[str]]:
         torch = ["--kla", str(args.kla), "--torch-python", str(args.torch_python)] if args.kla else []
         more = {n: [f"bench_{n}.py", "--out", str(out / f"{n}.json")] for n in ("sweep", "scaling")}
         return {"agents": agents, "envs": envs, "sequence": [*sequence, *torch], **more}
-    cases = ["mpe-16"] * bool(args.jaxmarl) + ["cartpole"] * bool(args.purejaxrl) + ["seeds"]
-    few = ["--env", "dispersion", "jaxmarl/MPE_simple_spread_v3", "--widths", "16", "128", "--steps", "20000"]
-    layers = ["--cases", "mixers", "--mixers", "kla", "gla", "mamba", "--lengths", "1024"]
+    cases = ["mpe-16"] * bool(args.jaxmarl) + ["cartpole"] * bool(args.purejaxrl)
+    few = ["--env", "jaxmarl/MPE_simple_spread_v3", "--widths", "1024", "--steps", "20000", "--repeats", "5"]
+    layers = ["--cases", "mixers", "--mixers", "kla", "gla", "--lengths", "1024"]
     return {
-        "agents": [*agents, "--cases", *cases],
+        "agents": [*agents, "--cases", *(cases or ["seeds"])],
         "envs": [*envs, *few],
         "sequence": [*sequence, *layers],
     }

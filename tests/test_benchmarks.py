@@ -136,4 +136,4 @@ def test_quick_sequence_options_are_known(script, tmp_path):
     args = argparse.Namespace(quick=True, jaxmarl=None, purejaxrl=None)
     command = script("bench").commands(args, tmp_path)["sequence"]
     parsed = script("bench_sequence").options().parse_args(command[1:])
-    assert (parsed.cases, parsed.mixers) == (["mixers"], ["kla", "gla", "mamba"])
+    assert (parsed.cases, parsed.mixers) == (["mixers"], ["kla", "gla"])
