@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from jaxstack.core.errors import UserError
 from jaxstack.core.learner import Metrics, Policy
 from jaxstack.envs import vector
 from jaxstack.envs.base import Environment, TimeStep
@@ -98,7 +99,10 @@ def collect(
 
     The true next observations stand in the steps (finals="every"), or only those of cut episodes are kept, as `Cuts`
     ("cuts"; None where an environment never truncates): what values bootstrap from, in a fraction of the memory.
+    Raises `UserError` for another choice.
     """
+    if finals not in ("every", "cuts"):
+        raise UserError(f"finals={finals!r}: expected 'every' or 'cuts'")
     k_act, k_pool, k_env = vector.rollout_keys(vec, key, num_steps)
     pool = vector.make_pool(vec, k_pool)
     every = finals == "every"

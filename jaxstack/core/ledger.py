@@ -55,7 +55,8 @@ class Program:
     @property
     def bytes_per_env(self) -> float | None:
         """A seed's bytes over its environments: rollout, environment states and minibatches, but parameters, gradients
-        and optimiser state too, which do not grow with the environments. So one more environment needs at most this."""
+        and optimiser state too, which do not grow with the environments. So one more environment needs at most this,
+        but for how XLA packs buffers (7% more between 8 and 32 environments of a tiny task)."""
         per_seed = self.bytes_per_seed
         return per_seed / self.envs if per_seed is not None and self.envs else None
 

@@ -63,22 +63,23 @@ def test_a_rollout_is_not_copied(env, options):
     def play(key):
         idle = jnp.zeros((envs, vec.env.spec.num_agents))
         act = lambda key, carry, vs: (carry, idle.astype(jnp.int32), idle)
-        return rollout.collect(vec, act, key, vector.init(vec, key), (), steps, finals="cuts").steps
+        finals = "every" if vec.env.spec.can_truncate else "cuts"
+        return rollout.collect(vec, act, key, vector.init(vec, key), (), steps, finals=finals).steps
 
     recorded = size(jax.eval_shape(play, jax.random.key(0)))
     chunk = compiled(learner)
     assert recorded > 100 * chunk.argument_bytes  # the rollout dominates
-    # the bits and the noise that actions are drawn from are made at once, beside it
-    assert 0.5 * recorded <= chunk.temp_bytes <= 4.0 * recorded
+    assert 0.5 * recorded <= chunk.temp_bytes <= 3.0 * recorded
 
 
 def test_bytes_a_seed_and_an_environment_are_what_more_of_them_need():
     learner = lambda envs: agents.make("ippo", **TINY | dict(num_envs=envs, num_steps=64, total_steps=envs * 64))
-    few, many, wide = compiled(learner(8), 2), compiled(learner(8), 8), compiled(learner(32), 2)
-    assert (few.seeds, many.seeds, few.envs, wide.envs) == (2, 8, 8, 32)
+    # wide enough that XLA packs the buffers of both alike: from 8 to 32 environments it changes by 7%
+    few, many, wide = compiled(learner(32), 2), compiled(learner(32), 8), compiled(learner(64), 2)
+    assert (few.seeds, many.seeds, few.envs, wide.envs) == (2, 8, 32, 64)
     assert (many.peak_bytes - few.peak_bytes) / 6 == pytest.approx(few.bytes_per_seed, rel=0.1)
-    marginal = (wide.bytes_per_seed - few.bytes_per_seed) / 24
-    assert 0.5 * few.bytes_per_env <= marginal <= few.bytes_per_env * 1.1
+    marginal = (wide.bytes_per_seed - few.bytes_per_seed) / 32
+    assert 0.5 * few.bytes_per_env <= marginal <= few.bytes_per_env * 1.05
 
 
 def test_shared_data_is_no_seeds_part():

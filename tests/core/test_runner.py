@@ -320,11 +320,19 @@ def test_signals_are_left_alone_outside_the_main_thread():
 def test_a_second_signal_acts_at_once():
     # whoever starts the tests in the background may have it ignored
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    with pytest.raises(KeyboardInterrupt), collected([]) as stop:  # noqa: PT012
-        signal.raise_signal(signal.SIGINT)
-        assert stop == [signal.SIGINT]
-        signal.raise_signal(signal.SIGINT)
-    signal.signal(signal.SIGINT, before)
+    caught = []
+
+    def twice():
+        with collected(caught):
+            signal.raise_signal(signal.SIGINT)
+            assert caught == [signal.SIGINT]
+            signal.raise_signal(signal.SIGINT)
+
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            twice()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_sinks_get_every_row_and_are_closed_once(whole):

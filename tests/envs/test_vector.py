@@ -255,6 +255,8 @@ def test_no_cuts_where_nothing_is_cut():
     played = rollout.collect(vec, act, jax.random.key(0), vector.init(vec, jax.random.key(0)), (), 20, finals="cuts")
     assert played.cuts is None
     assert played.steps.terminated.sum() == 4
+    with pytest.raises(UserError, match="finals='all'"):
+        rollout.collect(vec, act, jax.random.key(0), vector.init(vec, jax.random.key(0)), (), 20, finals="all")  # pyright: ignore
 
 
 def test_statistics_are_means_over_finished_episodes(history):
