@@ -354,16 +354,16 @@ def hyper(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def many_seeds(args: argparse.Namespace) -> list[dict[str, Any]]:
     """8 vmapped seeds against one, IPPO on MPE with 16 environments, on one device and spread over a device a core."""
-    case, cores = mpe(16, 10, 4.0), jax.device_count()
-    sides = {"1": ours(case.learner, 10)}
-    for spread in dict.fromkeys((1, math.gcd(8, cores))):
-        sides[f"seeds, over {spread} devices"] = ours(case.learner, 10, 8, spread)
+    learner = mpe(16, 10, 4.0).learner
+    spreads = dict.fromkeys((1, math.gcd(8, jax.device_count())))
+    sides = {"one": ours(learner, 10)} | {f"{n}": ours(learner, 10, 8, n) for n in spreads}
     seconds = interleaved(sides, args.repeats, updates=True)
     rows = []
-    for name in list(sides)[1:]:
-        ratio = quartiles(seconds[name], seconds["1"])
-        print(f"8 {name} / 1 seed: {ratio[1]:.2f} [{ratio[0]:.2f}, {ratio[2]:.2f}] (aim below 4)", flush=True)
-        rows.append({"case": "seeds" if name.endswith(" 1 devices") else name, "ratio_quartiles": ratio})
+    for spread in spreads:
+        case = "seeds" if spread == 1 else f"seeds, over {spread} devices"
+        ratio = quartiles(seconds[f"{spread}"], seconds["one"])
+        print(f"8 {case} / 1 seed: {ratio[1]:.2f} [{ratio[0]:.2f}, {ratio[2]:.2f}] (aim below 4)", flush=True)
+        rows.append({"case": case, "ratio_quartiles": ratio})
     return rows
 
 
