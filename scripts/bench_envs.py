@@ -11,8 +11,9 @@ Each form is one jitted scan over rollouts of 128 steps of `width` environments 
     exact    jaxstack, a reset in every step
     library  the library's own auto-reset: `step` of JaxMARL and gymnax under vmap, brax with its training wrappers
 
-All give the same: the observation to act on, reward and done flag. (The true last observation, which only ours has, is
-not asked for.)
+All give the same: the observation to act on, reward and done flag. All carry that observation to the next step, where
+a policy needs it, as the libraries' own scripts do (the speed test of JaxMARL's walkthrough, PureJaxRL with gymnax): ours
+as one array for all agents, JaxMARL's by agent. (The true last observation, which only ours has, is not asked for.)
 
 Each repeat runs all forms one after the other on the same number of steps, so that load on the machine hits all alike.
 Shown are the median of steps per second and the median of the ratios pool / other within a repeat with its quartiles,
@@ -127,13 +128,14 @@ def jaxmarl_step(env: Any, width: int) -> tuple[Step, Any]:
         masks = getattr(lib, legal)(state)
         return {a: jax.random.categorical(keys[a], jnp.where(masks[a], 0.0, -jnp.inf)) for a in lib.agents}
 
-    def step(state: Any, key: jax.Array) -> tuple[Any, Any]:
+    def step(carry: Any, key: jax.Array) -> tuple[Any, Any]:
+        _, state = carry
         k_act, k_step = jax.random.split(key)
         action = jax.vmap(act)(jax.random.split(k_act, width), state)
         obs, state, reward, done, _ = jax.vmap(lib.step)(jax.random.split(k_step, width), state, action)
-        return state, (obs, reward, done)
+        return (obs, state), (obs, reward, done)
 
-    return step, jax.jit(jax.vmap(lib.reset))(jax.random.split(jax.random.key(0), width))[1]
+    return step, jax.jit(jax.vmap(lib.reset))(jax.random.split(jax.random.key(0), width))
 
 
 def gymnax_step(env: Any, width: int) -> tuple[Step, Any]:
@@ -143,14 +145,15 @@ def gymnax_step(env: Any, width: int) -> tuple[Step, Any]:
     params = params.replace(**dict(env.options))
     keys = jax.random.split(jax.random.key(0), width)
 
-    def step(state: Any, key: jax.Array) -> tuple[Any, Any]:
+    def step(carry: Any, key: jax.Array) -> tuple[Any, Any]:
+        _, state = carry
         k_act, k_step = jax.random.split(key)
         action = jax.vmap(lib.action_space(params).sample)(jax.random.split(k_act, width))
         env_step = jax.vmap(lib.step, in_axes=(0, 0, 0, None))
         obs, state, reward, terminated, truncated, _ = env_step(jax.random.split(k_step, width), state, action, params)
-        return state, (obs, reward, terminated | truncated)
+        return (obs, state), (obs, reward, terminated | truncated)
 
-    return step, jax.jit(jax.vmap(lib.reset, in_axes=(0, None)))(keys, params)[1]
+    return step, jax.jit(jax.vmap(lib.reset, in_axes=(0, None)))(keys, params)
 
 
 def brax_step(env: Any, width: int) -> tuple[Step, Any]:

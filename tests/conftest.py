@@ -1,5 +1,7 @@
 import os
 
+import pytest
+
 # before jax starts: a compilation cache shared by all workers, no accelerator, no threads fighting over two cores
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAXSTACK_PROGRESS", "off")
@@ -19,3 +21,13 @@ def pytest_configure(config):
     # slow tests and claims run only when asked for: -m slow, -m claim, -m "slow or claim"
     if not config.option.markexpr:
         config.option.markexpr = "not slow and not claim"
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item):
+    # a worker that runs hundreds of tests would run out of memory mappings and die in XLA
+    item.session.tests_run = count = getattr(item.session, "tests_run", 0) + 1
+    if count % 8 == 0:
+        from jaxstack.core import ledger
+
+        ledger.spare_mappings(0.3)

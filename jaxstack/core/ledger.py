@@ -1,5 +1,6 @@
 """The compile ledger: what was traced and compiled, how long it took, what it costs to run."""
 
+import gc
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -85,6 +86,7 @@ class Ledger:
         if self.max_compiles is not None and len(self.programs) >= self.max_compiles:
             done = ", ".join(p.name for p in self.programs)
             raise UserError(f"max_compiles={self.max_compiles}: {name!r} would be one more compile after {done}")
+        spare_mappings()
         traces = 0
 
         def counted(*inputs: Any) -> Any:
@@ -138,6 +140,20 @@ class Ledger:
             for p in self.programs
         ]
         return "\n".join(lines)
+
+
+def spare_mappings(share: float = 0.7) -> None:
+    """Let go of the programs that jax caches when this process holds more than `share` of the memory mappings that
+    Linux gives it (`vm.max_map_count`, 65,530 by default). They are compiled again when they are called.
+
+    On CPU a compiled program takes dozens of mappings. Where they run out XLA raises no error, but any later exception
+    in native code ends the process with a segmentation fault (seen with jaxlib 0.10.2: the frames of code that could
+    not be mapped stay registered with the unwinder).
+    """
+    maps, most = Path("/proc/self/maps"), Path("/proc/sys/vm/max_map_count")
+    if maps.exists() and most.exists() and maps.read_bytes().count(b"\n") > share * int(most.read_text()):
+        jax.clear_caches()
+        gc.collect()
 
 
 def _size(count: float) -> str:

@@ -1,5 +1,8 @@
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from toy_learners import regression
 
@@ -39,6 +42,21 @@ def test_a_compile_too_many_is_an_error():
     book.compile("a", jnp.sin, 1.0)
     with pytest.raises(UserError, match="max_compiles=1: 'b' would be one more compile after a"):
         book.compile("b", jnp.cos, 1.0)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux alone limits the mappings of a process")
+def test_cached_programs_go_when_mappings_run_short():
+    count = lambda: len(Path("/proc/self/maps").read_text().splitlines())
+    functions = [jax.jit(lambda x, i=i: jnp.sin(x * i) @ jnp.ones((3, 3))) for i in range(8)]
+    for f in functions:
+        f(jnp.arange(3.0))
+    ledger.spare_mappings(1.0)
+    assert [f._cache_size() for f in functions] == [1] * 8
+    before = count()
+    ledger.spare_mappings(0.0)
+    assert [f._cache_size() for f in functions] == [0] * 8
+    assert count() < before
+    np.testing.assert_allclose(functions[2](jnp.arange(3.0)), [np.sin([0, 2, 4]).sum()] * 3, rtol=1e-6)
 
 
 def test_a_run_stores_its_ledger(tmp_path):
