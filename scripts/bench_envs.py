@@ -12,7 +12,7 @@ Each form is one jitted scan over rollouts of 128 steps of `width` environments 
     library  the library's own auto-reset: `step` of JaxMARL and gymnax under vmap, brax with its training wrappers
 
 All give the same: the observation to act on, reward and done flag. All carry that observation to the next step, where
-a policy needs it, as the libraries' own scripts do (the speed test of JaxMARL's walkthrough, PureJaxRL with gymnax): ours
+a policy needs it, as the libraries' own scripts do (the speed test of JaxMARL's walkthrough, PureJaxRL): ours
 as one array for all agents, JaxMARL's by agent. (The true last observation, which only ours has, is not asked for.)
 
 Each repeat runs all forms one after the other on the same number of steps, so that load on the machine hits all alike.
