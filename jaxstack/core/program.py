@@ -75,24 +75,31 @@ def build(
     Raises `ledger.DoesNotFit` when the run needs more, `UserError` for devices that divide neither the seeds nor the
     environments of each (see devices.py).
     """
-    start = lambda seeds, hypers: initial(learner, seeds, hypers)
+    start = jax.jit(
+        lambda seeds, hypers: initial(learner, seeds, hypers)
+    )  # traced once, for its shapes and its program
     arguments = lambda seeds, hypers: (
         np.asarray(seeds, np.uint32),
         jax.tree.map(np.asarray, as_hypers(learner.hypers if hypers is None else hypers)),
     )
     rows = arguments(seeds, hypers)
-    shapes = jax.eval_shape(start, *rows)
+    with book.clock():
+        shapes = jax.eval_shape(start, *rows)
     place = layout(learner, shapes[0], devices, env_devices)
     where = None if place.mesh is None else (place.state, jax.tree.map(lambda _: place.seeds, shapes[1]))
     if where is not None:
         shapes = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where)
+    # beside the chunk, which takes longest
+    init = book.begin("init", start, *rows, out_shardings=where, once=True, aside=True)
+    evaluation = _evaluation(learner, shapes[0], place, book) if evaluate else None
     constants = () if data is None else distributed.place_all(data.constants(), place.everywhere)
     item = () if data is None else data.chunk(0, 1, chunk, seeds, peek=True)
     one_item = jax.tree.map(lambda x: x[0], item)
     body = jax.jit(_step_body(learner, data, guarded))  # traced once, however often it is asked for its shapes
     zero = np.int32(0)
     if dispatch == "auto":
-        slow = jax.default_backend() == "cpu" and convolves(body, *shapes, zero, constants, one_item)
+        with book.clock():
+            slow = jax.default_backend() == "cpu" and convolves(body, *shapes, zero, constants, one_item)
         dispatch = "loop" if slow else "scan"
     out = None if where is None else (*where, place.everywhere)
     with place.compiling():
@@ -114,8 +121,7 @@ def build(
     ledger.check_memory(book.programs[-1], len(seeds), limit, copies)
     run = _scan if dispatch == "scan" else _loop
 
-    init = book.compile("init", start, *rows, out_shardings=where, once=True)
-    evaluation = _evaluation(learner, shapes[0], place, book) if evaluate else None
+    initialise, measure = init(), evaluation and evaluation()
 
     def bind(seeds: Sequence[int], hypers: Any) -> Programs:
         rows = arguments(seeds, hypers)
@@ -125,9 +131,9 @@ def build(
             return run(program, state, alive, done, count, constants, items)
 
         return Programs(
-            init=lambda: init(*rows),
+            init=lambda: initialise(*rows),
             advance=advance,
-            evaluate=evaluation,
+            evaluate=measure,
             place=lambda tree: place.place(*tree),
             chunk=chunk,
             bind=bind,
@@ -146,14 +152,19 @@ def convolves(function: Callable, *args: Any) -> bool:
     return found(jax.make_jaxpr(function)(*args).jaxpr)
 
 
-def _evaluation(learner: Learner, shapes: Any, place: Layout, book: ledger.Ledger) -> Callable | None:
+def _evaluation(learner: Learner, shapes: Any, place: Layout, book: ledger.Ledger) -> Callable[[], Callable] | None:
     evaluate = learner.evaluate
     if evaluate is None:
         return None
     key = distributed.place_all(jax.random.key(EVAL_STREAM), place.everywhere)
     one = lambda state, key: over_seeds(lambda s: evaluate(s, key))(state)
-    program = book.compile("evaluate", one, shapes, key, out_shardings=place.everywhere)
-    return lambda state: {k: np.asarray(v) for k, v in program(state, key).items()}
+    begun = book.begin("evaluate", one, shapes, key, out_shardings=place.everywhere, aside=True)
+
+    def finish() -> Callable:
+        program = begun()
+        return lambda state: {k: np.asarray(v) for k, v in program(state, key).items()}
+
+    return finish
 
 
 def _step_body(learner: Learner, data: Source | None, guarded: bool) -> Callable:

@@ -44,6 +44,32 @@ def test_a_compile_too_many_is_an_error():
         book.compile("b", jnp.cos, 1.0)
 
 
+def test_a_program_compiled_aside_is_entered_when_it_is_asked_for():
+    book = ledger.Ledger(max_compiles=2)
+    x = jnp.arange(3.0)
+    later = book.begin("aside", lambda x: jnp.cumsum(x) * 2, x, aside=True, once=True)
+    assert book.compile("first", jnp.sin, x)(x).shape == (3,)
+    np.testing.assert_array_equal(later()(x), [0, 2, 6])
+    assert [p.name for p in book.programs] == ["first", "aside"]
+    assert all(p.traces == 1 for p in book.programs)
+    assert all(p.compile_seconds > 0 for p in book.programs)
+    with pytest.raises(UserError, match="max_compiles=2: 'more' would be one more compile after first, aside"):
+        book.begin("more", jnp.sin, x, aside=True)()
+
+
+def test_what_goes_wrong_aside_is_raised_where_the_program_is_asked_for(monkeypatch):
+    monkeypatch.setattr(ledger, "CHEAP", {"no_such_option": True})
+    later = ledger.Ledger().begin("aside", jnp.sin, 1.0, aside=True, once=True)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="no_such_option"):
+        later()
+
+
+def test_what_ran_side_by_side_counts_once():
+    book = ledger.Ledger()
+    book.spans += [(3.0, 5.0), (0.0, 2.0), (1.0, 2.5), (1.5, 1.75), (7.0, 8.0)]
+    assert book.seconds == 2.5 + 2.0 + 1.0
+
+
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux alone limits the mappings of a process")
 def test_cached_programs_go_when_mappings_run_short():
     count = lambda: len(Path("/proc/self/maps").read_text().splitlines())
