@@ -14,8 +14,8 @@ import jax
 from jaxstack.core.errors import UserError
 
 CHEAP = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-"""Options of XLA's CPU compiler for a program that runs once: a third of the time of compiling it in full. The second
-is worth half of what is left; programs that run long are two times slower with it."""
+"""Options of XLA's CPU compiler for a program that runs once: 1.6 s of CPU time for the initialisation of IPPO on MPE,
+3.0 with the first alone, 6.1 in full. A program that runs long is two times slower with the second."""
 
 
 class DoesNotFit(UserError):
@@ -96,8 +96,9 @@ class Ledger:
         `once`: it runs a single time, so on CPU, where optimising takes longer than running, it is not optimised.
         `aside`: it is compiled in a thread of its own from now on, beside others; XLA keeps one core busy most of the
         time. On CPU alone: elsewhere kernels are tuned by timing them.
-        What is returned raises `UserError` when `max_compiles` programs were compiled already.
+        Raises `UserError` when `max_compiles` programs were compiled already, and so does what is returned.
         """
+        self._refuse(name)
         cpu = jax.default_backend() == "cpu"
         traces = 0
 

@@ -75,9 +75,8 @@ def build(
     Raises `ledger.DoesNotFit` when the run needs more, `UserError` for devices that divide neither the seeds nor the
     environments of each (see devices.py).
     """
-    start = jax.jit(
-        lambda seeds, hypers: initial(learner, seeds, hypers)
-    )  # traced once, for its shapes and its program
+    # under jit it is traced once, for its shapes and its program
+    start = jax.jit(lambda seeds, hypers: initial(learner, seeds, hypers))
     arguments = lambda seeds, hypers: (
         np.asarray(seeds, np.uint32),
         jax.tree.map(np.asarray, as_hypers(learner.hypers if hypers is None else hypers)),
