@@ -10,8 +10,9 @@ N = 30), seeds (8 vmapped seeds against one).
 
 Both sides are compiled ahead of time with the persistent cache off. Repeats alternate between them, each a run of the
 same number of updates from the start; shown are medians of steps per second, the median ratio within a repeat with its
-quartiles, compile seconds, and XLA's peak memory. A peer's script is imported from its clone; its plotting, logging and
-configuration packages are replaced by empty modules, and gymnax' six-value step by the five values PureJaxRL expects.
+quartiles, compile seconds, and XLA's peak memory (of one device). A peer's script is imported from its clone; its
+plotting, logging and configuration packages are replaced by empty modules, and gymnax' six-value step by the five
+values PureJaxRL expects.
 """
 
 import argparse
@@ -58,6 +59,8 @@ class Case(NamedTuple):
     updates: int
     peer: Callable[["Case", argparse.Namespace], Side] | None
     target: float
+    env_devices: int = 1
+    """Measured with the environments over so many devices of the CPU too, where there are as many cores."""
 
     @property
     def learner(self) -> Any:
@@ -65,11 +68,12 @@ class Case(NamedTuple):
         return agents.make(self.agent, total_steps=size * self.updates, **self.options)
 
 
-def ours(learner: Any, updates: int, seeds: int = 1, spread: int = 1) -> Side:
-    """The runner's own compiled program over all updates, seeds spread over so many devices."""
+def ours(learner: Any, updates: int, seeds: int = 1, over: tuple[int, int] = (1, 1)) -> Side:
+    """The runner's own compiled program over all updates, seeds and environments over so many devices."""
     book = ledger.Ledger()
     begin = time.perf_counter()
-    programs = program.build(learner, list(range(seeds)), book, chunk=updates, evaluate=False, devices=spread)
+    options: dict[str, Any] = dict(chunk=updates, evaluate=False, devices=over[0], env_devices=over[1])
+    programs = program.build(learner, list(range(seeds)), book, **options)
     seconds = time.perf_counter() - begin
 
     def prepared(_: int) -> Callable[[], None]:
@@ -243,6 +247,7 @@ CASES: dict[str, Case] = {
         1,
         jaxmarl_mabrax,
         1.5,
+        env_devices=2,
     ),
     "cartpole": Case(
         "ppo",
@@ -301,34 +306,46 @@ def learner_agents(learner: Any) -> int:
     return make_env(learner.config).spec.num_agents
 
 
-def against_peer(name: str, case: Case, args: argparse.Namespace, rate: float) -> dict[str, Any]:
+def against_peer(name: str, case: Case, args: argparse.Namespace, rate: float) -> list[dict[str, Any]]:
+    """A row for one device, and one for several where the case asks for it."""
     assert case.peer is not None
     learner = case.learner
-    mine, peer = ours(learner, case.updates), case.peer(case, args)
-    seconds = interleaved({"jaxstack": mine, "peer": peer}, args.repeats)
+    mine = {name: ours(learner, case.updates)}
+    if 1 < case.env_devices <= jax.device_count():
+        mine[f"{name}, environments over {case.env_devices} devices"] = ours(
+            learner, case.updates, over=(1, case.env_devices)
+        )
+    peer = case.peer(case, args)
+    seconds = interleaved(mine | {"peer": peer}, args.repeats)
     steps = case.updates * learner.samples_per_step
-    ratio = quartiles(seconds["peer"], seconds["jaxstack"])
-    median = float(np.median(seconds["jaxstack"]))
-    row = {
+    return [row(own, case, side, peer, seconds[own], seconds["peer"], steps, rate) for own, side in mine.items()]
+
+
+def row(
+    name: str, case: Case, mine: Side, peer: Side, seconds: list[float], theirs: list[float], steps: int, rate: float
+) -> dict[str, Any]:
+    ratio = quartiles(theirs, seconds)
+    median = float(np.median(seconds))
+    out = {
         "case": name,
         "target": case.target,
         "ratio_quartiles": ratio,
         "jaxstack_steps_per_s": steps / median,
-        "peer_steps_per_s": steps / float(np.median(seconds["peer"])),
+        "peer_steps_per_s": steps / float(np.median(theirs)),
         "jaxstack_compile_s": mine.compile_seconds,
         "peer_compile_s": peer.compile_seconds,
         "jaxstack_peak_mib": mine.peak_bytes / 2**20,
         "peer_peak_mib": peer.peak_bytes / 2**20,
-        "share_of_matrix_rate": network_flops(learner) / median / rate,
+        "share_of_matrix_rate": network_flops(case.learner) / median / rate,
     }
     print(
-        f"{name:10s} {row['jaxstack_steps_per_s'] / 1e3:9.1f} {row['peer_steps_per_s'] / 1e3:9.1f}   "
+        f"{name:10s} {out['jaxstack_steps_per_s'] / 1e3:9.1f} {out['peer_steps_per_s'] / 1e3:9.1f}   "
         f"{ratio[1]:.2f} [{ratio[0]:.2f}, {ratio[2]:.2f}] (aim {case.target})   "
         f"{mine.compile_seconds:5.1f} {peer.compile_seconds:5.1f}   "
-        f"{row['jaxstack_peak_mib']:7.1f} {row['peer_peak_mib']:7.1f}   {row['share_of_matrix_rate']:.0%}",
+        f"{out['jaxstack_peak_mib']:7.1f} {out['peer_peak_mib']:7.1f}   {out['share_of_matrix_rate']:.0%}",
         flush=True,
     )
-    return row
+    return out
 
 
 def hyper(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -358,7 +375,7 @@ def many_seeds(args: argparse.Namespace) -> list[dict[str, Any]]:
     """8 vmapped seeds against one, IPPO on MPE with 16 environments, on one device and spread over a device a core."""
     learner = mpe(16, 10, 4.0).learner
     spreads = dict.fromkeys((1, math.gcd(8, jax.device_count())))
-    sides = {"one": ours(learner, 10)} | {f"{n}": ours(learner, 10, 8, n) for n in spreads}
+    sides = {"one": ours(learner, 10)} | {f"{n}": ours(learner, 10, 8, (n, 1)) for n in spreads}
     seconds = interleaved(sides, args.repeats, updates=True)
     rows = []
     for spread in spreads:
@@ -395,7 +412,7 @@ def main() -> None:
             if path is None:
                 print(f"{name:10s} left out: needs --{'purejaxrl' if name == 'cartpole' else 'jaxmarl'} PATH")
                 continue
-            rows.append(against_peer(name, CASES[name], args, rate))
+            rows += against_peer(name, CASES[name], args, rate)
         else:
             rows += {"hyper": hyper, "seeds": many_seeds}[name](args)
         # after every case: a long run that is stopped keeps what it measured
