@@ -310,11 +310,9 @@ def against_peer(name: str, case: Case, args: argparse.Namespace, rate: float) -
     """A row for one device, and one for several where the case asks for it."""
     assert case.peer is not None
     learner = case.learner
-    mine = {name: ours(learner, case.updates)}
-    if 1 < case.env_devices <= jax.device_count():
-        mine[f"{name}, environments over {case.env_devices} devices"] = ours(
-            learner, case.updates, over=(1, case.env_devices)
-        )
+    mine, count = {name: ours(learner, case.updates)}, case.env_devices
+    if 1 < count <= jax.device_count():
+        mine[f"{name}, environments over {count} devices"] = ours(learner, case.updates, over=(1, count))
     peer = case.peer(case, args)
     seconds = interleaved(mine | {"peer": peer}, args.repeats)
     steps = case.updates * learner.samples_per_step
