@@ -6,8 +6,7 @@ ReLU layer each: without it a code could only shift predictions, never select wh
 """
 
 import warnings
-from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +16,7 @@ from jaxtyping import Array
 
 from jaxstack.core.errors import UserError
 from jaxstack.envs import rollout, vector
-from jaxstack.envs.base import Discrete, Environment, sample_action
+from jaxstack.envs.base import Discrete, Environment
 
 
 class Options(NamedTuple):
@@ -52,10 +51,8 @@ def transitions(env: Environment, key: Array, total: int) -> tuple[Array, Array,
     steps = -(-total // 10)
     k_init, k_roll = jax.random.split(key)
 
-    def act(key: Array, carry: Any, vs: vector.VecState) -> tuple[Any, Array, Any]:
-        return carry, jax.vmap(partial(sample_action, spec))(jax.random.split(key, 10), vs.ts), ()
-
-    data = rollout.collect(vec, act, k_roll, vector.init(vec, k_init), (), steps).steps
+    act, draw = rollout.random_policy(vec)
+    data = rollout.collect(vec, act, k_roll, vector.init(vec, k_init), (), steps, draw).steps
     flat = lambda x: x.reshape(-1, *x.shape[3:]).reshape(steps * 10 * spec.num_agents, -1).astype(jnp.float32)
     space = spec.action_space
     action = jax.nn.one_hot(data.action, space.n) if isinstance(space, Discrete) else data.action

@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxstack.core.errors import UserError, unknown
+from jaxstack.envs import mpe_fast, storm_fast
 from jaxstack.envs.base import Box, Discrete, Environment, Spec, TimeStep, action_limits, first_step
 
 MPE = [
@@ -334,6 +335,18 @@ def make(rest: str, **options: Any) -> JaxMARL:
 
 @lru_cache(maxsize=64)
 def _library(name: str, options: tuple[tuple[str, Any], ...]) -> tuple[Any, Family]:
+    """Ours: the library's environment, with methods in a form that runs faster where there is one."""
+    lib, family = library(name, options)
+    with jax.ensure_compile_time_eval():
+        if name.startswith("MPE_"):
+            lib = mpe_fast.faster(lib)
+        elif name == "storm_np":
+            lib = storm_fast.faster(lib, **dict(options))
+    return lib, family
+
+
+def library(name: str, options: tuple[tuple[str, Any], ...] = ()) -> tuple[Any, Family]:
+    """A new environment of the library's as it comes, and what it does not say by itself."""
     with warnings.catch_warnings(), jax.ensure_compile_time_eval():
         warnings.simplefilter("ignore")
         with _streams_kept():
@@ -341,7 +354,7 @@ def _library(name: str, options: tuple[tuple[str, Any], ...]) -> tuple[Any, Fami
 
         kwargs = dict(options)
         if name.startswith("MPE_"):
-            return _without_idle_noise(jaxmarl.make(name, **kwargs)), _mpe()
+            return jaxmarl.make(name, **kwargs), _mpe()
         if name.startswith("smax/"):
             from jaxmarl.environments.smax import map_name_to_scenario
 
@@ -378,16 +391,6 @@ def _streams_kept() -> Iterator[None]:
     finally:
         for name, stream in before.items():
             setattr(sys, name, stream)
-
-
-def _without_idle_noise(lib: Any) -> Any:
-    """MPE draws noise for forces and messages in every step and scales it by zero unless told otherwise: three calls
-    of the generator that cost more than the physics. Where the scale is zero, the same numbers without the draws."""
-    if not np.any(lib.u_noise):
-        lib._apply_action_force = lambda key, force, u, noise, moveable: jnp.where(moveable[:, None], u, force)
-    if not np.any(lib.c_noise):
-        lib._apply_comm_action = lambda key, c, noise, silent: jnp.where(silent[:, None], 0.0, c)
-    return lib
 
 
 @lru_cache(maxsize=64)

@@ -11,7 +11,7 @@ from jaxtyping import Array
 from jaxstack.core.errors import UserError
 from jaxstack.core.learner import Metrics, Policy
 from jaxstack.envs import vector
-from jaxstack.envs.base import Environment, TimeStep
+from jaxstack.envs.base import Environment, TimeStep, action_from, action_noise
 
 
 class Cuts(NamedTuple):
@@ -82,6 +82,16 @@ Draw = Callable[[jax.Array, int], Any]
 They are drawn for all steps at once, before the first: inside the loop every call to the generator costs more than a
 small network.
 """
+
+
+def random_policy(vec: vector.VecEnv) -> tuple[Act, Draw]:
+    """Uniformly random legal actions, and their random numbers."""
+    spec = vec.env.spec
+
+    def act(noise: Array, carry: Any, vs: vector.VecState) -> tuple[Any, Array, tuple]:
+        return carry, action_from(spec, noise, vs.ts.action_mask), ()
+
+    return act, lambda key, steps: action_noise(spec, key, (steps, vec.num_envs))
 
 
 def collect(

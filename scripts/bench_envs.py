@@ -11,9 +11,11 @@ Each form is one jitted scan over rollouts of 128 steps of `width` environments 
     exact    jaxstack, a reset in every step
     library  the library's own auto-reset: `step` of JaxMARL and gymnax under vmap, brax with its training wrappers
 
-All give the same: the observation to act on, reward and done flag. All carry that observation to the next step, where
-a policy needs it, as the libraries' own scripts do (the speed test of JaxMARL's walkthrough, PureJaxRL): ours
-as one array for all agents, JaxMARL's by agent. (The true last observation, which only ours has, is not asked for.)
+Ours draws the random numbers of all actions before the first step, as its training does (`rollout.random_policy`), the
+library in every step. All give the same: the observation to act on, reward and done flag. All carry that observation to
+the next step, where a policy needs it, as the libraries' own scripts do (the speed test of JaxMARL's walkthrough,
+PureJaxRL): ours as one array for all agents, JaxMARL's by agent. (The true last observation, which only ours has, is
+not asked for.)
 
 Each repeat runs all forms one after the other on the same number of steps, so that load on the machine hits all alike.
 Shown are the median of steps per second and the median of the ratios pool / other within a repeat with its quartiles,
@@ -36,8 +38,8 @@ import numpy as np
 
 from jaxstack import envs
 from jaxstack.core.errors import UserError
-from jaxstack.envs import vector
-from jaxstack.envs.base import Environment, sample_action
+from jaxstack.envs import rollout, vector
+from jaxstack.envs.base import Environment
 
 DEFAULT_ENVS = (
     *envs.ids("native"),
@@ -67,35 +69,36 @@ PACKAGES = ("jax", "jaxlib", "jaxmarl", "gymnax", "brax", "numpy")
 Run = Callable[[Any, jax.Array], tuple[Any, jax.Array]]
 """(carry, key) -> (carry, sum of all outputs, so that nothing is left out)"""
 Step = Callable[[Any, Any], tuple[Any, Any]]
-"""(carry, key or keys) -> (carry, outputs) of one step of all environments"""
+"""(carry, random numbers) -> (carry, outputs) of one step of all environments"""
 
 
 def total(tree: Any) -> jax.Array:
     return sum((jnp.sum(x, dtype=jnp.float32) for x in jax.tree.leaves(tree)), jnp.float32(0))
 
 
-def rollout(step: Step, carry: Any, keys: Any) -> tuple[Any, jax.Array]:
-    def body(c: tuple[Any, jax.Array], key: Any) -> tuple[tuple[Any, jax.Array], None]:
-        carry, out = step(c[0], key)
+def play(step: Step, carry: Any, random: Any) -> tuple[Any, jax.Array]:
+    def body(c: tuple[Any, jax.Array], x: Any) -> tuple[tuple[Any, jax.Array], None]:
+        carry, out = step(c[0], x)
         return (carry, c[1] + total(out)), None
 
-    return jax.lax.scan(body, (carry, jnp.float32(0)), keys)[0]
+    return jax.lax.scan(body, (carry, jnp.float32(0)), random)[0]
 
 
 def ours(env: Environment, width: int, num_steps: int, auto_reset: vector.AutoReset) -> tuple[Run, Any]:
     vec = envs.vectorise(env, width, auto_reset)
+    act, draw = rollout.random_policy(vec)
 
     def run(vs: vector.VecState, key: jax.Array) -> tuple[vector.VecState, jax.Array]:
         k_act, k_pool, k_step = vector.rollout_keys(vec, key, num_steps)
 
-        def step(c: tuple, keys: tuple[jax.Array, jax.Array]) -> tuple[tuple, Any]:
+        def step(c: tuple, random: tuple[jax.Array, jax.Array]) -> tuple[tuple, Any]:
             vs, pool = c
-            action = jax.vmap(partial(sample_action, env.spec))(keys[0], vs.ts)
-            vs, last, pool = vector.step(vec, keys[1], vs, action, pool)
+            _, action, _ = act(random[0], (), vs)
+            vs, last, pool = vector.step(vec, random[1], vs, action, pool)
             return (vs, pool), (vs.ts.obs, last.reward, last.terminated | last.truncated)
 
-        keys = jax.random.split(k_act, (num_steps, width)), k_step
-        (vs, _), out = rollout(step, (vs, vector.make_pool(vec, k_pool)), keys)
+        random = draw(k_act, num_steps), k_step
+        (vs, _), out = play(step, (vs, vector.make_pool(vec, k_pool)), random)
         return vs, out
 
     return jax.jit(run), jax.jit(partial(vector.init, vec))(jax.random.key(0))
@@ -109,16 +112,17 @@ def library(id: str, env: Any, width: int, num_steps: int) -> tuple[Run, Any] | 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         step, carry = PEERS[family](env, width)
-    return jax.jit(lambda carry, key: rollout(step, carry, jax.random.split(key, num_steps))), carry
+    return jax.jit(lambda carry, key: play(step, carry, jax.random.split(key, num_steps))), carry
 
 
 def jaxmarl_step(env: Any, width: int) -> tuple[Step, Any]:
     import jaxmarl
 
-    from jaxstack.envs.jaxmarl_adapter import MABRAX
+    from jaxstack.envs import jaxmarl_adapter as adapter
 
-    # ours switches off the first of the two auto-resets of these; their users get both
-    lib = jaxmarl.make(env.name, **dict(env.options)) if env.name in MABRAX else env.lib
+    # ours switches off the first of the two auto-resets of MABrax; its users get both
+    both = env.name in adapter.MABRAX
+    lib = jaxmarl.make(env.name, **dict(env.options)) if both else adapter.library(env.name, env.options)[0]
     legal = {"smax": "get_avail_actions", "hanabi": "get_legal_moves"}.get(env.name.split("/")[0])
 
     def act(key: jax.Array, state: Any) -> dict[str, jax.Array]:

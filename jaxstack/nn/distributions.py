@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxstack.core.errors import UserError
+from jaxstack.core.noise import in_rows
 
 MASKED = -1e9
 """Logit of an illegal action: finite, so that gradients stay finite."""
@@ -40,7 +41,7 @@ class Actions(NamedTuple):
         Drawing the noise of a whole rollout at once costs a fraction of drawing it step by step.
         """
         draw = jax.random.normal if self.kind == "continuous" else jax.random.gumbel
-        return draw(key, (*shape, self.params))
+        return in_rows(draw, key, (*shape, self.params))
 
     def distribution(self, raw: Array, log_std: Array | None, action_mask: Array | None = None) -> "TeamDistribution":
         """raw [..., A, params]; log_std [k] or [A, k] (continuous); action_mask [..., A, n] or None."""
