@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxstack.core.errors import UserError, unknown
-from jaxstack.envs import mpe_fast, storm_fast
+from jaxstack.envs import mpe_fast, overcooked_fast, smax_fast, storm_fast
 from jaxstack.envs.base import Box, Discrete, Environment, Spec, TimeStep, action_limits, first_step
 
 MPE = [
@@ -340,6 +340,10 @@ def _library(name: str, options: tuple[tuple[str, Any], ...]) -> tuple[Any, Fami
     with jax.ensure_compile_time_eval():
         if name.startswith("MPE_"):
             lib = mpe_fast.faster(lib)
+        elif name.startswith("smax/"):
+            lib = smax_fast.faster(lib)
+        elif name.startswith("overcooked_v2/"):
+            lib = overcooked_fast.faster(lib)
         elif name == "storm_np":
             lib = storm_fast.faster(lib, **dict(options))
     return lib, family
