@@ -22,7 +22,7 @@ def test_equal_to_the_librarys_methods(layout, options):
     """Kitchens that start in use, so that dishes are delivered; interacting is likelier than moving."""
     theirs, mine = (jaxmarl_adapter.library(f"overcooked_v2/{layout}", tuple(options.items()))[0] for _ in range(2))
     ours = overcooked_fast.faster(mine)
-    assert {"step_agents", "get_obs"} <= set(vars(ours))
+    assert "get_obs" in vars(ours)
     weights = jnp.log(jnp.array([1.0] * 5 + [2.0]))
 
     def play(lib, key):
@@ -46,6 +46,6 @@ def test_equal_to_the_librarys_methods(layout, options):
 
 
 def test_what_is_not_covered_keeps_the_librarys_methods():
-    """Several permutations of ingredients in what cooks see; three cooks."""
+    """Here several permutations of the ingredients in what cooks see."""
     lib, _ = jaxmarl_adapter.library("overcooked_v2/cramped_room", (("op_ingredient_permutations", (0, 1)),))
     assert "get_obs" not in vars(overcooked_fast.faster(lib))
