@@ -6,7 +6,8 @@ ReLU layer each: without it a code could only shift predictions, never select wh
 """
 
 import warnings
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from jaxtyping import Array
 
 from jaxstack.core.errors import UserError
 from jaxstack.envs import rollout, vector
-from jaxstack.envs.base import Discrete, Environment
+from jaxstack.envs.base import Discrete, Environment, sample_action
 
 
 class Options(NamedTuple):
@@ -51,8 +52,10 @@ def transitions(env: Environment, key: Array, total: int) -> tuple[Array, Array,
     steps = -(-total // 10)
     k_init, k_roll = jax.random.split(key)
 
-    act, draw = rollout.random_policy(vec)
-    data = rollout.collect(vec, act, k_roll, vector.init(vec, k_init), (), steps, draw).steps
+    def act(key: Array, carry: Any, vs: vector.VecState) -> tuple[Any, Array, Any]:
+        return carry, jax.vmap(partial(sample_action, spec))(jax.random.split(key, 10), vs.ts), ()
+
+    data = rollout.collect(vec, act, k_roll, vector.init(vec, k_init), (), steps).steps
     flat = lambda x: x.reshape(-1, *x.shape[3:]).reshape(steps * 10 * spec.num_agents, -1).astype(jnp.float32)
     space = spec.action_space
     action = jax.nn.one_hot(data.action, space.n) if isinstance(space, Discrete) else data.action
