@@ -167,11 +167,7 @@ def global_state(spec: Spec, ts: TimeStep) -> Array:
 def action_noise(spec: Spec, key: jax.Array, lead: tuple[int, ...] = ()) -> Array:
     """What `action_from` needs for actions of `lead`: numbers in [0, 1), [*lead, A] or [*lead, A, k]. For all steps of
     a rollout at once they cost a fraction of what they cost step by step."""
-    space = spec.action_space
-    each = (
-        () if isinstance(space, Discrete) else (len(space.nvec),) if isinstance(space, MultiDiscrete) else space.shape
-    )
-    return in_rows(jax.random.uniform, key, (*lead, spec.num_agents, *each))
+    return in_rows(jax.random.uniform, key, (*lead, spec.num_agents, *spec.action_space.shape))
 
 
 def action_from(spec: Spec, noise: Array, action_mask: Array | None = None) -> Array:

@@ -19,8 +19,6 @@ from jaxstack.core.errors import UserError
 from jaxstack.envs.base import Environment, TimeStep
 
 AutoReset = Literal["pool", "exact"]
-LARGE = 256
-"""Elements of an array of one environment from which on computing where it comes from costs less than its copy."""
 
 
 class VecState(NamedTuple):
@@ -161,9 +159,6 @@ def step(
         order = pool.used + jnp.cumsum(done) - 1
         # past the end of the pool the oldest starts are used again
         index = jnp.where(done, order % pool.size, 0)
-        if any(len(x) > 1 and x[0].size >= LARGE for x in jax.tree.leaves((pool.env, pool.ts))):
-            # else XLA computes the index again for every element that is copied
-            index, done = jax.lax.optimization_barrier((index, done))
         fresh_env, fresh_ts = jax.tree.map(lambda x: x if len(x) == 1 else x[index], (pool.env, pool.ts))
         pool = pool._replace(used=pool.used + jnp.sum(done, dtype=jnp.int32))
 
