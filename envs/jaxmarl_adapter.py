@@ -109,6 +109,8 @@ class Family(NamedTuple):
     state: Callable[[Any, Any], Array] | None = None
     alive: Callable[[Any, Any], Array] | None = None
     info: Callable[[Any, Any, dict], dict[str, Array]] = lambda lib, state, info: {}
+    faster: Callable[..., Any] = lambda lib, **options: lib
+    """(lib, the options it was made with) -> the same with methods in a form that runs faster"""
     notes: tuple[str, ...] = ()
 
 
@@ -116,6 +118,7 @@ def _mpe() -> Family:
     return Family(
         horizon=lambda lib: int(lib.max_steps),
         terminal=None,
+        faster=mpe_fast.faster,
         notes=(
             "episodes have max_steps steps; the library tests its counter late and runs one more",
             "the time limit truncates",
@@ -142,6 +145,7 @@ def _smax() -> Family:
         state=lambda lib, state: lib.get_world_state(state),
         alive=lambda lib, state: units(state)[: lib.num_allies],
         info=won,
+        faster=smax_fast.faster,
         notes=("a decided battle terminates, the time limit truncates", "dead agents leave agent_mask"),
     )
 
@@ -160,6 +164,10 @@ def _overcooked() -> Family:
             "the time limit truncates",
         ),
     )
+
+
+def _overcooked_v2() -> Family:
+    return _overcooked()._replace(faster=overcooked_fast.faster)
 
 
 def _hanabi() -> Family:
@@ -205,6 +213,7 @@ def _storm() -> Family:
     return Family(
         horizon=lambda lib: int(lib.num_inner_steps * lib.num_outer_steps),
         terminal=None,
+        faster=storm_fast.faster,
         notes=(
             "the time limit truncates",
             "the view and the inventory of an agent are flattened and joined",
@@ -338,15 +347,7 @@ def _library(name: str, options: tuple[tuple[str, Any], ...]) -> tuple[Any, Fami
     """Ours: the library's environment, with methods in a form that runs faster where there is one."""
     lib, family = library(name, options)
     with jax.ensure_compile_time_eval():
-        if name.startswith("MPE_"):
-            lib = mpe_fast.faster(lib)
-        elif name.startswith("smax/"):
-            lib = smax_fast.faster(lib)
-        elif name.startswith("overcooked_v2/"):
-            lib = overcooked_fast.faster(lib)
-        elif name == "storm_np":
-            lib = storm_fast.faster(lib, **dict(options))
-    return lib, family
+        return family.faster(lib, **dict(options)), family
 
 
 def library(name: str, options: tuple[tuple[str, Any], ...] = ()) -> tuple[Any, Family]:
@@ -370,7 +371,7 @@ def library(name: str, options: tuple[tuple[str, Any], ...] = ()) -> tuple[Any, 
 
             return jaxmarl.make("overcooked", layout=overcooked_layouts[name.split("/")[1]], **kwargs), _overcooked()
         if name.startswith("overcooked_v2/"):
-            return jaxmarl.make("overcooked_v2", layout=name.split("/")[1], **kwargs), _overcooked()
+            return jaxmarl.make("overcooked_v2", layout=name.split("/")[1], **kwargs), _overcooked_v2()
         if name in MABRAX:
             length = int(kwargs.pop("episode_length", 1000))
             if name == "halfcheetah_6x1":

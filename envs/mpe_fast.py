@@ -17,7 +17,7 @@ EXACT = jax.lax.Precision.HIGHEST
 """Products with matrices of zeros and ones: also accelerators must not round their inputs."""
 
 
-def faster(lib: Any) -> Any:
+def faster(lib: Any, **_: Any) -> Any:
     """The same environment `lib` of JaxMARL's MPE with methods replaced where the result is known to be equal."""
     from jaxmarl.environments.mpe.simple import SimpleMPE
     from jaxmarl.environments.mpe.simple_spread import SimpleSpreadMPE

@@ -16,7 +16,7 @@ WORD = 31
 """Bits of a word: without the sign, which a shift to the right would repeat."""
 
 
-def faster(lib: Any) -> Any:
+def faster(lib: Any, **_: Any) -> Any:
     """The same environment `lib` of JaxMARL with methods replaced where the result is known to be equal."""
     from jaxmarl.environments.overcooked_v2.overcooked import ObservationType
 
@@ -62,8 +62,6 @@ def _obs(lib: Any) -> Callable[[Any], dict[str, Array]]:
             words[word] |= value << offset
         if view:
             words = [_window(x, cooks.pos.y, cooks.pos.x, view) for x in words]
-        # else XLA computes the words again for every layer
-        words = jax.lax.optimization_barrier(words)
         word = words[0][..., None]
         for i, x in enumerate(words[1:], 1):
             word = jnp.where(which == i, x[..., None], word)

@@ -19,7 +19,7 @@ Unit = Array
 """[N, B]: a number of each unit, allies first, in each environment."""
 
 
-def faster(lib: Any) -> Any:
+def faster(lib: Any, **_: Any) -> Any:
     """The same environment `lib` of JaxMARL's SMAX with methods replaced where the result is known to be equal."""
     from jaxmarl.environments.smax.heuristic_enemy_smax_env import HeuristicEnemySMAX
 

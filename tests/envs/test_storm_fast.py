@@ -1,30 +1,16 @@
 """Our form of STORM against the library's own methods: equal numbers for equal keys, states and actions."""
 
-import contextlib
-import io
-import warnings
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from parity import agree
 
-from jaxstack.envs import storm_fast
-
-
-def make(name: str, **options):
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        import jaxmarl
-
-        return jaxmarl.make(name, **options)
+from jaxstack.envs import jaxmarl_adapter, storm_fast
 
 
-def agree(ours, theirs):
-    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
-    for mine, want in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
-        assert mine.dtype == want.dtype
-        np.testing.assert_allclose(mine, want, rtol=1e-5, atol=1e-6)
+def make(**options):
+    return jaxmarl_adapter.library("storm_np", tuple(options.items()))[0]
 
 
 def test_rarely_is_where_at_every_level_of_vmap():
@@ -56,12 +42,12 @@ def test_shuffled_is_the_generators_permutation():
 )
 def test_equal_to_the_library(options):
     """Half of the actions are zaps, so that agents freeze, come free and collide."""
-    lib, fast = make("storm_np", **options), make("storm_np", **options)
+    lib, fast = make(**options), make(**options)
     fast = storm_fast.faster(fast, **options)
     reset = jax.jit(jax.vmap(lib.reset))
     keys = jax.random.split(jax.random.key(0), 64)
     obs, state = reset(keys)
-    agree(jax.jit(jax.vmap(fast.reset))(keys), (obs, state))
+    agree(jax.jit(jax.vmap(fast.reset))(keys), (obs, state), 1e-6)
     theirs, ours = (jax.jit(jax.vmap(x.step_env)) for x in (lib, fast))
     seen = 0
     for t in range(60):
@@ -69,7 +55,7 @@ def test_equal_to_the_library(options):
         action = jax.random.randint(keys[0], (64, lib.num_agents), 0, lib.num_actions)  # pyright: ignore
         action = {a: action[:, i] for i, a in enumerate(lib.agents)}
         want = theirs(keys, state, action)
-        agree(ours(keys, state, action), want)
+        agree(ours(keys, state, action), want, 1e-6)
         state = want[1]
         seen += int((want[2] != 0).sum())
     assert seen
@@ -77,6 +63,6 @@ def test_equal_to_the_library(options):
 
 def test_grids_too_full_to_place_all_keep_the_librarys_methods():
     options = dict(grid_size=4, num_coins=6)
-    lib = make("storm_np", **options)
+    lib = make(**options)
     before = lib.step_env
     assert storm_fast.faster(lib, **options).step_env is before
