@@ -6,7 +6,7 @@
 
 Cases with a peer: mpe-16, mpe-128, mpe-1024 (IPPO on simple_spread_v3), smax (recurrent IPPO on 2s3z), mabrax (IPPO on
 hopper_3x1), cartpole (PPO). Our own: hyper (an update of HyperMARL against FuPS+ID at N = 8, and its growth up to
-N = 30), seeds (8 vmapped seeds against one).
+N = 30), seeds (8 vmapped seeds against one), update (what share of the matrix rate the gradient steps alone reach).
 
 Both sides are compiled ahead of time with the persistent cache off. Repeats alternate between them, each a run of the
 same number of updates from the start; shown are medians of steps per second, the median ratio within a repeat with its
@@ -346,7 +346,7 @@ def row(
     return out
 
 
-def hyper(args: argparse.Namespace) -> list[dict[str, Any]]:
+def hyper(args: argparse.Namespace, _: float) -> list[dict[str, Any]]:
     """Seconds an update of HyperMARL-MLP and FuPS+ID on blind_particle_spread with N agents."""
     rows, updates = [], 4
     common = PPO | dict(env="blind_particle_spread", num_envs=16, num_steps=128, max_grad_norm=0.5, lr=5e-4)
@@ -369,7 +369,7 @@ def hyper(args: argparse.Namespace) -> list[dict[str, Any]]:
     return [*rows, {"case": "hyper", "ratio_quartiles": ratio, "exponent": growth}]
 
 
-def many_seeds(args: argparse.Namespace) -> list[dict[str, Any]]:
+def many_seeds(args: argparse.Namespace, _: float) -> list[dict[str, Any]]:
     """8 vmapped seeds against one, IPPO on MPE with 16 environments, on one device and spread over a device a core."""
     learner = mpe(16, 10, 4.0).learner
     spreads = dict.fromkeys((1, math.gcd(8, jax.device_count())))
@@ -384,11 +384,33 @@ def many_seeds(args: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
+def update_phase(args: argparse.Namespace, rate: float) -> list[dict[str, Any]]:
+    """Share of the matrix rate in the gradient steps alone: what as many epochs more cost."""
+    rows = []
+    for name in ("mpe-16", "mpe-1024", "smax", "cartpole"):
+        case, epochs = CASES[name], PPO["num_epochs"]
+        longer = case._replace(options=case.options | {"num_epochs": 2 * epochs})
+        learners = {"once": case.learner, "twice": longer.learner}
+        sides = {key: ours(learner, case.updates) for key, learner in learners.items()}
+        seconds = interleaved(sides, args.repeats, updates=True)
+        flops = network_flops(learners["twice"]) - network_flops(learners["once"])
+        times = np.asarray(seconds["twice"]) - np.asarray(seconds["once"])
+        share = [float(q) for q in np.quantile(flops / times / rate, (0.25, 0.5, 0.75))]
+        print(f"{name:10s} gradient steps: {share[1]:.0%} [{share[0]:.0%}, {share[2]:.0%}] of the matrix rate (aim 60%)")
+        part = float(np.median(times / np.asarray(seconds["once"])))
+        print(f"           they are {part:.0%} of an update's time", flush=True)
+        rows.append({"case": f"update, {name}", "share_of_matrix_rate_quartiles": share, "part_of_time": part})
+    return rows
+
+
+OWN = {"hyper": hyper, "seeds": many_seeds, "update": update_phase}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jaxmarl", type=Path, help="a clone of JaxMARL")
     parser.add_argument("--purejaxrl", type=Path, help="a clone of PureJaxRL")
-    parser.add_argument("--cases", nargs="+", choices=[*CASES, "hyper", "seeds"], default=[*CASES, "hyper", "seeds"])
+    parser.add_argument("--cases", nargs="+", choices=[*CASES, *OWN], default=[*CASES, *OWN])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path("runs/bench_agents.json"))
     args = parser.parse_args()
@@ -412,7 +434,7 @@ def main() -> None:
                 continue
             rows += against_peer(name, CASES[name], args, rate)
         else:
-            rows += {"hyper": hyper, "seeds": many_seeds}[name](args)
+            rows += OWN[name](args, rate)
         # after every case: a long run that is stopped keeps what it measured
         bench_report.write(args.out, rows, backend=jax.default_backend(), matrix_rate=rate, repeats=args.repeats)
     print(f"written to {args.out}")

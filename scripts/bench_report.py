@@ -20,6 +20,7 @@ def write(path: Path, rows: list[dict[str, Any]], **facts: Any) -> None:
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": {p: importlib.metadata.version(p) for p in PACKAGES},
         "machine": {"cores": os.cpu_count(), "platform": platform.platform()},
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
         **facts,
         "rows": rows,
     }
