@@ -396,7 +396,9 @@ def update_phase(args: argparse.Namespace, rate: float) -> list[dict[str, Any]]:
         flops = network_flops(learners["twice"]) - network_flops(learners["once"])
         times = np.asarray(seconds["twice"]) - np.asarray(seconds["once"])
         share = [float(q) for q in np.quantile(flops / times / rate, (0.25, 0.5, 0.75))]
-        print(f"{name:10s} gradient steps: {share[1]:.0%} [{share[0]:.0%}, {share[2]:.0%}] of the matrix rate (aim 60%)")
+        print(
+            f"{name:10s} gradient steps: {share[1]:.0%} [{share[0]:.0%}, {share[2]:.0%}] of the matrix rate (aim 60%)"
+        )
         part = float(np.median(times / np.asarray(seconds["once"])))
         print(f"           they are {part:.0%} of an update's time", flush=True)
         rows.append({"case": f"update, {name}", "share_of_matrix_rate_quartiles": share, "part_of_time": part})
