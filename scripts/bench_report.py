@@ -12,6 +12,17 @@ from typing import Any
 PACKAGES = ("jax", "jaxlib", "flax", "jaxmarl", "gymnax", "brax", "numpy")
 
 
+def cpu() -> str:
+    """The processor's name, where Linux tells it."""
+    info = Path("/proc/cpuinfo")
+    names = (
+        [x.partition(":")[2].strip() for x in info.read_text().splitlines() if x.startswith("model name")]
+        if info.exists()
+        else []
+    )
+    return names[0] if names else platform.processor()
+
+
 def write(path: Path, rows: list[dict[str, Any]], **facts: Any) -> None:
     """Write `rows` and `facts` to `path`, whose folder is made."""
     report = {
@@ -19,7 +30,7 @@ def write(path: Path, rows: list[dict[str, Any]], **facts: Any) -> None:
         "command": [Path(a).name if Path(a).is_absolute() else a for a in sys.argv],
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": {p: importlib.metadata.version(p) for p in PACKAGES},
-        "machine": {"cores": os.cpu_count(), "platform": platform.platform()},
+        "machine": {"cores": os.cpu_count(), "cpu": cpu(), "platform": platform.platform()},
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         **facts,
         "rows": rows,
