@@ -65,7 +65,6 @@ FAMILIES = (
 )
 DEFAULT_WIDTHS = (1, 16, 128, 1024)
 FORMS = ("pool", "exact", "library")
-PACKAGES = ("jax", "jaxlib", "jaxmarl", "gymnax", "brax", "numpy")
 
 Run = Callable[[Any, jax.Array], tuple[Any, jax.Array]]
 """(carry, key) -> (carry, sum of all outputs); what is in the carry is computed in every step, as it is returned"""

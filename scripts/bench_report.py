@@ -15,12 +15,9 @@ PACKAGES = ("jax", "jaxlib", "flax", "jaxmarl", "gymnax", "brax", "numpy")
 def cpu() -> str:
     """The processor's name, where Linux tells it."""
     info = Path("/proc/cpuinfo")
-    names = (
-        [x.partition(":")[2].strip() for x in info.read_text().splitlines() if x.startswith("model name")]
-        if info.exists()
-        else []
-    )
-    return names[0] if names else platform.processor()
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor())
 
 
 def write(path: Path, rows: list[dict[str, Any]], **facts: Any) -> None:
