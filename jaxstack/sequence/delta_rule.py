@@ -27,8 +27,8 @@ METHODS = ("auto", "recurrent", "chunked")
 CHUNK = {"cpu": 16}
 """Steps of a chunk by backend; 64 elsewhere, which suits matrix units."""
 BLOCK = 16
-"""Rows that are inverted by substitution, which rounds least: with equal keys and beta = 2 eight rows joined by products
-were seven times less exact after 30 steps, and no faster (CPU). More take longer to compile."""
+"""Rows that are inverted by substitution, which rounds least: with equal keys and beta = 2 eight rows joined by
+products were seven times less exact after 30 steps, and no faster (CPU). More take longer to compile."""
 
 
 def delta_rule(
