@@ -15,7 +15,7 @@ from jaxtyping import Array
 
 from jaxstack.agents import team_ppo
 from jaxstack.agents.team_ppo import Batch, Hypers, PPOConfig, State, Task
-from jaxstack.core import losses
+from jaxstack.core import losses, packing
 from jaxstack.core.config import require
 from jaxstack.core.learner import Key, Learner, Metrics
 from jaxstack.nn import team
@@ -75,17 +75,19 @@ def agent_epochs(
 ) -> tuple[Any, Any, Metrics]:
     """E epochs of M minibatches on one agent's data: (its parameters, its optimiser, metrics)."""
     tx = team_ppo.optimiser(task.cfg, s.hypers)
-    data = (own._replace(start=()), mask, factor)
+    pack = packing.packing(params, own.logp.size // task.cfg.num_minibatches)
+    take = team_ppo.samples((own._replace(start=()), mask, factor))
 
     def sgd(c: tuple, index: Array) -> tuple[tuple, Metrics]:
-        params, opt = c
-        mb, legal, m = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[index][None], data)
-        grads, metrics = jax.grad(agent_loss, argnums=1, has_aux=True)(task, params, s, mb, legal, m)
-        updates, opt = tx.update(grads, opt, params)
-        return (optax.apply_updates(params, updates), opt), metrics
+        packed, opt = c
+        mb, legal, m = take(index)
+        grads, metrics = jax.grad(agent_loss, argnums=1, has_aux=True)(task, pack.unpack(packed), s, mb, legal, m)
+        updates, opt = tx.update(pack.pack(grads), opt, packed)
+        return (optax.apply_updates(packed, updates), opt), metrics
 
-    (params, opt), metrics = jax.lax.scan(sgd, (params, opt), team_ppo.minibatch_indices(task, key))
-    return params, opt, jax.tree.map(jnp.mean, metrics)
+    start = (pack.pack(params), pack.pack_in(opt))
+    (packed, opt), metrics = jax.lax.scan(sgd, start, team_ppo.minibatch_indices(task, key))
+    return pack.unpack(packed), pack.unpack_in(opt), jax.tree.map(jnp.mean, metrics)
 
 
 def agent_loss(

@@ -16,7 +16,7 @@ import optax
 from jaxtyping import Array
 
 from jaxstack import envs
-from jaxstack.core import devices, losses, returns, running, shuffle
+from jaxstack.core import devices, losses, packing, returns, running, shuffle
 from jaxstack.core.config import Config, require, require_at_least, require_positive, require_unit
 from jaxstack.core.learner import Key, Learner, Metrics, Policy, as_hypers
 from jaxstack.envs import rollout, vector
@@ -324,25 +324,27 @@ def value_of_cut(
 
 def ppo_epochs(task: Task, s: State, batch: Batch, key: Key) -> tuple[State, Metrics]:
     """E epochs over M shuffled minibatches."""
-    cfg = task.cfg
-    tx = optimiser(cfg, s.hypers)
+    tx = optimiser(task.cfg, s.hypers)
+    pack = packing.packing(s.params, batch.logp.size // task.cfg.num_minibatches)
+    take = minibatches(task, batch)
+    # before the epochs: the table of minibatches stands for these arrays from here on
+    residual = batch.target - batch.value
+    explained = 1.0 - residual.var() / jnp.maximum(batch.target.var(), 1e-8)
 
     def sgd(c: tuple, index: Array) -> tuple[tuple, Metrics]:
-        params, extra, opt = c
-        mb = take(task, batch, index)
+        packed, extra, opt = c
         (_, (extra, metrics)), grads = jax.value_and_grad(loss, argnums=1, has_aux=True)(
-            task, params, extra, s.hypers, mb
+            task, pack.unpack(packed), extra, s.hypers, take(index)
         )
-        updates, opt = tx.update(grads, opt, params)
+        grads = pack.pack(grads)
+        updates, opt = tx.update(grads, opt, packed)
         metrics["train/grad_norm"] = optax.global_norm(grads)
-        return (optax.apply_updates(params, updates), extra, opt), metrics
+        return (optax.apply_updates(packed, updates), extra, opt), metrics
 
-    start = (s.params, s.extra, s.opt)
-    (params, extra, opt), metrics = jax.lax.scan(sgd, start, minibatch_indices(task, key))
-    metrics = jax.tree.map(jnp.mean, metrics)
-    residual = batch.target - batch.value
-    metrics["train/explained_variance"] = 1.0 - residual.var() / jnp.maximum(batch.target.var(), 1e-8)
-    return s._replace(params=params, extra=extra, opt=opt), metrics
+    start = (pack.pack(s.params), s.extra, pack.pack_in(s.opt))
+    (packed, extra, opt), metrics = jax.lax.scan(sgd, start, minibatch_indices(task, key))
+    metrics = jax.tree.map(jnp.mean, metrics) | {"train/explained_variance": explained}
+    return s._replace(params=pack.unpack(packed), extra=extra, opt=pack.unpack_in(opt)), metrics
 
 
 def minibatch_indices(task: Task, key: Key) -> Array:
@@ -353,14 +355,26 @@ def minibatch_indices(task: Task, key: Key) -> Array:
     return devices.split(index, 1, "the size of a minibatch")
 
 
-def take(task: Task, batch: Batch, index: Array) -> Batch:
-    """One minibatch: [1, B/M, ...] transitions, or [T, N/M, ...] whole sequences with their first recurrent states."""
+def minibatches(task: Task, batch: Batch) -> Callable[[Array], Batch]:
+    """What takes the minibatch of an index [B/M] into `minibatch_indices`: [1, B/M, ...] transitions, or [T, N/M, ...]
+    whole sequences with their first recurrent states."""
     data = batch._replace(start=())
     if task.cfg.gru:
-        start = jax.tree.map(lambda x: x[index], batch.start)
-        return jax.tree.map(lambda x: x[:, index], data)._replace(start=start)
-    data = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[index][None], data)
-    return data._replace(start=batch.start)
+
+        def sequences(index: Array) -> Batch:
+            start = jax.tree.map(lambda x: x[index], batch.start)
+            return jax.tree.map(lambda x: x[:, index], data)._replace(start=start)
+
+        return sequences
+    take = samples(data)
+    return lambda index: take(index)._replace(start=batch.start)
+
+
+def samples(data: Any) -> Callable[[Array], Any]:
+    """What takes rows [1, B, ...] of leaves [T, N, ...] by an index [B] into their T * N transitions."""
+    flat = {id(x): x.reshape(-1, *x.shape[2:]) for x in jax.tree.leaves(data)}  # one, where the critic sees the same
+    take = packing.rows(jax.tree.map(lambda x: flat[id(x)], data))
+    return lambda index: jax.tree.map(lambda x: x[None], take(index))
 
 
 def loss(task: Task, params: Any, extra: Any, hypers: Hypers, mb: Batch) -> tuple[Array, tuple[Any, Metrics]]:
@@ -368,26 +382,25 @@ def loss(task: Task, params: Any, extra: Any, hypers: Hypers, mb: Batch) -> tupl
     cfg, team = task.cfg, task.team
     weights, extra = team.prepare(params, extra, mb.obs)
     dist, value = distribution_and_value(task, weights, mb)
-    mean = lambda x: losses.masked_mean(x, mb.weight)
     advantage = losses.standardise(mb.advantage, mb.weight) if cfg.normalise_advantage else mb.advantage
     logp = dist.log_prob(mb.action)
-    actor = mean(losses.ppo_clip(logp, mb.logp, advantage, hypers.clip))
+    log_ratio = logp - mb.logp
+    ratio = jnp.exp(log_ratio)
     if cfg.clip_value:
-        critic = mean(losses.clipped_value(value, mb.value, mb.target, hypers.clip))
+        critic = losses.clipped_value(value, mb.value, mb.target, hypers.clip)
     else:
-        critic = mean(0.5 * jnp.square(value - mb.target))
-    entropy = mean(dist.entropy())
-    penalty = team.penalty(params, extra)
-    total = actor + hypers.vf_coef * critic - hypers.ent_coef * entropy + penalty
-    ratio = jnp.exp(logp - mb.logp)
-    metrics = {
-        "loss/total": total,
-        "loss/actor": actor,
+        critic = 0.5 * jnp.square(value - mb.target)
+    terms = {
+        "loss/actor": losses.ppo_clip(logp, mb.logp, advantage, hypers.clip),
         "loss/critic": critic,
-        "train/entropy": entropy,
-        "train/kl": mean((ratio - 1.0) - (logp - mb.logp)),
-        "train/clip_fraction": mean((jnp.abs(ratio - 1.0) > hypers.clip).astype(jnp.float32)),
+        "train/entropy": dist.entropy(),
+        "train/kl": ratio - 1.0 - log_ratio,
+        "train/clip_fraction": (jnp.abs(ratio - 1.0) > hypers.clip).astype(jnp.float32),
     }
+    means = losses.masked_means(terms, mb.weight)
+    total = means["loss/actor"] + hypers.vf_coef * means["loss/critic"] - hypers.ent_coef * means["train/entropy"]
+    total = total + team.penalty(params, extra)
+    metrics = {"loss/total": total} | means
     return total, (extra, metrics)
 
 

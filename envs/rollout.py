@@ -122,10 +122,10 @@ def collect(
         numbers, keys, row = x
         carry, action, extras = act(numbers, carry, vs)
         new, last, pool = vector.step(vec, keys, vs, action, pool)
-        done = last.terminated | last.truncated
+        new = new._replace(episode_return=vs.episode_return, episode_length=vs.episode_length)
         out = Step(
-            ts=vs.ts,
-            first=vs.first,
+            ts=vs.ts._replace(agent_mask=new.ts.agent_mask),
+            first=new.first,
             action=action,
             extras=extras,
             reward=last.reward,
@@ -134,8 +134,8 @@ def collect(
             final_obs=last.obs if every else None,
             final_state=last.state if every else None,
             final_mask=last.agent_mask,
-            episode_return=jnp.where(done[:, None], vs.episode_return + last.reward, 0.0),
-            episode_length=jnp.where(done, vs.episode_length + 1, 0),
+            episode_return=(),
+            episode_length=(),
             info=last.info,
         )
         return (new, carry, pool, _note(kept, row, last)), out
@@ -144,9 +144,46 @@ def collect(
     window = vec.env.spec.horizon or 1
     kept = _room(vs.ts, -(-num_steps // window)) if keep else None
     rows = jnp.arange(num_steps, dtype=jnp.int32) // window
+    before = vs
     (vs, carry, pool, kept), steps = jax.lax.scan(body, (vs, carry, pool, kept), (draw(k_act, num_steps), k_env, rows))
+    # Each small array that the loop reads of its state, or writes, costs a kernel or two in every step. So first and
+    # agent_mask come from after each step instead of before it, and returns are summed up afterwards.
+    done = steps.terminated | steps.truncated
+    count = lambda n: n.astype(jnp.float32)[..., None]
+    sums = jnp.concatenate([before.episode_return, count(before.episode_length)], -1)
+    sums = _since_start(sums, jnp.concatenate([steps.reward, count(jnp.ones_like(done))], -1), done)
+    ended, running_ = (jnp.where(done[..., None], sums, 0.0), jnp.where(done[-1, :, None], 0.0, sums[-1]))
+    steps = steps._replace(
+        first=_delay(before.first, steps.first),
+        ts=steps.ts._replace(agent_mask=_delay(before.ts.agent_mask, steps.ts.agent_mask)),
+        episode_return=ended[..., :-1],
+        episode_length=ended[..., -1].astype(jnp.int32),
+    )
+    vs = vs._replace(episode_return=running_[..., :-1], episode_length=running_[..., -1].astype(jnp.int32))
     cuts = None if kept is None else Cuts(_cut_steps(steps.truncated, window), *kept)
     return Rollout(vs, carry, steps, cuts, vector.reused(vec, pool))
+
+
+def _delay(start: Array, after: Array) -> Array:
+    """[T, ...] values before each step, from those after it."""
+    return jnp.concatenate([start[None], after[:-1]])
+
+
+def _since_start(before: Array, x: Array, done: Array) -> Array:
+    """Sums over time of x [T, N, k] since each episode's start, this step included; `before` [N, k] is what had come
+    together before the first step. In log T passes over all steps."""
+    length = len(done)
+    earlier = lambda y, by: jax.lax.dynamic_slice_in_dim(jnp.concatenate([jnp.zeros_like(y), y]), length - by, length)
+
+    def double(level: Array, c: tuple[Array, Array]) -> tuple[Array, Array]:
+        total, runs = c
+        by = 1 << level
+        return total + jnp.where(runs, earlier(total, by), 0.0), runs & earlier(runs, by)
+
+    # whether the episode of `by` steps ago runs until here
+    runs = ~_delay(jnp.ones_like(done[0]), done)[..., None]
+    levels = (length - 1).bit_length()
+    return jax.lax.fori_loop(0, levels, double, (x.at[0].add(before), runs))[0]
 
 
 def _room(ts: TimeStep, rows: int) -> tuple[Array, Array | None]:

@@ -29,6 +29,13 @@ def masked_mean(x: Array, weight: Array) -> Array:
     return (x * weight).sum() / jnp.maximum(weight.sum(), 1e-8)
 
 
+def masked_means(terms: dict[str, Array], weight: Array) -> dict[str, Array]:
+    """`masked_mean` of several terms of one shape, by one sum."""
+    weight = weight.reshape(-1)
+    sums = jnp.stack([x.reshape(-1) for x in terms.values()]) * weight
+    return dict(zip(terms, sums.sum(1) / jnp.maximum(weight.sum(), 1e-8), strict=True))
+
+
 def standardise(x: Array, weight: Array, eps: float = 1e-8) -> Array:
     """(x - mean) / (std + eps) with weighted moments over all axes."""
     mean = masked_mean(x, weight)

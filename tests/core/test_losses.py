@@ -16,6 +16,10 @@ def test_losses_by_hand():
     x, w = jnp.array([1.0, 2.0, 100.0]), jnp.array([1.0, 1.0, 0.0])
     np.testing.assert_allclose(losses.masked_mean(x, w), 1.5)
     np.testing.assert_allclose(losses.masked_mean(x, jnp.zeros(3)), 0.0)
+    for weight in (w, jnp.zeros(3)):
+        means = losses.masked_means({"x": x, "y": -2.0 * x}, weight)
+        assert list(means) == ["x", "y"]
+        np.testing.assert_allclose([*means.values()], jnp.array([1.0, -2.0]) * losses.masked_mean(x, weight))
     np.testing.assert_allclose(losses.standardise(x, w)[:2], [-1.0, 1.0], rtol=1e-5)
 
 
