@@ -134,7 +134,7 @@ def collect(
             final_obs=last.obs if every else None,
             final_state=last.state if every else None,
             final_mask=last.agent_mask,
-            episode_return=(),
+            episode_return=(),  # summed up after the loop
             episode_length=(),
             info=last.info,
         )
@@ -152,14 +152,14 @@ def collect(
     count = lambda n: n.astype(jnp.float32)[..., None]
     sums = jnp.concatenate([before.episode_return, count(before.episode_length)], -1)
     sums = _since_start(sums, jnp.concatenate([steps.reward, count(jnp.ones_like(done))], -1), done)
-    ended, running_ = (jnp.where(done[..., None], sums, 0.0), jnp.where(done[-1, :, None], 0.0, sums[-1]))
+    ended, so_far = jnp.where(done[..., None], sums, 0.0), jnp.where(done[-1, :, None], 0.0, sums[-1])
     steps = steps._replace(
         first=_delay(before.first, steps.first),
         ts=steps.ts._replace(agent_mask=_delay(before.ts.agent_mask, steps.ts.agent_mask)),
         episode_return=ended[..., :-1],
         episode_length=ended[..., -1].astype(jnp.int32),
     )
-    vs = vs._replace(episode_return=running_[..., :-1], episode_length=running_[..., -1].astype(jnp.int32))
+    vs = vs._replace(episode_return=so_far[..., :-1], episode_length=so_far[..., -1].astype(jnp.int32))
     cuts = None if kept is None else Cuts(_cut_steps(steps.truncated, window), *kept)
     return Rollout(vs, carry, steps, cuts, vector.reused(vec, pool))
 
