@@ -136,7 +136,7 @@ class Batch(NamedTuple):
     action: Array
     action_mask: Array | None
     weight: Array
-    """1 for agents that could act, else 0."""
+    """bool: agents that could act."""
     logp: Array
     value: Array
     advantage: Array
@@ -278,7 +278,7 @@ def gather_batch(task: Task, s: State, key: Key) -> tuple[State, Batch, Metrics]
         first=steps.first,
         action=steps.action,
         action_mask=steps.ts.action_mask,
-        weight=steps.ts.agent_mask.astype(jnp.float32),
+        weight=steps.ts.agent_mask,
         logp=steps.extras,
         value=value,
         advantage=advantage,

@@ -31,8 +31,9 @@ def masked_mean(x: Array, weight: Array) -> Array:
 
 def masked_means(terms: dict[str, Array], weight: Array) -> dict[str, Array]:
     """`masked_mean` of several terms of one shape, by one sum."""
-    weight = weight.reshape(-1)
-    sums = jnp.stack([x.reshape(-1) for x in terms.values()]) * weight
+    stacked = jnp.stack([x.reshape(-1) for x in terms.values()])
+    weight = weight.reshape(-1).astype(stacked.dtype)
+    sums = stacked * weight
     return dict(zip(terms, sums.sum(1) / jnp.maximum(weight.sum(), 1e-8), strict=True))
 
 

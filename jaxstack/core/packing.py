@@ -17,7 +17,9 @@ matrices of 64 x 64. XLA's CPU backend hands work to a second thread when more t
 a short step that thread is asleep again, and to wake it takes longer than they do."""
 
 NARROW = 16
-"""Most words in a row of a leaf that is gathered together with others."""
+"""Most words of four bytes in a row of a leaf that is gathered together with others; a flag is a byte."""
+
+WORDS = (jnp.float32, jnp.int32, jnp.uint32, jnp.bool_)
 
 
 class Packed(NamedTuple):
@@ -86,23 +88,32 @@ def rows(tree: Any) -> Callable[[Array], Any]:
     """
     every, structure = jax.tree.flatten(tree)
     leaves = {id(x): x for x in every}
-    width = {i: x.size // len(x) for i, x in leaves.items()}
-    words = (jnp.float32, jnp.int32, jnp.uint32, jnp.bool_)
-    narrow = [i for i, x in leaves.items() if x.dtype in words and width[i] <= NARROW]
+    size = {i: x.size // len(x) * (1 if x.dtype == jnp.bool_ else 4) for i, x in leaves.items()}
+    narrow = [i for i, x in leaves.items() if x.dtype in WORDS and size[i] <= 4 * NARROW]
+    # bytes of flags last, where they need no alignment
+    narrow.sort(key=lambda i: leaves[i].dtype == jnp.bool_)
+    words = [i for i in narrow if leaves[i].dtype != jnp.bool_]
+    parts = [jax.lax.bitcast_convert_type(leaves[i], jnp.int32).reshape(len(leaves[i]), -1) for i in words]
+    flags = [leaves[i].reshape(len(leaves[i]), -1) for i in narrow[len(words) :]]
+    if flags:
+        together = jnp.concatenate(flags, axis=1).astype(jnp.uint8)
+        together = jnp.pad(together, ((0, 0), (0, -together.shape[1] % 4)))
+        parts.append(jax.lax.bitcast_convert_type(together.reshape(len(together), -1, 4), jnp.int32))
     # integers, as the bits of an integer may be a float that processors flush to zero
-    bits = lambda x: x.astype(jnp.int32) if x.dtype == jnp.bool_ else jax.lax.bitcast_convert_type(x, jnp.int32)
-    parts = [bits(leaves[i]).reshape(-1, width[i]) for i in narrow]
     table = jnp.concatenate(parts, axis=1) if parts else None
-
-    def part(columns: Array, like: Array) -> Array:
-        columns = columns.reshape(-1, *like.shape[1:])
-        return columns != 0 if like.dtype == jnp.bool_ else jax.lax.bitcast_convert_type(columns, like.dtype)
 
     def take(index: Array) -> Any:
         out = {i: x[index] for i, x in leaves.items() if i not in narrow}
         if table is not None:
-            columns = jnp.split(table[index], np.cumsum([width[i] for i in narrow])[:-1], axis=1)
-            out |= {i: part(x, leaves[i]) for i, x in zip(narrow, columns, strict=True)}
+            ends = np.cumsum([size[i] // 4 for i in words]).astype(int)
+            *columns, rest = jnp.split(table[index], ends, axis=1)
+            for i, x in zip(words, columns, strict=True):
+                out[i] = jax.lax.bitcast_convert_type(x.reshape(-1, *leaves[i].shape[1:]), leaves[i].dtype)
+            rest = jax.lax.bitcast_convert_type(rest, jnp.uint8).reshape(len(index), -1)
+            begin = 0
+            for i in narrow[len(words) :]:
+                out[i] = (rest[:, begin : begin + size[i]] != 0).reshape(-1, *leaves[i].shape[1:])
+                begin += size[i]
         return jax.tree.unflatten(structure, [out[id(x)] for x in every])
 
     return take

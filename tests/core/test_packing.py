@@ -61,6 +61,7 @@ def test_rows_are_those_of_each_leaf_to_the_bit():
         "int": jnp.array([0, 1, -1, 2**31 - 1, -(2**31), 5, 8388608, 2139095041, 3]),  # as floats: tiny, NaN
         "uint": jnp.arange(9, dtype=jnp.uint32)[:, None] + jnp.uint32(2**31),
         "bool": jax.random.bernoulli(key[1], shape=(9, 3, 2)),
+        "flag": jnp.arange(9) % 2 == 0,
         "wide": jax.random.normal(key[2], (9, packing.NARROW + 1)),
         "byte": jnp.arange(9, dtype=jnp.uint8),
         "twice": (shared, shared),
