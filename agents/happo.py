@@ -98,15 +98,17 @@ def agent_loss(
     dist = _distribution(task, params, mb, mask)
     solo = _solo(task)
     _, value = solo.critic(jax.tree.map(lambda x: x[None], params), (), mb.critic_x, mb.first)
-    mean = lambda x: losses.masked_mean(x, mb.weight)
     advantage = losses.standardise(mb.advantage, mb.weight) if cfg.normalise_advantage else mb.advantage
-    # M is positive, so it may stand outside of the minimum
-    actor = mean(factor[..., None] * losses.ppo_clip(dist.log_prob(mb.action), mb.logp, advantage, hypers.clip))
     clip = hypers.clip if cfg.clip_value else jnp.inf
-    critic = mean(losses.clipped_value(value, mb.value, mb.target, clip))
-    bonus = mean(dist.entropy())
-    total = actor + hypers.vf_coef * critic - hypers.ent_coef * bonus
-    return total, {"loss/total": total, "loss/actor": actor, "loss/critic": critic, "train/entropy": bonus}
+    terms = {
+        # M is positive, so it may stand outside of the minimum
+        "loss/actor": factor[..., None] * losses.ppo_clip(dist.log_prob(mb.action), mb.logp, advantage, hypers.clip),
+        "loss/critic": losses.clipped_value(value, mb.value, mb.target, clip),
+        "train/entropy": dist.entropy(),
+    }
+    means = losses.masked_means(terms, mb.weight)
+    total = means["loss/actor"] + hypers.vf_coef * means["loss/critic"] - hypers.ent_coef * means["train/entropy"]
+    return total, {"loss/total": total} | means
 
 
 def select(batch: Batch, agent: Array) -> Batch:

@@ -372,8 +372,7 @@ def minibatches(task: Task, batch: Batch) -> Callable[[Array], Batch]:
 
 def samples(data: Any) -> Callable[[Array], Any]:
     """What takes rows [1, B, ...] of leaves [T, N, ...] by an index [B] into their T * N transitions."""
-    flat = {id(x): x.reshape(-1, *x.shape[2:]) for x in jax.tree.leaves(data)}  # one, where the critic sees the same
-    take = packing.rows(jax.tree.map(lambda x: flat[id(x)], data))
+    take = packing.rows(data, axes=2)
     return lambda index: jax.tree.map(lambda x: x[None], take(index))
 
 

@@ -122,7 +122,6 @@ def collect(
         numbers, keys, row = x
         carry, action, extras = act(numbers, carry, vs)
         new, last, pool = vector.step(vec, keys, vs, action, pool)
-        new = new._replace(episode_return=vs.episode_return, episode_length=vs.episode_length)
         out = Step(
             ts=vs.ts._replace(agent_mask=new.ts.agent_mask),
             first=new.first,
@@ -171,7 +170,8 @@ def _delay(start: Array, after: Array) -> Array:
 
 def _since_start(before: Array, x: Array, done: Array) -> Array:
     """Sums over time of x [T, N, k] since each episode's start, this step included; `before` [N, k] is what had come
-    together before the first step. In log T passes over all steps."""
+    together before the first step. In log T passes over all steps: `jax.lax.associative_scan` unrolls them, which took
+    1.5 s more to compile with IPPO on MPE, and more memory."""
     length = len(done)
     earlier = lambda y, by: jax.lax.dynamic_slice_in_dim(jnp.concatenate([jnp.zeros_like(y), y]), length - by, length)
 

@@ -31,9 +31,9 @@ class VecState(NamedTuple):
     first: Array
     """[N] bool: `ts` starts an episode (recurrent policies reset here)."""
     episode_return: Array
-    """[N, A] running sum of rewards."""
+    """[N, A] return so far of the episode that goes on; `rollout.collect` keeps it, `step` leaves it alone."""
     episode_length: Array
-    """[N] int32 steps so far."""
+    """[N] int32, likewise its steps."""
 
 
 class Pool(NamedTuple):
@@ -168,7 +168,4 @@ def step(
     env, ts = jax.tree.map(pick, (fresh_env, fresh_ts), (env, last))
     # the reward, flags and info belong to the transition, not to the new episode
     ts = ts._replace(reward=last.reward, terminated=last.terminated, truncated=last.truncated, info=last.info)
-    returns = vs.episode_return + last.reward
-    length = vs.episode_length + 1
-    vs = VecState(env, ts, done, jnp.where(done[:, None], 0.0, returns), jnp.where(done, 0, length))
-    return vs, last, pool
+    return vs._replace(env=env, ts=ts, first=done), last, pool

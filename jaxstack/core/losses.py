@@ -31,10 +31,11 @@ def masked_mean(x: Array, weight: Array) -> Array:
 
 def masked_means(terms: dict[str, Array], weight: Array) -> dict[str, Array]:
     """`masked_mean` of several terms of one shape, by one sum."""
-    stacked = jnp.stack([x.reshape(-1) for x in terms.values()])
-    weight = weight.reshape(-1).astype(stacked.dtype)
-    sums = stacked * weight
-    return dict(zip(terms, sums.sum(1) / jnp.maximum(weight.sum(), 1e-8), strict=True))
+    stacked = jnp.stack([*terms.values()])
+    weight = jnp.broadcast_to(weight, stacked.shape[1:]).astype(stacked.dtype)
+    axes = tuple(range(1, stacked.ndim))
+    means = (stacked * weight).sum(axes) / jnp.maximum(weight.sum(), 1e-8)
+    return dict(zip(terms, means, strict=True))
 
 
 def standardise(x: Array, weight: Array, eps: float = 1e-8) -> Array:

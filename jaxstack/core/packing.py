@@ -1,4 +1,8 @@
-"""Small arrays of a tree side by side in one: fewer, longer kernels for optimisers and minibatches."""
+"""Small arrays of a tree side by side in one: fewer, longer kernels for optimisers and minibatches.
+
+`optax.flatten` makes one vector of everything, large matrices too, and hands the update back leaf by leaf, a kernel
+each; here the parameters stay packed from one gradient step to the next.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -6,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.flatten_util import ravel_pytree
 from jaxtyping import Array
 
 SMALL = 1 << 16
@@ -20,6 +25,7 @@ NARROW = 16
 """Most words of four bytes in a row of a leaf that is gathered together with others; a flag is a byte."""
 
 WORDS = (jnp.float32, jnp.int32, jnp.uint32, jnp.bool_)
+"""Types that are gathered together."""
 
 
 class Packed(NamedTuple):
@@ -36,23 +42,22 @@ class Packing(NamedTuple):
     norm), gives the same on `Packed` as on the tree, up to the order of sums."""
 
     structure: Any
-    leaves: tuple[jax.ShapeDtypeStruct, ...]
-    largest: int
-    """Elements of the largest leaf that is packed."""
+    shapes: tuple[tuple[int, ...], ...]
+    packed: tuple[bool, ...]
+    """Which leaves are in the vector."""
+    split: Callable[[Array], list[Array]]
+    """The vector's leaves."""
 
     def pack(self, tree: Any) -> Packed:
         """`tree` must have this structure and these shapes."""
-        small, large = [jnp.zeros(0)], []
-        for x, like in zip(self.structure.flatten_up_to(tree), self.leaves, strict=True):
-            small.append(jnp.ravel(x)) if self._packs(like) else large.append(x)
-        return Packed(jnp.concatenate(small), tuple(large))
+        leaves = self.structure.flatten_up_to(tree)
+        small, large = ([x for x, yes in zip(leaves, self.packed) if yes is which] for which in (True, False))
+        return Packed(ravel_pytree(small)[0], tuple(large))
 
     def unpack(self, packed: Packed) -> Any:
         """The tree again."""
-        sizes = [x.size for x in self.leaves if self._packs(x)]
-        small, large = iter(jnp.split(packed.small, np.cumsum(sizes)[:-1])), iter(packed.large)
-        leaves = [next(small).reshape(x.shape) if self._packs(x) else next(large) for x in self.leaves]
-        return jax.tree.unflatten(self.structure, leaves)
+        small, large = iter(self.split(packed.small)), iter(packed.large)
+        return jax.tree.unflatten(self.structure, [next(small if yes else large) for yes in self.packed])
 
     def pack_in(self, tree: Any) -> Any:
         """Pack every part of `tree` that is such a tree: the moments in the state of an optimiser."""
@@ -64,56 +69,58 @@ class Packing(NamedTuple):
         return jax.tree.map(lambda x: self.unpack(x) if packed(x) else x, tree, is_leaf=packed)
 
     def _fits(self, tree: Any) -> bool:
-        leaves, structure = jax.tree.flatten(tree)
-        return structure == self.structure and all(
-            x.shape == like.shape for x, like in zip(leaves, self.leaves, strict=True)
-        )
-
-    def _packs(self, x: jax.ShapeDtypeStruct) -> bool:
-        return x.dtype == jnp.float32 and x.size <= self.largest
+        return jax.tree.structure(tree) == self.structure and self.shapes == _shapes(jax.tree.leaves(tree))
 
 
 def packing(tree: Any, samples: int) -> Packing:
     """How to pack trees like this one of arrays, for gradient steps on so many samples."""
     leaves, structure = jax.tree.flatten(tree)
-    shapes = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves)
-    return Packing(structure, shapes, SMALL if samples >= FEW else TINY)
+    largest = SMALL if samples >= FEW else TINY
+    packed = tuple(x.dtype == jnp.float32 and x.size <= largest for x in leaves)
+    split = ravel_pytree([x for x, yes in zip(leaves, packed) if yes])[1]
+    return Packing(structure, _shapes(leaves), packed, split)
 
 
-def rows(tree: Any) -> Callable[[Array], Any]:
-    """What gathers rows of a tree of leaves [S, ...]: `rows(tree)(index)` is `tree.map(lambda x: x[index])` to the bit.
+def _shapes(leaves: list[Any]) -> tuple[tuple[int, ...], ...]:
+    return tuple(map(jnp.shape, leaves))
+
+
+def rows(tree: Any, axes: int = 1) -> Callable[[Array], Any]:
+    """What gathers rows of a tree whose leaves share their first `axes` axes: `rows(tree)(index)` is
+    `tree.map(lambda x: x[index])`, with these axes taken as one, to the bit.
 
     Narrow leaves stand side by side in one table, made here, so that together they cost one gather, and one miss of the
     cache a row. A leaf that stands in the tree twice is gathered once. For data: no gradient flows back to the leaves.
     """
     every, structure = jax.tree.flatten(tree)
-    leaves = {id(x): x for x in every}
-    size = {i: x.size // len(x) * (1 if x.dtype == jnp.bool_ else 4) for i, x in leaves.items()}
-    narrow = [i for i, x in leaves.items() if x.dtype in WORDS and size[i] <= 4 * NARROW]
-    # bytes of flags last, where they need no alignment
-    narrow.sort(key=lambda i: leaves[i].dtype == jnp.bool_)
-    words = [i for i in narrow if leaves[i].dtype != jnp.bool_]
-    parts = [jax.lax.bitcast_convert_type(leaves[i], jnp.int32).reshape(len(leaves[i]), -1) for i in words]
-    flags = [leaves[i].reshape(len(leaves[i]), -1) for i in narrow[len(words) :]]
-    if flags:
-        together = jnp.concatenate(flags, axis=1).astype(jnp.uint8)
-        together = jnp.pad(together, ((0, 0), (0, -together.shape[1] % 4)))
-        parts.append(jax.lax.bitcast_convert_type(together.reshape(len(together), -1, 4), jnp.int32))
-    # integers, as the bits of an integer may be a float that processors flush to zero
-    table = jnp.concatenate(parts, axis=1) if parts else None
+    leaves = {id(x): x.reshape(-1, *x.shape[axes:]) for x in every}
+    tables = {i: _words(x) for i, x in leaves.items() if x.dtype in WORDS}
+    tables = {i: x for i, x in tables.items() if x.shape[1] <= NARROW}
+    table = jnp.concatenate([*tables.values()], axis=1) if tables else None
+    ends = np.cumsum([x.shape[1] for x in tables.values()])[:-1]
 
     def take(index: Array) -> Any:
-        out = {i: x[index] for i, x in leaves.items() if i not in narrow}
+        out = {i: x[index] for i, x in leaves.items() if i not in tables}
         if table is not None:
-            ends = np.cumsum([size[i] // 4 for i in words]).astype(int)
-            *columns, rest = jnp.split(table[index], ends, axis=1)
-            for i, x in zip(words, columns, strict=True):
-                out[i] = jax.lax.bitcast_convert_type(x.reshape(-1, *leaves[i].shape[1:]), leaves[i].dtype)
-            rest = jax.lax.bitcast_convert_type(rest, jnp.uint8).reshape(len(index), -1)
-            begin = 0
-            for i in narrow[len(words) :]:
-                out[i] = (rest[:, begin : begin + size[i]] != 0).reshape(-1, *leaves[i].shape[1:])
-                begin += size[i]
+            columns = jnp.split(table[index], ends, axis=1)
+            out |= {i: _like(x, leaves[i]) for i, x in zip(tables, columns, strict=True)}
         return jax.tree.unflatten(structure, [out[id(x)] for x in every])
 
     return take
+
+
+def _words(x: Array) -> Array:
+    """[S, ...] as words [S, k]; integers, as the bits of an integer may be a float that processors flush to zero."""
+    x = x.reshape(len(x), -1)
+    if x.dtype == jnp.bool_:
+        x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % 4))).astype(jnp.uint8).reshape(len(x), -1, 4)
+    return jax.lax.bitcast_convert_type(x, jnp.int32)
+
+
+def _like(words: Array, leaf: Array) -> Array:
+    """Rows of `leaf` from rows of its words."""
+    shape = (len(words), *leaf.shape[1:])
+    if leaf.dtype != jnp.bool_:
+        return jax.lax.bitcast_convert_type(words, leaf.dtype).reshape(shape)
+    flags = jax.lax.bitcast_convert_type(words, jnp.uint8).reshape(len(words), -1)
+    return (flags[:, : leaf.size // len(leaf)] != 0).reshape(shape)
