@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxstack.core.errors import UserError, unknown
+from jaxstack.envs import brax_fast
 from jaxstack.envs.base import Box, Environment, Spec, TimeStep, first_step
 
 IDS: tuple[str, ...] = (
@@ -97,7 +98,7 @@ def _library(name: str, backend: str, options: tuple[tuple[str, Any], ...]) -> A
         warnings.simplefilter("ignore")
         from brax import envs as brax_envs
 
-        return brax_envs.get_environment(name, backend=backend, **dict(options))
+        return brax_fast.faster(brax_envs.get_environment(name, backend=backend, **dict(options)))
 
 
 @lru_cache(maxsize=16)

@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxstack.core.errors import UserError, unknown
-from jaxstack.envs import mpe_fast, overcooked_fast, smax_fast, storm_fast
+from jaxstack.envs import brax_fast, mpe_fast, overcooked_fast, smax_fast, storm_fast
 from jaxstack.envs.base import Box, Discrete, Environment, Spec, TimeStep, action_limits, first_step
 
 MPE = [
@@ -227,6 +227,7 @@ def _mabrax(length: int) -> Family:
         horizon=lambda lib: length,
         terminal=lambda lib, state, done: done,
         state=lambda lib, state: state.obs,
+        faster=_mabrax_faster,
         notes=(
             "brax's own auto-reset is off: the library resets a second time and pays for physics in every step",
             "falling terminates, the time limit truncates",
@@ -234,6 +235,11 @@ def _mabrax(length: int) -> Family:
             "halfcheetah_6x1: root position is kept in the observation, as the index table assumes",
         ),
     )
+
+
+def _mabrax_faster(lib: Any, **_: Any) -> Any:
+    brax_fast.faster(lib.env)
+    return lib
 
 
 @dataclass(frozen=True)
