@@ -1,4 +1,4 @@
-"""brax' physics with the same numbers, up to roundings, in less time on CPUs: what `faster` puts in place of brax' step."""
+"""brax' physics with the same numbers, up to roundings, in less time on CPUs."""
 
 from typing import Any
 
