@@ -20,9 +20,12 @@ import contextlib
 import importlib
 import importlib.util
 import io
+import json
 import math
 import os
+import subprocess
 import sys
+import tempfile
 import time
 import types
 import warnings
@@ -408,7 +411,7 @@ def update_phase(args: argparse.Namespace, rate: float) -> list[dict[str, Any]]:
 OWN = {"hyper": hyper, "seeds": many_seeds, "update": update_phase}
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jaxmarl", type=Path, help="a clone of JaxMARL")
     parser.add_argument("--purejaxrl", type=Path, help="a clone of PureJaxRL")
@@ -422,25 +425,50 @@ def main() -> None:
             parser.error(f"--{option} {path}: expected the directory of a clone")
     if args.repeats < 5:
         parser.error(f"--repeats {args.repeats}: expected at least 5, for quartiles")
+    if len(args.cases) > 1:
+        return apart(args)
+    if missing := without_peer(args, args.cases[0]):
+        parser.error(f"--cases {args.cases[0]}: expected --{missing} PATH, a clone of the peer")
     jax.config.update("jax_enable_compilation_cache", False)
     devices.show(os.cpu_count() or 1)  # XLA starts a thread a core either way
     rate = matrix_rate()
-    print(f"float32 matrix rate {rate / 1e9:.0f} Gflop/s\n")
+    name = args.cases[0]
+    if name in OWN:
+        rows = OWN[name](args, rate)
+    else:
+        print(f"float32 matrix rate {rate / 1e9:.0f} Gflop/s")
+        rows = against_peer(name, CASES[name], args, rate)
+    bench_report.write(args.out, rows, backend=jax.default_backend(), matrix_rate=rate, repeats=args.repeats)
+    return 0
+
+
+def without_peer(args: argparse.Namespace, case: str) -> str | None:
+    """The option that a case needs and that is missing."""
+    needs = "purejaxrl" if case == "cartpole" else "jaxmarl"
+    return needs if case in CASES and getattr(args, needs) is None else None
+
+
+def apart(args: argparse.Namespace) -> int:
+    """Each case in a process of its own, as a training script runs: after others in one process the same programs run up
+    to a tenth slower. Their rows are joined after every case, so a long run that is stopped keeps what it measured."""
     print("case       ours k/s  peer k/s   ratio                        compile s     peak MiB          of matrix rate")
     rows: list[dict[str, Any]] = []
-    for name in args.cases:
-        if name in CASES:
-            path = args.purejaxrl if name == "cartpole" else args.jaxmarl
-            if path is None:
-                print(f"{name:10s} left out: needs --{'purejaxrl' if name == 'cartpole' else 'jaxmarl'} PATH")
-                continue
-            rows += against_peer(name, CASES[name], args, rate)
-        else:
-            rows += OWN[name](args, rate)
-        # after every case: a long run that is stopped keeps what it measured
-        bench_report.write(args.out, rows, backend=jax.default_backend(), matrix_rate=rate, repeats=args.repeats)
+    peers = [x for name in ("jaxmarl", "purejaxrl") if (path := getattr(args, name)) for x in (f"--{name}", str(path))]
+    for case in args.cases:
+        if missing := without_peer(args, case):
+            print(f"{case:10s} left out: needs --{missing} PATH", flush=True)
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder) / "rows.json"
+            options = [*peers, "--cases", case, "--repeats", str(args.repeats), "--out", str(out)]
+            if code := subprocess.run([sys.executable, __file__, *options], check=False).returncode:
+                return code
+            found = json.loads(out.read_text())
+        rows += [row | {"matrix_rate": found["matrix_rate"]} for row in found["rows"]]
+        bench_report.write(args.out, rows, backend=found["backend"], repeats=args.repeats)
     print(f"written to {args.out}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
