@@ -449,8 +449,8 @@ def without_peer(args: argparse.Namespace, case: str) -> str | None:
 
 
 def apart(args: argparse.Namespace) -> int:
-    """Each case in a process of its own, as a training script runs: after others in one process the same programs run up
-    to a tenth slower. Their rows are joined after every case, so a long run that is stopped keeps what it measured."""
+    """Each case in a process of its own, as a training script runs: after others in one process programs run up to a
+    tenth slower. Rows are joined after every case, so a long run that is stopped keeps what it measured."""
     print("case       ours k/s  peer k/s   ratio                        compile s     peak MiB          of matrix rate")
     rows: list[dict[str, Any]] = []
     peers = [x for name in ("jaxmarl", "purejaxrl") if (path := getattr(args, name)) for x in (f"--{name}", str(path))]
