@@ -10,6 +10,7 @@ concatenation or a product gives is stored once. A substep of brax' hopper, 64 a
 
 import itertools
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import lru_cache, wraps
 from typing import Any, NamedTuple
 
@@ -122,7 +123,7 @@ def _apply(eqn: core.JaxprEqn, values: list[Value], batch: Batch) -> list[Value]
         whole = _concrete(values) and all(not jnp.issubdtype(v.aval.dtype, jnp.inexact) for v in eqn.outvars)
         if whole and name in NUMPY:
             return [Value(NUMPY[name](eqn, *map(np.asarray, xs)), False)]
-        with jax.ensure_compile_time_eval() if whole else jax.named_scope(name):
+        with jax.ensure_compile_time_eval() if whole else nullcontext():
             return [Value(x, False) for x in listed(bind(*xs))]
     shape = eqn.outvars[0].aval.shape
     if name in ELEMENTWISE:
