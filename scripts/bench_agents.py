@@ -8,11 +8,11 @@ Cases with a peer: mpe-16, mpe-128, mpe-1024 (IPPO on simple_spread_v3), smax (r
 hopper_3x1), cartpole (PPO). Our own: hyper (an update of HyperMARL against FuPS+ID at N = 8, and its growth up to
 N = 30), seeds (8 vmapped seeds against one), update (what share of the matrix rate the gradient steps alone reach).
 
-Each case runs in a process of its own, both its sides in the same. They are compiled ahead of time with the persistent cache off. Repeats alternate between them, each a run of the
-same number of updates from the start; shown are medians of steps per second, the median ratio within a repeat with its
-quartiles, compile seconds, and XLA's peak memory (of one device). A peer's script is imported from its clone; its
-plotting, logging and configuration packages are replaced by empty modules, and gymnax' six-value step by the five
-values PureJaxRL expects.
+Each case runs in a process of its own, both its sides in the same. They are compiled ahead of time with the
+persistent cache off. Repeats alternate between them, each a run of the same number of updates from the start; shown
+are medians of steps per second, the median ratio within a repeat with its quartiles, compile seconds, and XLA's peak
+memory (of one device). A peer's script is imported from its clone; its plotting, logging and configuration packages
+are replaced by empty modules, and gymnax' six-value step by the five values PureJaxRL expects.
 """
 
 import argparse
@@ -408,6 +408,7 @@ def update_phase(args: argparse.Namespace, rate: float) -> list[dict[str, Any]]:
     return rows
 
 
+HEADER = "case       ours k/s  peer k/s   ratio                        compile s     peak MiB          of matrix rate"
 OWN = {"hyper": hyper, "seeds": many_seeds, "update": update_phase}
 
 
@@ -437,9 +438,7 @@ def main() -> int:
         rows = OWN[name](args, rate)
     else:
         print(f"float32 matrix rate {rate / 1e9:.0f} Gflop/s")
-        print(
-            "case       ours k/s  peer k/s   ratio                        compile s     peak MiB          of matrix rate"
-        )
+        print(HEADER)
         rows = against_peer(name, CASES[name], args, rate)
     bench_report.write(args.out, rows, backend=jax.default_backend(), matrix_rate=rate, repeats=args.repeats)
     return 0
@@ -452,8 +451,8 @@ def without_peer(args: argparse.Namespace, case: str) -> str | None:
 
 
 def apart(args: argparse.Namespace) -> int:
-    """Each case in a process of its own, as a training script runs. Rows are joined after every case, so a long run that
-    is stopped keeps what it measured."""
+    """Each case in a process of its own, as a training script runs. Rows are joined after every case: a long run that is
+    stopped keeps what it measured."""
     rows: list[dict[str, Any]] = []
     peers = [x for name in ("jaxmarl", "purejaxrl") if (path := getattr(args, name)) for x in (f"--{name}", str(path))]
     for case in args.cases:
