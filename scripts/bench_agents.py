@@ -451,8 +451,8 @@ def without_peer(args: argparse.Namespace, case: str) -> str | None:
 
 
 def apart(args: argparse.Namespace) -> int:
-    """Each case in a process of its own, as a training script runs. Rows are joined after every case: a long run that is
-    stopped keeps what it measured."""
+    """Each case in a process of its own, as a training script runs. Rows are joined after every case, so that a long
+    run that is stopped keeps what it measured."""
     rows: list[dict[str, Any]] = []
     peers = [x for name in ("jaxmarl", "purejaxrl") if (path := getattr(args, name)) for x in (f"--{name}", str(path))]
     for case in args.cases:
