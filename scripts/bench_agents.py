@@ -467,7 +467,8 @@ def apart(args: argparse.Namespace) -> int:
             found = json.loads(out.read_text())
         rows += [row | {"matrix_rate": found["matrix_rate"]} for row in found["rows"]]
         bench_report.write(args.out, rows, backend=found["backend"], repeats=args.repeats)
-    print(f"written to {args.out}")
+    if rows:
+        print(f"written to {args.out}")
     return 0
 
 
