@@ -7,9 +7,9 @@ wrapped libraries until an id of theirs is made.
 from importlib import import_module
 from typing import Any
 
-import yaml
-
-from jaxstack.core.errors import UserError, unknown
+from jaxstack.core import config
+from jaxstack.core import options as texts
+from jaxstack.core.errors import unknown
 from jaxstack.core.registry import Registry
 from jaxstack.envs.base import Box, Discrete, Environment, MultiDiscrete, Spec, TimeStep
 from jaxstack.envs.vector import VecEnv, VecState, vectorise
@@ -56,29 +56,20 @@ def make(id: str, **options: Any) -> Environment:
     Raises `UnknownName` (with the nearest ids) or `UserError` for an option that the environment does not take.
     """
     family, _, rest = id.partition("/")
-    try:
-        if rest:
-            return FAMILIES.load(family)(rest, **options) if family in FAMILIES else _unknown(id)
-        return NATIVE.load(id)(**options) if id in NATIVE else _unknown(id)
-    except TypeError as e:
-        if options and "argument" in str(e):
-            raise UserError(f"environment {id!r}, options {options}: {e}") from e
-        raise
+    if rest:
+        return FAMILIES.load(family)(rest, **options) if family in FAMILIES else _unknown(id)
+    if id not in NATIVE:
+        return _unknown(id)
+    factory = NATIVE.load(id)
+    return factory(**config.check_options(options, config.options_of(factory), f"environment {id!r}"))
 
 
 def parse_options(options: tuple[str, ...]) -> dict[str, Any]:
-    """`("num_agents=4", "layout=small")` -> `{"num_agents": 4, "layout": "small"}`; values are read as YAML.
+    """`("num_agents=4", "layout=small")` -> `{"num_agents": 4, "layout": "small"}`, see `core.options`.
 
     Raises `UserError` for an entry without `=`.
     """
-    out: dict[str, Any] = {}
-    for option in options:
-        name, eq, value = option.partition("=")
-        if not eq or not name:
-            raise UserError(f"env_args: {option!r}: expected name=value")
-        value = yaml.safe_load(value)
-        out[name] = tuple(value) if isinstance(value, list) else value
-    return out
+    return texts.parse(options, "env_args")
 
 
 def ids(family: str | None = None) -> list[str]:

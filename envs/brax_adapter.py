@@ -6,13 +6,14 @@ Only the physics environments are used, without brax's wrappers: its auto-reset 
 import warnings
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from jaxstack.core.config import check_options, options_of
 from jaxstack.core.errors import UserError, unknown
 from jaxstack.envs import brax_fast
 from jaxstack.envs.base import Box, Environment, Spec, TimeStep, first_step
@@ -83,11 +84,16 @@ def make(rest: str, backend: str = "spring", episode_length: int = 1000, **optio
     """`brax/<rest>`; raises `UserError` for an unknown backend. Other options go to brax."""
     if rest not in IDS:
         raise unknown("environment", f"brax/{rest}", [f"brax/{i}" for i in IDS])
-    if backend not in BACKENDS:
-        raise UserError(f"backend={backend!r}: expected one of {', '.join(BACKENDS)}")
+    from brax import envs as brax_envs
+
+    owner = f"environment 'brax/{rest}'"
+    known = options_of(brax_envs._envs[rest]) | {"backend": Literal[BACKENDS], "episode_length": int}
+    known.pop("sys", None)  # made by the task
+    checked = check_options({"backend": backend, "episode_length": episode_length} | options, known, owner)
+    backend, episode_length = checked.pop("backend"), checked.pop("episode_length")
     if episode_length < 1:
-        raise UserError(f"episode_length={episode_length}: expected at least 1")
-    env = Brax(rest, backend, episode_length, tuple(sorted(options.items())))
+        raise UserError(f"{owner}: episode_length={episode_length}: expected at least 1")
+    env = Brax(rest, backend, episode_length, tuple(sorted(checked.items())))
     _ = env.spec
     return env
 

@@ -3,6 +3,7 @@
 Only `step_env` is used: no reset in every step, and the last observation is kept. A time limit truncates.
 """
 
+import typing
 import warnings
 from dataclasses import dataclass
 from functools import lru_cache
@@ -13,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jaxstack.core.errors import UserError, unknown
+from jaxstack.core.config import check_options
+from jaxstack.core.errors import unknown
 from jaxstack.envs.base import Box, Discrete, Environment, Spec, TimeStep, first_step
 
 IDS: tuple[str, ...] = (
@@ -108,12 +110,8 @@ def _library(name: str, options: tuple[tuple[str, Any], ...]) -> tuple[Any, Any]
         import gymnax
 
         lib, params = gymnax.make(name)
-        for field, _ in options:
-            if not hasattr(params, field):
-                raise UserError(
-                    f"environment 'gymnax/{name}' has no option {field!r}; it has {', '.join(vars(params))}"
-                )
-        return lib, params.replace(**dict(options))
+        known = typing.get_type_hints(type(params))
+        return lib, params.replace(**check_options(dict(options), known, f"environment 'gymnax/{name}'"))
 
 
 @lru_cache(maxsize=64)

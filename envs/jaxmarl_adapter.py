@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from jaxstack.core.config import check_options, options_of
 from jaxstack.core.errors import UserError, unknown
 from jaxstack.envs import brax_fast, mpe_fast, overcooked_fast, smax_fast, storm_fast
 from jaxstack.envs.base import Box, Discrete, Environment, Spec, TimeStep, action_limits, first_step
@@ -80,6 +81,10 @@ OVERCOOKED_V2 = [
     "demo_cook_wide",
 ]
 MABRAX = ["ant_4x2", "halfcheetah_6x1", "hopper_3x1", "humanoid_9|8", "walker2d_2x3"]
+PHYSICS = (
+    "rad moveable silent collide mass accel max_speed u_noise c_noise damping contact_force contact_margin".split()
+)
+"""What MPE's environments take beside the parameters in their signatures, an array over entities each."""
 OTHERS = ["hanabi", "switch_riddle", "coin_game", "jaxnav", "storm", "storm_2p", "storm_np"]
 
 IDS: tuple[str, ...] = (
@@ -340,12 +345,28 @@ def make(rest: str, **options: Any) -> JaxMARL:
     """`jaxmarl/<rest>`; raises `UnknownName` with the nearest ids, `UserError` for options the library refuses."""
     if rest not in IDS:
         raise unknown("environment", f"jaxmarl/{rest}", [f"jaxmarl/{i}" for i in IDS])
-    shaped = float(options.pop("shaped_reward", 0.0))
-    if shaped and not rest.startswith("overcooked"):
-        raise UserError(f"shaped_reward={shaped}: only overcooked has a shaped reward")
-    env = JaxMARL(rest, tuple(sorted(options.items())), shaped)
+    if "shaped_reward" in options and not rest.startswith("overcooked"):
+        raise UserError(f"shaped_reward={options['shaped_reward']}: only overcooked has a shaped reward")
+    checked = check_options(options, _known(rest), f"environment 'jaxmarl/{rest}'") if options else {}
+    shaped = checked.pop("shaped_reward", 0.0)
+    env = JaxMARL(rest, tuple(sorted(checked.items())), shaped)
     _ = env.spec  # builds the library's environment now, outside of any trace
     return env
+
+
+@lru_cache(maxsize=64)
+def _known(name: str) -> dict[str, Any]:
+    """The options of an environment with their types. The library would ignore some misspelt ones."""
+    from jaxmarl.environments.multi_agent_env import MultiAgentEnv
+
+    lib, _ = library(name)
+    known = options_of(type(lib), MultiAgentEnv)
+    inner = getattr(lib, "_env", getattr(lib, "env", None))  # SMAX's opponents and MABrax pass options on to it
+    known |= {} if inner is None else options_of(type(inner), MultiAgentEnv) | known
+    known |= dict.fromkeys(PHYSICS, Any) if name.startswith("MPE_") else {}
+    known |= {"shaped_reward": float} if name.startswith("overcooked") else {}
+    taken = ("**", "agents", "layout", "scenario", "env_name", "auto_reset", "sys")
+    return {k: hint for k, hint in known.items() if k not in taken}
 
 
 @lru_cache(maxsize=64)

@@ -7,7 +7,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 DESCRIPTION = """\
 Train agents and sequence models in JAX, whole runs and all seeds in one program.
@@ -76,6 +76,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 128 + signum
 
 
+def whole(text: str) -> int:
+    """A whole number, read as everywhere else; argparse names the option of one that is none."""
+    from jaxstack.core import errors, options
+
+    try:
+        return options.whole(text)
+    except errors.UserError as e:
+        raise argparse.ArgumentTypeError(str(e)) from None
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "jaxstack",
@@ -102,16 +112,16 @@ def _parser() -> argparse.ArgumentParser:
     _process_flags(p)
     p = command("resume", _resume, "Continue an interrupted run to the bit as if it had not stopped.")
     p.add_argument("run_dir", metavar="RUN")
-    p.add_argument("--devices", type=int, help="spread the seeds over so many devices; default: as the run began")
-    p.add_argument("--env-devices", type=int, help="devices that share a seed's environments; default: likewise")
+    p.add_argument("--devices", type=whole, help="spread the seeds over so many devices; default: as the run began")
+    p.add_argument("--env-devices", type=whole, help="devices that share a seed's environments; default: likewise")
     _process_flags(p)
     raw = argparse.RawDescriptionHelpFormatter
     many = "Train an agent with many settings and seeds at once."
     p = command("sweep", _sweep, many, epilog=SWEEP, formatter_class=raw, allow_abbrev=False)
     p.add_argument("agent", metavar="AGENT")
     p.add_argument("--sweep", action="append", default=[], metavar="NAME=VALUES", help="see below; may be repeated")
-    p.add_argument("--num", type=int, help="settings to draw at random")
-    p.add_argument("--search-seed", type=int, default=0, help="of the draws")
+    p.add_argument("--num", type=whole, help="settings to draw at random")
+    p.add_argument("--search-seed", type=whole, default=0, help="of the draws")
     p.add_argument("--metric", default="eval/return", help="what settings are ranked by; default: eval/return")
     p.add_argument("--smallest", action="store_true", help="the smallest metric is the best one")
     p.add_argument("--out", metavar="DIR", help="default: runs/sweep-AGENT-TIME")
@@ -127,14 +137,14 @@ def _parser() -> argparse.ArgumentParser:
     _episode_flags(p, "a seed")
     p = command("crossplay", _crossplay, "Mix agents of separately trained teams and print the matrix of returns.")
     p.add_argument("run_dirs", metavar="RUN", nargs="+", help="every seed is a member; runs of equal config")
-    p.add_argument("--slots", type=int, nargs="+", help="agents to replace, one at a time; default: each in turn")
-    p.add_argument("--at-once", type=int, help="teams at a time, where memory is short; default: all")
+    p.add_argument("--slots", type=whole, nargs="+", help="agents to replace, one at a time; default: each in turn")
+    p.add_argument("--at-once", type=whole, help="teams at a time, where memory is short; default: all")
     p.add_argument("--out", default="crossplay.png", help="figure; .csv and .json of its name hold the numbers")
     _episode_flags(p, "a pair and slot")
     p = command("reproduce", _reproduce, "Check a paper's claim by experiment; exits with 1 when it does not hold.")
     p.add_argument("method")
     p.add_argument("--scale", choices=["small", "full"], default="small")
-    p.add_argument("--seeds", type=int, help="default: the claim's own number")
+    p.add_argument("--seeds", type=whole, help="default: the claim's own number")
     p.add_argument("--out", default="docs/results", help="directory for the JSON and the figure")
     p = command("plot", _plot, "Draw learning curves of runs with 95%% intervals over seeds.")
     p.add_argument("run_dirs", metavar="RUN", nargs="+")
@@ -143,10 +153,10 @@ def _parser() -> argparse.ArgumentParser:
     p = command("render", _render, "Draw an episode of a trained policy as .gif, .html or .mp4.")
     p.add_argument("run_dir", metavar="RUN")
     p.add_argument("--out", default="episode.gif")
-    p.add_argument("--train-seed", type=int, help="which of the run's seeds acts (default: the first)")
-    p.add_argument("--seed", type=int, default=0, help="of the episode")
-    p.add_argument("--max-steps", type=int, default=200)
-    p.add_argument("--fps", type=int, default=10)
+    _row_flags(p)
+    p.add_argument("--seed", type=whole, default=0, help="of the episode")
+    p.add_argument("--max-steps", type=whole, default=200)
+    p.add_argument("--fps", type=whole, default=10)
     p = command("export", _export, "Write a trained policy for other programs; the written file is run and compared.")
     p.add_argument("run_dir", metavar="RUN")
     p.add_argument("out", metavar="PATH", help="a directory for a bundle, else a file")
@@ -156,21 +166,26 @@ def _parser() -> argparse.ArgumentParser:
         default="bundle",
         help="safetensors and JSON for load_policy, jax.export for cpu, cuda and tpu, or ONNX (needs jax2onnx)",
     )
-    p.add_argument("--train-seed", type=int, help="which of the run's seeds (default: the first)")
+    _row_flags(p)
     return parser
 
 
 def _episode_flags(p: argparse.ArgumentParser, of: str) -> None:
-    p.add_argument("--episodes", type=int, default=128, help=f"episodes {of}")
+    p.add_argument("--episodes", type=whole, default=128, help=f"episodes {of}")
     p.add_argument("--sample", action="store_true", help="sample actions instead of taking the likeliest")
-    p.add_argument("--seed", type=int, default=0, help="of the episodes")
+    p.add_argument("--seed", type=whole, default=0, help="of the episodes")
+
+
+def _row_flags(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--train-seed", type=whole, help="which of the run's seeds (default: the first)")
+    p.add_argument("--setting", type=whole, help="which of a sweep's settings, by its number")
 
 
 def _process_flags(p: argparse.ArgumentParser) -> None:
     group = p.add_argument_group("one run over several processes", "start the same command on each host")
     group.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0")
-    group.add_argument("--num-processes", type=int, metavar="N")
-    group.add_argument("--process-id", type=int, metavar="I", help="0 to N-1; process 0 writes the run directory")
+    group.add_argument("--num-processes", type=whole, metavar="N")
+    group.add_argument("--process-id", type=whole, metavar="I", help="0 to N-1; process 0 writes the run directory")
     group.add_argument("--distributed", action="store_true", help="find all three from Slurm, a TPU pod or Open MPI")
 
 
@@ -264,7 +279,7 @@ def _train(args: argparse.Namespace, rest: list[str]) -> None:
     stored = {"config": config.to_dict(job.config), "options": config.to_dict(job.run)}
     sinks = _sinks(job, run_dir, stored) if distributed.is_first() else []
     result = runner.train(learner, None, job.seeds, run_dir=run_dir, plan=stored, options=job.run, sinks=sinks)
-    _report(learner, result, job.seeds)
+    _report(learner, result, {"seeds": job.seeds})
 
 
 def plan(agent: str, argv: Sequence[str]) -> tuple[Any, Any]:
@@ -284,7 +299,7 @@ def _job(agent: str, argv: Sequence[str]) -> Any:
     import tyro
 
     from jaxstack import agents
-    from jaxstack.core import config, runner
+    from jaxstack.core import config, options, runner
     from jaxstack.core.errors import UserError
 
     rest = list(argv)
@@ -318,6 +333,7 @@ def _job(agent: str, argv: Sequence[str]) -> Any:
         prog=f"jaxstack train {agent}",
         description=sys.modules[cls.__module__].__doc__,
         config=(tyro.conf.OmitArgPrefixes,),
+        registry=options.registry(),
     )
     runner.check_seeds(job.seeds)
     return job
@@ -334,26 +350,32 @@ def _sinks(job: Any, run_dir: Path, stored: dict[str, Any]) -> list[Any]:
     return out
 
 
-def _report(learner: Any, result: Any, seeds: Sequence[int]) -> None:
-    """Last scores over seeds, the policy bundle, and where everything is."""
+def _report(learner: Any, result: Any, plan: dict[str, Any]) -> None:
+    """Last scores over the seeds of each setting, the policy bundle, and where everything is."""
     import jax
     import numpy as np
 
-    from jaxstack.core import bundle, distributed
+    from jaxstack.core import bundle, distributed, rundir
 
     state = distributed.fetch(result.state)
     if not distributed.is_first():
         return
     last = result.metrics[result.metrics.step == result.metrics.step.max()]
-    for name in ("eval/return", "rollout/return"):
-        if name in last and last[name].notna().any():
-            print(f"{name}: {last[name].mean():.3f} (mean of {last[name].notna().sum()} seeds)")
+    names = rundir.setting_names(plan)
+    for setting, name in dict(zip(plan.get("settings", [None]), names)).items():
+        own = last if setting is None else last[last.setting == setting]
+        for metric in ("eval/return", "rollout/return"):
+            if metric in own and own[metric].notna().any():
+                count = own[metric].notna().sum()
+                print(f"{name}{': ' * bool(name)}{metric}: {own[metric].mean():.3f} (mean of {count} seeds)")
     if result.run_dir is None:
         return
-    if learner.policy is not None:
+    if learner.policy is not None and result.alive.any():
         first = int(np.flatnonzero(result.alive)[0])
         bundle.save_policy(result.run_dir / "policy", learner, jax.tree.map(lambda x: x[first], state))
-        print(f"policy of seed {seeds[first]}: {result.run_dir}/policy")
+        print(
+            f"policy of {names[first]}{', ' * bool(names[first])}seed {plan['seeds'][first]}: {result.run_dir}/policy"
+        )
     print(f"run: {result.run_dir}")
 
 
@@ -393,7 +415,7 @@ def _resume(args: argparse.Namespace, _: list[str]) -> None:
     learner, plan = _load(args.run_dir)
     options = options_of(plan)
     result = runner.resume(learner, args.run_dir, options=options, plan=plan)
-    _report(learner, result, plan["seeds"])
+    _report(learner, result, plan)
 
 
 def _states(args: argparse.Namespace) -> tuple[Any, dict[str, Any], Any]:
@@ -409,11 +431,20 @@ def _one_seed(args: argparse.Namespace) -> tuple[Any, dict[str, Any], Any]:
     from jaxstack.core.errors import UserError
 
     learner, plan, state = _states(args)
-    seeds = plan["seeds"]
-    seed = seeds[0] if args.train_seed is None else args.train_seed
-    if seed not in seeds:
-        raise UserError(f"--train-seed {seed}: expected one of the run's seeds {seeds}")
-    return learner, plan, jax.tree.map(lambda x: x[seeds.index(seed)], state)
+    seeds, settings = plan["seeds"], plan.get("settings")
+    rows = range(len(seeds))
+    if args.setting is not None:
+        if settings is None or args.setting not in settings:
+            has = "no settings" if settings is None else f"settings {', '.join(map(str, dict.fromkeys(settings)))}"
+            raise UserError(f"--setting {args.setting}: expected one of the run's, which has {has}")
+        rows = [i for i in rows if settings[i] == args.setting]
+    elif settings is not None and len({*settings}) > 1:
+        raise UserError(f"--setting: expected one of {', '.join(map(str, dict.fromkeys(settings)))}, as it is a sweep")
+    seed = seeds[rows[0]] if args.train_seed is None else args.train_seed
+    if seed not in (own := [seeds[i] for i in rows]):
+        raise UserError(f"--train-seed {seed}: expected one of the run's seeds {own}")
+    row = rows[own.index(seed)]
+    return learner, plan, jax.tree.map(lambda x: x[row], state)
 
 
 def _sweep(args: argparse.Namespace, rest: list[str]) -> None:
@@ -446,23 +477,32 @@ def _sweep(args: argparse.Namespace, rest: list[str]) -> None:
     print(f"sweep: {out}")
 
 
-def _groups(run_dirs: Sequence[str]) -> list[tuple[Any, list[tuple[str, str]], Any]]:
-    """(learner, (run, seed) of each member, states [K, ...]) of the runs whose agent and config are equal, but for the
-    hyperparameters, which do not act."""
-    from jaxstack.core import config, runner
+class Member(NamedTuple):
+    """One row of a run: an agent that was trained."""
 
-    found: dict[str, list[tuple[Any, list[tuple[str, str]], Any]]] = {}
-    for run_dir in dict.fromkeys(run_dirs):
+    run: str
+    """As the user typed it."""
+    setting: str
+    """"setting 0 (lr=0.001)", empty in a run of one setting."""
+    seed: int
+
+
+def _groups(run_dirs: Sequence[str]) -> list[tuple[Any, list[Member], Any]]:
+    """(learner, members, states [K, ...]) of the runs whose agent and config are equal, but for the hyperparameters,
+    which do not act."""
+    from jaxstack.core import config, rundir, runner
+
+    found: dict[str, list[tuple[Any, list[Member], Any]]] = {}
+    for run_dir in {Path(r).absolute(): r for r in run_dirs}.values():
         learner, plan = _load(run_dir)
         state = runner.load_state(learner, run_dir)
-        settings = [f"setting {i}, " for i in plan["settings"]] if "settings" in plan else [""] * len(plan["seeds"])
-        names = [(run_dir, f"{i}seed {s}") for i, s in zip(settings, plan["seeds"])]
+        members = [Member(run_dir, n, s) for n, s in zip(rundir.setting_names(plan), plan["seeds"])]
         key = repr((plan["agent"], config.to_dict(learner.config) | {"hypers": None}))
-        found.setdefault(key, []).append((learner, names, state))
+        found.setdefault(key, []).append((learner, members, state))
     return [
         (
             g[0][0],
-            [n for _, names, _ in g for n in names],
+            [m for _, members, _ in g for m in members],
             runner.side_by_side([state for _, _, state in g]),
         )
         for g in found.values()
@@ -471,10 +511,8 @@ def _groups(run_dirs: Sequence[str]) -> list[tuple[Any, list[tuple[str, str]], A
 
 def _evaluate(args: argparse.Namespace, _: list[str]) -> None:
     import jax
-    import numpy as np
 
     from jaxstack import envs
-    from jaxstack.core import stats
     from jaxstack.core.errors import UserError
 
     if args.episodes < 1:
@@ -490,31 +528,39 @@ def _evaluate(args: argparse.Namespace, _: list[str]) -> None:
         options = dict(episodes=args.episodes, greedy=not args.sample)
         found = evaluate_many(learner, states, chosen or None, jax.random.key(args.seed), **options)
         for name, result in found.items():
-            scores = result.returns.mean((1, 2))
-            for run in dict.fromkeys(run for run, _ in members):
-                own = scores[[i for i, (r, _) in enumerate(members) if r == run]]
-                estimate = stats.estimate(stats.mean, own)
-                print(f"{run}  {name}  eval/return: {estimate}  by seed: {np.round(own, 3).tolist()}")
+            _print_scores({f"{name}  eval/return": result.returns.mean((1, 2))}, members, show_run=True)
 
 
 def _evaluate_one(args: argparse.Namespace) -> None:
     import jax
-    import numpy as np
 
     from jaxstack import agents
-    from jaxstack.core import config, stats
+    from jaxstack.core import config, rundir
     from jaxstack.core.errors import UserError
 
-    args.run_dir = args.run_dirs[0]
+    (args.run_dir,) = args.run_dirs
     learner, plan, state = _states(args)
     fields = config.replace(learner.config, eval_episodes=args.episodes, eval_greedy=not args.sample)
     learner = agents.make(plan["agent"], fields)
     if learner.evaluate is None:
         raise UserError(f"{learner.name} has no evaluation")
     out = jax.jit(jax.vmap(learner.evaluate, in_axes=(0, None)))(state, jax.random.key(args.seed))
-    for name, values in out.items():
-        values = np.asarray(values)
-        print(f"{name}: {stats.estimate(stats.mean, values)}  by seed: {np.round(values, 3).tolist()}")
+    members = [Member(args.run_dir, n, s) for n, s in zip(rundir.setting_names(plan), plan["seeds"])]
+    _print_scores(out, members)
+
+
+def _print_scores(scores: dict[str, Any], members: Sequence[Member], show_run: bool = False) -> None:
+    """A line for each run, setting and metric: the mean over seeds with its interval, and each seed's own value."""
+    import numpy as np
+
+    from jaxstack.core import stats
+
+    for run, setting in dict.fromkeys((m.run, m.setting) for m in members):
+        rows = [i for i, m in enumerate(members) if (m.run, m.setting) == (run, setting)]
+        owner = "".join(f"{text}  " for text in (run * show_run, setting) if text)
+        for name, values in scores.items():
+            own = np.asarray(values)[rows]
+            print(f"{owner}{name}: {stats.estimate(stats.mean, own)}  by seed: {np.round(own, 3).tolist()}")
 
 
 def _crossplay(args: argparse.Namespace, _: list[str]) -> None:
@@ -528,8 +574,9 @@ def _crossplay(args: argparse.Namespace, _: list[str]) -> None:
     if len(groups) > 1:
         raise UserError(f"crossplay: expected runs of one agent and config, found {len(groups)} different ones")
     ((learner, members, states),) = groups
-    several = len({run for run, _ in members}) > 1
-    names = [f"{Path(run).name}, {seed}" if several else seed for run, seed in members]
+    runs = list(dict.fromkeys(m.run for m in members))
+    short = dict(zip(runs, rundir.labels(runs)))
+    names = [", ".join(filter(None, (short[m.run] * (len(runs) > 1), m.setting, f"seed {m.seed}"))) for m in members]
     options = dict(slots=args.slots, episodes=args.episodes, greedy=not args.sample, at_once=args.at_once)
     result = cross_play(learner, states, jax.random.key(args.seed), **options)
     width = max(map(len, names))
@@ -551,11 +598,18 @@ def _reproduce(args: argparse.Namespace, _: list[str]) -> int:
 
 
 def _plot(args: argparse.Namespace, _: list[str]) -> None:
-    from jaxstack.core import plots
-    from jaxstack.core.rundir import read_metrics
+    from jaxstack.core import plots, rundir
 
-    runs = {Path(r).name: read_metrics(r) for r in args.run_dirs}
-    print(plots.learning_curves(runs, args.out, args.metric))
+    curves = {}
+    for label, run_dir in zip(rundir.labels(args.run_dirs), args.run_dirs):
+        frame = rundir.read_metrics(run_dir)
+        if "setting" not in frame:
+            curves[label] = frame
+            continue
+        plan = rundir.read_plan(run_dir)
+        for setting, name in dict(zip(plan["settings"], rundir.setting_names(plan))).items():
+            curves[f"{label}, {name}" if len(args.run_dirs) > 1 else name] = frame[frame.setting == setting]
+    print(plots.learning_curves(curves, args.out, args.metric))
 
 
 def _render(args: argparse.Namespace, _: list[str]) -> None:

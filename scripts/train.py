@@ -17,6 +17,7 @@ import tyro
 from jaxstack import agents
 from jaxstack.agents.team_ppo import make_env
 from jaxstack.core import bundle, config, plots, runner, stats
+from jaxstack.core import options as texts
 from jaxstack.core.errors import UserError
 from jaxstack.envs.rollout import record
 
@@ -80,6 +81,6 @@ def main(options: Options) -> None:
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Options))
+        main(tyro.cli(Options, registry=texts.registry()))
     except UserError as e:
         raise SystemExit(f"train.py: {e}") from e

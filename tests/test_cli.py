@@ -15,10 +15,11 @@ import pandas as pd
 import pytest
 
 from jaxstack import cli, envs, load_policy
+from jaxstack.core import plots
 
 SMALL = (
     "--env dispersion --num-envs 4 --num-steps 8 --num-minibatches 2 --num-epochs 1 --hidden 8 "
-    "--eval-episodes 4 --total-steps 128 --checkpoint-every 2"
+    "--eval-episodes 4 --total-steps 1.28e2 --checkpoint-every 2"
 ).split()
 COMMANDS = ("list", "info", "resume", "evaluate", "reproduce", "plot", "render", "export")
 
@@ -116,6 +117,18 @@ def test_plot_draws_runs(run, tmp_path, capsys):
     assert "no_such_metric" in fails(capsys, "plot", str(run), "--metric", "no_such_metric", "--out", str(out))
 
 
+def test_runs_of_one_name_are_told_apart(run, tmp_path, monkeypatch):
+    for folder in ("x", "y"):
+        shutil.copytree(run, tmp_path / folder / "a")
+    shutil.copytree(run, tmp_path / "y" / "b")
+    drawn = []
+    monkeypatch.setattr(plots, "learning_curves", lambda runs, *_: drawn.append(list(runs)))
+    monkeypatch.chdir(tmp_path)
+    for argv in (["x/a", "y/a"], ["x/a", "y/b", "y/a/"], ["y/b", "./y/b"], ["y/b"]):
+        assert cli.main(["plot", *argv]) == 0
+    assert drawn == [["x/a", "y/a"], ["x/a", "b", "y/a"], ["b"], ["b"]]
+
+
 def test_render_draws_an_episode_of_the_chosen_seed(run, tmp_path, capsys):
     out = tmp_path / "e.gif"
     assert cli.main(["render", str(run), "--out", str(out), "--max-steps", "3", "--train-seed", "3"]) == 0
@@ -144,17 +157,33 @@ def test_resume_of_an_unfinished_run_ends_where_a_whole_one_does(run, capsys):
     pd.testing.assert_frame_equal(whole, again)
 
 
-def test_resume_with_a_changed_config_is_refused_and_changes_nothing(run, capsys):
+def test_a_changed_config_is_refused_and_changes_nothing(run, capsys):
     before = (run / "metrics.jsonl").read_bytes()
     text = (run / "run.yaml").read_text().partition("\n")[2]  # without its checksum
-    (run / "run.yaml").write_text(text.replace("num_epochs: 1", "num_epochs: x"))
-    assert "num_epochs" in fails(capsys, "resume", str(run))
     (run / "run.yaml").write_text("[" + text)
     assert "not valid YAML" in fails(capsys, "resume", str(run))
-    (run / "run.yaml").write_text(text.replace("hidden:\n  - 8", "hidden:\n  - 16"))
-    assert "hidden" in (run / "run.yaml").read_text()
-    assert "(2, 8) float32, expected (2, 16)" in fails(capsys, "evaluate", str(run))
+    for old, new, message in (
+        ("num_epochs: 1", "num_epochs: x", "config.num_epochs: 1 -> 'x'"),
+        ("hidden:\n  - 8", "hidden:\n  - 16", "config.hidden: [8] -> [16]"),
+        ("    gamma: 0.99", "    gamma: 0.5", "config.hypers.gamma: 0.99 -> 0.5"),
+        ("agent: ippo", "agent: mappo", "agent: 'ippo' -> 'mappo'"),
+    ):
+        (run / "run.yaml").write_text(text.replace(old, new))
+        assert new in (run / "run.yaml").read_text()
+        for command in (["resume"], ["evaluate"], ["export"]):
+            argv = [*command, str(run), *(["out"] if command == ["export"] else [])]
+            assert f"changed since the run began: {message}. Only num_steps or options" in fails(capsys, *argv)
+    (run / "checksums" / "run.yaml").unlink()  # then the checkpoint tells
+    (run / "run.yaml").write_text(text.replace("    gamma: 0.99", "    gamma: 0.5"))
+    assert "gamma=0.5: expected [0.99" in fails(capsys, "resume", str(run))
     assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_more_steps_in_the_runs_file_are_trained(run):
+    text = (run / "run.yaml").read_text().partition("\n")[2]
+    (run / "run.yaml").write_text(text.replace("num_steps: 4", "num_steps: 5"))
+    assert cli.main(["resume", str(run)]) == 0
+    assert pd.read_json(run / "metrics.jsonl", lines=True).step.max() == 5
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(run, capsys):
@@ -180,6 +209,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(run, capsys):
         (["train", "ippo", "--gamma", "nan"], "gamma=nan"),
         (["train", "ippo", "--num-minibatches", "7"], "num_minibatches=7"),
         (["train", "ippo", "--num-envs", "0"], "num_envs=0"),
+        (["train", "ippo", "--num-envs", "1.5"], "'1.5': expected a whole number"),
+        (["train", "ippo", "--env", "dispersion", "--env-args", "horizon=x"], "horizon='x': expected a whole number"),
+        (["evaluate", "x", "--episodes", "few"], "--episodes: 'few': expected a whole number"),
         (["train", "ippo", "--sharing", "all"], "--sharing"),
         (["train", "ippo", "--no-such-option", "1"], "no-such-option"),
         (["train", "ippo", "--chunk", "-3"], "chunk=-3"),

@@ -6,11 +6,14 @@ import re
 import shutil
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import yaml
 
-from jaxstack import cli
+from jaxstack import cli, load_policy
+from jaxstack.core import plots, rundir, runner
+from jaxstack.core.errors import UserError
 from jaxstack.core.sweep import Sweep
 
 SMALL = (
@@ -94,13 +97,25 @@ def scores(text, start):
     return json.loads(line.split("by seed: ")[1])
 
 
+SETTINGS = [
+    f"setting {i} (lr={lr}, ent_coef={c})"
+    for i, (lr, c) in enumerate([("0.0001", "0"), ("0.0001", "0.05"), ("0.003", "0"), ("0.003", "0.05")])
+]
+
+
 def test_runs_are_evaluated_together_as_each_alone(runs, capsys):
     argv = [str(runs / n) for n in "abc"]  # c is a sweep: 4 settings x 2 seeds
     assert cli.main(["evaluate", *argv, "--episodes", "3"]) == 0
     text = capsys.readouterr().out
-    found = [scores(text, f"{run}  matrix_game  eval/return") for run in argv]
-    assert list(map(len, found)) == [2, 2, 8]
+    found = [scores(text, f"{run}  matrix_game  eval/return") for run in argv[:2]]
+    assert list(map(len, found)) == [2, 2]
     assert found[0] == found[1]
+    swept = [scores(text, f"{argv[2]}  {setting}  matrix_game  eval/return") for setting in SETTINGS]
+    assert list(map(len, swept)) == [2, 2, 2, 2]
+    assert cli.main(["evaluate", argv[2], "--episodes", "3"]) == 0
+    text = capsys.readouterr().out
+    alone = [scores(text, f"{setting}  eval/return") for setting in SETTINGS]
+    np.testing.assert_allclose(alone, swept, atol=2e-3)
     assert cli.main(["evaluate", argv[0], "--episodes", "3"]) == 0
     np.testing.assert_allclose(scores(capsys.readouterr().out, "eval/return"), found[0], atol=2e-3)
 
@@ -136,8 +151,35 @@ def test_members_of_a_sweep_are_named_by_setting(swept, tmp_path, capsys):
     run = swept / "runs" / "static_0"
     assert cli.main(["crossplay", str(run), "--episodes", "1", "--slots", "0", "--out", str(tmp_path / "m.png")]) == 0
     content = json.loads((tmp_path / "m.json").read_text())
-    assert content["members"][:3] == ["setting 0, seed 0", "setting 0, seed 3", "setting 1, seed 0"]
+    assert content["members"] == [f"{setting}, seed {seed}" for setting in SETTINGS for seed in (0, 3)]
     assert content["slots"] == [0]
+
+
+def test_a_sweeps_settings_are_drawn_and_exported_apart(swept, tmp_path, monkeypatch, capsys):
+    run = str(swept / "runs" / "static_0")
+    drawn = []
+    monkeypatch.setattr(plots, "learning_curves", lambda frames, *_: drawn.append(frames))
+    assert cli.main(["plot", run]) == 0
+    assert list(drawn[0]) == SETTINGS
+    assert all(frame.setting.unique().tolist() == [i] for i, frame in enumerate(drawn[0].values()))
+    with pytest.raises(UserError, match="4 settings: expected one"):
+        plots.curves(rundir.read_metrics(run), "loss/total")
+    assert "--setting: expected one of 0, 1, 2, 3" in fails(capsys, "export", run, str(tmp_path / "p"))
+    assert "--setting 4: expected one" in fails(capsys, "render", run, "--setting", "4")
+    assert cli.main(["export", run, str(tmp_path / "p"), "--setting", "2", "--train-seed", "3"]) == 0
+    want = Sweep.load(swept).table
+    assert list(want[(want.setting == 2) & (want.seed == 3)].index) == [5]
+    learner, _ = cli.plan("ippo", [*SMALL, "--hidden", "5"])
+    state = jax.tree.map(lambda x: x[5], runner.load_state(learner, run))
+    jax.tree.map(np.testing.assert_array_equal, load_policy(tmp_path / "p").params, learner.policy.params(state))
+
+
+def test_a_resumed_sweep_reports_each_setting(swept, tmp_path, capsys):
+    run = tmp_path / "static_0"
+    shutil.copytree(swept / "runs" / "static_0", run)
+    assert cli.main(["resume", str(run)]) == 0
+    text = capsys.readouterr().out
+    assert f"policy of {SETTINGS[0]}, seed 0: {run}/policy" in text
 
 
 @pytest.mark.parametrize(

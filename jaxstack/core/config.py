@@ -1,13 +1,18 @@
 """Typed, frozen configs: checked where they are made, one YAML form, one command-line form."""
 
+import collections.abc
 import dataclasses
+import enum
+import inspect
 import sys
 import types
 import typing
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
-import yaml
+import numpy as np
 
+from jaxstack.core import options as texts
 from jaxstack.core.errors import UserError, unknown
 
 C = TypeVar("C")
@@ -94,16 +99,57 @@ def from_dict(cls: type[C], data: Any, source: str = "config") -> C:
 
 def to_yaml(config: Any) -> str:
     """YAML text that `from_yaml` reads back to an equal config."""
-    return yaml.safe_dump(to_dict(config), sort_keys=False)
+    return texts.dump(to_dict(config))
 
 
 def from_yaml(cls: type[C], text: str, source: str = "config") -> C:
     """Raises `UserError` naming `source` when the text is no YAML or does not fit `cls`."""
-    try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as e:
-        raise UserError(f"{source}: not valid YAML: {' '.join(str(e).split())}") from e
-    return from_dict(cls, data, source)
+    return from_dict(cls, texts.load(text, source), source)
+
+
+def options_of(factory: Callable[..., Any], base: type = object) -> dict[str, Any]:
+    """The options that `factory` takes by name, with their types.
+
+    They are those of its signature and, as long as a class passes others on (`**kwargs`), of the classes below it, up
+    to `base`. A parameter without annotation has the type of its default, where a whole number stands for any number.
+    The entry "**" says that others, which no signature names, are taken too.
+    """
+    found: dict[str, Any] = {}
+    passes_on = True
+    for owner in factory.__mro__ if isinstance(factory, type) else [factory]:
+        if owner is base or not passes_on:
+            break
+        if isinstance(owner, type) and "__init__" not in vars(owner):
+            continue
+        call: Any = vars(owner)["__init__"] if isinstance(owner, type) else owner
+        parameters = list(inspect.signature(call).parameters.values())
+        try:
+            hints = typing.get_type_hints(call)
+        except (NameError, AttributeError, TypeError):  # names that only a type checker knows
+            hints = {}
+        for p in parameters[1:] if isinstance(owner, type) else parameters:
+            if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY):
+                found.setdefault(p.name, hints.get(p.name, _type_of(p.default)))
+        passes_on = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    return found | ({"**": Any} if passes_on and found else {})
+
+
+def check_options(values: Mapping[str, Any], known: Mapping[str, Any], owner: str) -> dict[str, Any]:
+    """`values` as the types `known` (by name, see `options_of`) ask. Raises `UserError` naming `owner` and the option
+    that is unknown or does not fit."""
+    for name in values:
+        if name not in known and "**" not in known:
+            raise unknown(f"option of {owner}", name, known)
+    return {name: _coerce(value, known.get(name, Any), f"{owner}: {name}") for name, value in values.items()}
+
+
+def _type_of(default: Any) -> Any:
+    if default is inspect.Parameter.empty or default is None:
+        return Any
+    kind = type(default)
+    if kind is int:
+        return int | float
+    return kind if kind in (bool, float, str) else Any
 
 
 def _get(config: Any, field: str) -> Any:
@@ -160,6 +206,10 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
         if len(kinds) != len(value):
             raise UserError(f"{where}={value!r}: expected {len(kinds)} values")
         return tuple(_coerce(v, k, f"{where}[{i}]") for i, (v, k) in enumerate(zip(value, kinds)))
+    if origin in (list, collections.abc.Sequence):  # of libraries; as a tuple, which is hashable
+        if not isinstance(value, (list, tuple)):
+            raise UserError(f"{where}={value!r}: expected a list")
+        return tuple(_coerce(v, get_args(hint)[0], f"{where}[{i}]") for i, v in enumerate(value))
     if _is_named_tuple(hint):
         if isinstance(value, hint):
             value = value._asdict()  # pyright: ignore[reportAttributeAccessIssue]
@@ -172,21 +222,28 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
         return hint(**{k: _coerce(v, inner[k], f"{where}.{k}") for k, v in value.items()})
     if dataclasses.is_dataclass(hint):
         return value if isinstance(value, hint) else from_dict(hint, value, where)  # pyright: ignore
+    if isinstance(hint, type) and issubclass(hint, enum.Enum) and isinstance(value, str):
+        names = {str(m.value): m for m in hint} | dict(hint.__members__)
+        if value not in names:
+            raise UserError(f"{where}={value!r}: expected one of {', '.join(str(m.value) for m in hint)}")
+        return names[value]
+    if hint in (bool, int, float) and isinstance(value, np.generic):
+        value = value.item()
+    if hint in (int, float) and isinstance(value, str):
+        number = texts.number(value)
+        value = value if number is None else number
     if hint is bool:
         ok, expected = isinstance(value, bool), "true or false"
     elif hint is int:
+        if isinstance(value, float) and value.is_integer():  # 1e5
+            value = int(value)
         ok, expected = isinstance(value, int) and not isinstance(value, bool), "a whole number"
     elif hint is float:
-        if isinstance(value, str):  # YAML 1.1 reads 1e-5 as text
-            try:
-                value = float(value)
-            except ValueError:
-                raise UserError(f"{where}={value!r}: expected a finite number") from None
         ok = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
         expected = "a finite number"
         value = float(value) if ok else value
     elif isinstance(hint, type):
-        ok, expected = isinstance(value, hint), {str: "text"}.get(hint, hint.__name__)
+        ok, expected = isinstance(value, hint), "text" if hint is str else hint.__name__
     else:
         ok, expected = True, ""
     if not ok:

@@ -18,8 +18,10 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 def curves(frame: Any, metric: str, x: str = "samples", points: int = 60) -> tuple[np.ndarray, np.ndarray]:
     """(positions [K], scores [S, K]) of one run's metrics frame: each seed averaged over K equal spans of `x`.
 
-    Raises `UserError` when the metric is missing.
+    Raises `UserError` when the metric is missing, or for a sweep's rows of several settings, which have no mean.
     """
+    if "setting" in frame and frame.setting.nunique() > 1:
+        raise UserError(f"metrics of {frame.setting.nunique()} settings: expected one, frame[frame.setting == 0]")
     if metric not in frame:
         known = ", ".join(c for c in frame.columns if "/" in c)
         raise UserError(f"metric {metric!r} is not in the run; it has {known}")

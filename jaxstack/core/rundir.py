@@ -25,12 +25,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
-import yaml
-
+from jaxstack.core import options
 from jaxstack.core.errors import UserError
 from jaxstack.core.files import free_name, set_aside, write_whole
 
 CHECKSUM = "# sha256 "
+FREE = "num_steps or options"
+"""What may be changed in a run.yaml: a run goes on with it. All else was decided when the run began."""
 UNBORN = {".lock", ".run.yaml.part"}
 """What a process leaves behind that was killed before run.yaml existed."""
 
@@ -67,8 +68,8 @@ class RunDir:
         run = cls(path, _lock(path))
         try:
             cls.check(path)  # another process may have been faster
-            text = yaml.safe_dump(plan, sort_keys=False)
-            text = f"{CHECKSUM}{_sha256(text)} of the lines below; remove this line if you change them\n{text}"
+            text = options.dump(plan)
+            text = f"{CHECKSUM}{_sha256(text)} of the lines below; remove this line if you change {FREE}\n{text}"
             write_whole(path / "run.yaml", text)
             (path / "checksums").mkdir(exist_ok=True)
             write_whole(path / "checksums" / "run.yaml", text)
@@ -165,22 +166,78 @@ class RunDir:
 
 
 def read_plan(path: str | Path) -> dict[str, Any]:
-    """run.yaml of a run directory; raises `UserError` when it is missing, corrupt or not what was written."""
+    """run.yaml of a run directory; raises `UserError` when it is missing, corrupt or not what was written.
+
+    `num_steps` and `options` may be changed, where the checksum is removed; the run then goes on with them. Any other
+    change would apply to a part of the run only and is refused.
+    """
     file, copy = Path(path) / "run.yaml", Path(path) / "checksums" / "run.yaml"
     cure = f"; restore it with `cp {copy} {file}`" if copy.exists() else ""
     if not file.exists():
         raise UserError(f"run directory {path}: no run found (run.yaml is missing){cure}")
     try:
         text = file.read_text(encoding="utf-8")
-        plan = yaml.safe_load(text)
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise UserError(f"{file}: not valid YAML: {' '.join(str(e).split())[:200]}{cure}") from e
+        plan = options.load(text, str(file))
+    except (UserError, UnicodeDecodeError) as e:
+        raise UserError(f"{file}: not valid YAML: {str(e).removeprefix(f'{file}: not valid YAML: ')}{cure}") from e
     if not isinstance(plan, dict) or not {"agent", "config", "num_steps", "seeds"} <= set(plan):
         raise UserError(f"{file}: expected the fields agent, config, num_steps and seeds{cure}")
     head, _, body = text.partition("\n")
     if head.startswith(CHECKSUM) and head.removeprefix(CHECKSUM).split()[:1] != [_sha256(body)]:
-        raise UserError(f"{file}: does not match its checksum{cure}, or remove its first line if the change is yours")
+        raise UserError(f"{file}: does not match its checksum{cure}, or remove its first line if you changed {FREE}")
+    if copy.exists() and (changed := _changes(_written(copy), plan)):
+        raise UserError(
+            f"{file}: changed since the run began: {', '.join(changed)}. Only {FREE} may be changed{cure}, and train "
+            "anew with other values"
+        )
     return plan
+
+
+def _written(copy: Path) -> dict[str, Any]:
+    """What `create` wrote; nothing to compare with where the copy is damaged itself."""
+    try:
+        head, _, body = copy.read_text(encoding="utf-8").partition("\n")
+    except UnicodeDecodeError:
+        return {}
+    whole = head.startswith(CHECKSUM) and head.removeprefix(CHECKSUM).split()[:1] == [_sha256(body)]
+    return options.load(body, str(copy)) if whole else {}
+
+
+def _changes(old: dict[str, Any], new: dict[str, Any], where: str = "") -> list[str]:
+    """`field: old -> new` of all fields that differ, but for those that may."""
+    out = []
+    for name in [*old, *(n for n in new if n not in old)] if old else ():
+        if not where and name in ("num_steps", "options"):
+            continue
+        a, b = old.get(name), new.get(name)
+        if isinstance(a, dict) and isinstance(b, dict):
+            out += _changes(a, b, f"{where}{name}.")
+        elif a != b:
+            out.append(f"{where}{name}: {a!r} -> {b!r}")
+    return out
+
+
+def labels(paths: Sequence[str | Path]) -> list[str]:
+    """The shortest endings of `paths` that are different, in order: `x/a` and `y/a` stay, `x/b` becomes `b`."""
+    parts = [Path(p).absolute().parts for p in paths]
+    out = []
+    for own in parts:
+        others = [p for p in set(parts) if p != own]
+        length = next(n for n in range(1, len(own) + 1) if n == len(own) or all(p[-n:] != own[-n:] for p in others))
+        out.append("/".join(own[-length:]).replace("//", "/"))
+    return out
+
+
+def setting_names(plan: dict[str, Any]) -> list[str]:
+    """For each row of a run, its setting as `setting 0 (lr=0.001)`; empty texts for a run of one setting.
+
+    A sweep's run has a row for each pair (setting, seed); its plan has the hyperparameters that differ.
+    """
+    if "settings" not in plan:
+        return [""] * len(plan["seeds"])
+    values = {k.lstrip("."): v for k, v in plan.get("hypers", {}).items() if isinstance(v, list) and len({*v}) > 1}
+    names = [", ".join(f"{k}={v[row]:.4g}" for k, v in values.items()) for row in range(len(plan["seeds"]))]
+    return [f"setting {i}" + (f" ({text})" if text else "") for i, text in zip(plan["settings"], names)]
 
 
 def read_metrics(path: str | Path) -> Any:

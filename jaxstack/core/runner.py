@@ -268,6 +268,8 @@ def _continued(job: Job, programs: program.Programs | None = None) -> Result:
             programs = _programs(job) if programs is None else programs
         except Interrupted:
             _interrupt_after(job, run, step)
+        if restored is not None:
+            _same_hypers(job, restored[0])
         if job.data is not None and restored is not None:
             job.data.restore(meta["data"])
         state, alive = programs.init() if restored is None else programs.place(restored)
@@ -511,6 +513,17 @@ def _same_config(run_dir: str | Path, old: dict[str, Any], new: dict[str, Any]) 
     if changed:
         what = ", ".join(f"{k}: {old.get(k)!r} -> {new.get(k)!r}" for k in changed)
         raise UserError(f"run directory {run_dir}: the config was changed since the run began ({what})")
+
+
+def _same_hypers(job: Job, state: Any) -> None:
+    """Stored hyperparameters go on: raise `UserError` naming one that is given otherwise now."""
+    given = job.learner.hypers if job.hypers is None else job.hypers
+    stored = jax.tree_util.tree_leaves_with_path(state.hypers)
+    for (where, old), new in zip(stored, jax.tree.leaves(given)):
+        if not np.array_equal(np.asarray(old), np.broadcast_to(np.asarray(new, np.float32), np.shape(old))):
+            name = jax.tree_util.keystr(where).lstrip(".")
+            old, new = np.asarray(old).tolist(), np.asarray(new).tolist()
+            raise UserError(f"run directory {job.run_dir}: {name}={new}: expected {old}, with which the run began")
 
 
 def _num_steps(learner: Learner, num_steps: int | None, total_samples: int | None) -> int:

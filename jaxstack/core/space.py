@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import yaml
 
+from jaxstack.core import options
 from jaxstack.core.errors import UserError, unknown
 
 RESERVED = ("setting", "seed", "step", "samples", "alive", "failed", "runs")
@@ -140,12 +140,7 @@ def to_plain(space: Space) -> dict[str, Any]:
 def from_plain(data: Mapping[str, Any]) -> dict[str, Dimension]:
     """The inverse of `to_plain`."""
     make = {"grid": grid, "uniform": uniform, "log_uniform": log_uniform}
-    return {name: make[kind](*map(as_tuple, values)) for name, d in data.items() for kind, values in d.items()}
-
-
-def as_tuple(value: Any) -> Any:
-    """Lists, as YAML and JSON have them, as tuples."""
-    return tuple(map(as_tuple, value)) if isinstance(value, list) else value
+    return {name: make[kind](*map(options.as_tuple, values)) for name, d in data.items() for kind, values in d.items()}
 
 
 def parse(entries: Iterable[str]) -> dict[str, Dimension]:
@@ -163,25 +158,18 @@ def parse(entries: Iterable[str]) -> dict[str, Dimension]:
             raise UserError(f"--sweep {entry}: {name} is given twice")
         kind, *ends = text.split(":")
         if kind in ("uniform", "log_uniform"):
-            numbers = [_number(e) for e in ends]
-            if len(numbers) != 2 or not all(isinstance(x, float) for x in numbers):
+            numbers = [options.number(e) for e in ends]
+            if len(numbers) != 2 or None in numbers:
                 raise UserError(f"--sweep {entry}: expected {name}={kind}:LOW:HIGH")
-            space[name] = Uniform(*numbers, log=kind == "log_uniform")
+            low, high = (float(x) for x in numbers if x is not None)
+            space[name] = Uniform(low, high, log=kind == "log_uniform")
             continue
         try:
-            values = yaml.safe_load(f"[{text}]")
-        except yaml.YAMLError as e:
+            values = options.load(f"[{text}]", name)
+        except UserError as e:
             raise UserError(f"--sweep {entry}: expected values with commas between them") from e
-        space[name] = Values(tuple(_number(as_tuple(v)) for v in values))
+        space[name] = Values(options.as_tuple(values))
     return space
-
-
-def _number(value: Any) -> Any:
-    """Text that reads as a number (YAML 1.1 takes 1e-4 for text) as one."""
-    try:
-        return float(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
 
 
 def _values(dimension: Dimension) -> tuple[Any, ...]:

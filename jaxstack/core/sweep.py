@@ -18,6 +18,7 @@ import numpy as np
 import yaml
 
 from jaxstack.core import config, plots, runner, stats
+from jaxstack.core import options as texts
 from jaxstack.core import space as spaces
 from jaxstack.core.data import Source
 from jaxstack.core.errors import UserError, unknown
@@ -156,9 +157,7 @@ class Sweep(NamedTuple):
         directory = Path(directory)
         files = {}
         try:
-            files["space.yaml"] = yaml.safe_dump(
-                {"space": spaces.to_plain(self.space), "seeds": self.seeds}, sort_keys=False
-            )
+            files["space.yaml"] = texts.dump({"space": spaces.to_plain(self.space), "seeds": self.seeds})
             for name, frame in (("table", self.table), ("curves", self.curves)):
                 rows = [{k: _json(v) for k, v in row.items()} for row in frame.to_dict("records")]
                 files[f"{name}.jsonl"] = "".join(json.dumps(row) + "\n" for row in rows)
@@ -182,7 +181,7 @@ class Sweep(NamedTuple):
                 raise UserError(f"{directory / name}: no sweep's file ({' '.join(str(e).split())[:200]})") from e
 
         def plan(text: str) -> tuple[dict, list[int]]:
-            data = yaml.safe_load(text)
+            data = texts.load(text, "space.yaml")
             return spaces.from_plain(data["space"]), list(data["seeds"])
 
         dimensions, seeds = read("space.yaml", plan)
@@ -339,5 +338,5 @@ def _frame(text: str, names: Mapping[str, Any]) -> Any:
     rows = [json.loads(line) for line in text.splitlines()]
     frame = pd.DataFrame([{k: math.nan if v is None else v for k, v in row.items() if k not in names} for row in rows])
     for at, name in enumerate([n for n in names if n in rows[0]], 1):
-        frame.insert(at, name, _column([spaces.as_tuple(row[name]) for row in rows]))
+        frame.insert(at, name, _column([texts.as_tuple(row[name]) for row in rows]))
     return frame

@@ -5,7 +5,6 @@ scored positions, cross entropy in nats or squared error. Parameters and the los
 (Loshchilov and Hutter, 2019) applies to linear weights and embeddings alone, see model.py.
 """
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -13,10 +12,10 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-import yaml
 from jaxtyping import Array
 
 from jaxstack.core import config as configs
+from jaxstack.core import options as texts
 from jaxstack.core.config import require, require_at_least, require_positive, require_unit
 from jaxstack.core.errors import UserError, unknown
 from jaxstack.core.learner import Key, Learner, Metrics, as_hypers
@@ -122,40 +121,22 @@ class State(NamedTuple):
     step: Array
 
 
-def parse(options: tuple[str, ...], field: str) -> dict[str, Any]:
-    """`("vocab=64", "filler=true")` -> a dict, values read as YAML; raises `UserError` naming `field`."""
-    out: dict[str, Any] = {}
-    for option in options:
-        name, eq, value = option.partition("=")
-        if not eq or not name:
-            raise UserError(f"{field}: {option!r}: expected name=value")
-        try:
-            out[name] = yaml.safe_load(value)
-        except yaml.YAMLError as e:
-            raise UserError(f"{field}: {option!r}: the value is no YAML") from e
-    return out
-
-
 def make_task(config: Config) -> Task:
     """The config's task. Raises `UserError`."""
-    return tasks.make(config.task, **parse(config.task_args, "task_args"))
+    return tasks.make(config.task, **texts.parse(config.task_args, "task_args"))
 
 
 def make_mixer(name: str, features: int, **options: Any) -> Any:
     """An unbound mixer of width `features`. Raises `UserError` for an unknown name or option."""
     cls = MIXERS.load(name)
-    fields = [f.name for f in dataclasses.fields(cls) if f.name not in ("parent", "name", "features")]
-    for option in options:
-        if option not in fields:
-            raise unknown(f"option of mixer {name}", option, fields)
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
-    return cls(features, **values)
+    known = {k: hint for k, hint in configs.options_of(cls).items() if k not in ("parent", "name", "features")}
+    return cls(features, **configs.check_options(options, known, f"mixer {name}"))
 
 
 def make_model(config: Config, task: Task) -> SequenceModel:
     """An unbound model of the config for `task`. Raises `UserError` for an unknown mixer or option."""
     names = config.mixers * config.depth if len(config.mixers) == 1 else config.mixers
-    options = parse(config.mixer_args, "mixer_args")
+    options = texts.parse(config.mixer_args, "mixer_args")
     for option in options:
         owner = option.partition(".")[0]
         if "." in option and owner not in names:

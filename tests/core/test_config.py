@@ -1,7 +1,10 @@
+import enum
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import yaml
 
@@ -58,6 +61,51 @@ def test_harmless_conversions_are_made():
     assert isinstance(got.hypers.lr, float)
     assert (got.sizes, got.hypers.lr, got.inner) == ((4, 5), 1e-5, Inner(2))
     assert hash(got) == hash(config.replace(got))
+
+
+def test_numbers_are_read_as_people_write_them():
+    got = config.from_yaml(Example, "{rate: 5e-2, count: 1e5, limit: 1_000, sizes: [1e1], hypers: {steps: 3e0}}")
+    assert (got.rate, got.count, got.limit, got.sizes, got.hypers.steps) == (0.05, 100_000, 1000, (10,), 3)
+    assert all(type(x) is int for x in (got.count, got.limit, got.sizes[0], got.hypers.steps))
+    assert Example(count="2e2", rate="1e-2", limit=np.int64(4)) == Example(count=200, rate=0.01, limit=4)
+    text = Example(name="1e5")
+    assert config.from_yaml(Example, config.to_yaml(text)) == text
+
+
+class Colour(enum.Enum):
+    RED = "red"
+
+
+class Below:
+    def __init__(self, size: int = 3, *, colour: Colour = Colour.RED, sys=None):
+        pass
+
+
+class Above(Below):
+    def __init__(self, weight=0.5, count=2, mode="a", flag=False, sizes: Sequence[float] = (), **rest):
+        super().__init__(**rest)
+
+
+def test_options_are_those_of_the_signatures_with_their_types():
+    known = config.options_of(Above)
+    assert set(known) == {"weight", "count", "mode", "flag", "sizes", "size", "colour", "sys"}
+    assert set(config.options_of(Above, Below)) == {"weight", "count", "mode", "flag", "sizes", "**"}
+    values = {"weight": 1, "count": 1e1, "size": "1e1", "colour": "red", "sizes": [1, 2]}
+    got = config.check_options(values, known, "a thing")
+    assert got == {"weight": 1.0, "count": 10, "size": 10, "colour": Colour.RED, "sizes": (1.0, 2.0)}
+    assert type(got["count"]) is int
+    assert config.check_options({"count": 1.5}, known, "a thing") == {"count": 1.5}  # no type says that it is whole
+    for wrong, message in (
+        ({"weigth": 1}, "unknown option of a thing 'weigth': did you mean 'weight'"),
+        ({"weight": "x"}, "a thing: weight='x': expected a finite number"),
+        ({"flag": 1}, "a thing: flag=1: expected true or false"),
+        ({"size": 1.5}, "a thing: size=1.5: expected a whole number"),
+        ({"colour": "blue"}, "a thing: colour='blue': expected one of red"),
+        ({"sizes": 3}, "a thing: sizes=3: expected a list"),
+    ):
+        with pytest.raises(UserError, match=message):
+            config.check_options(wrong, known, "a thing")
+    assert config.check_options({"new": 1}, config.options_of(Above, Below), "a thing") == {"new": 1}
 
 
 @pytest.mark.parametrize(

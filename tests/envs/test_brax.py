@@ -53,3 +53,7 @@ def test_bad_names_and_options():
         envs.make("brax/hopper", backend="slow")
     with pytest.raises(UserError, match="episode_length=0"):
         envs.make("brax/hopper", episode_length=0)
+    with pytest.raises(UserError, match="'brax/ant': ctrl_cost_weight='x': expected a finite number"):
+        envs.make("brax/ant", ctrl_cost_weight="x")
+    with pytest.raises(UnknownName, match="'ctrl_cost': did you mean 'ctrl_cost_weight'"):
+        envs.make("brax/ant", ctrl_cost=1.0)

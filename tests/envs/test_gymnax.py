@@ -103,6 +103,9 @@ def test_bad_names_and_options():
         envs.make("gymnax/Cartpole-v1")
     with pytest.raises(UserError, match="max_steps_in_episode"):
         envs.make("gymnax/CartPole-v1", max_steps=3)
+    with pytest.raises(UserError, match="'gymnax/CartPole-v1': gravity='x': expected a finite number"):
+        envs.make("gymnax/CartPole-v1", gravity="x")
+    assert envs.make("gymnax/CartPole-v1", max_steps_in_episode=1e1).spec.horizon == 10
     env = envs.make("gymnax/Catch-bsuite")
     state, _ = env.reset(jax.random.key(0))
     with pytest.raises(UserError, match="cannot be drawn"):

@@ -180,6 +180,18 @@ def test_bad_names_and_options():
         envs.make("jaxmarl/MPE_simple_sprad_v3")
     with pytest.raises(UserError, match="only overcooked"):
         envs.make("jaxmarl/switch_riddle", shaped_reward=1.0)
+    # which the library would ignore, or fail on in its own words
+    with pytest.raises(UnknownName, match="'max_setps': did you mean 'max_steps'"):
+        envs.make("jaxmarl/MPE_simple_spread_v3", max_setps=5)
+    with pytest.raises(UserError, match="local_ratio='x': expected a finite number"):
+        envs.make("jaxmarl/MPE_simple_spread_v3", local_ratio="x")
+    with pytest.raises(UnknownName, match="'num_agents': did you mean 'num_allies'"):
+        envs.make("jaxmarl/smax/3m", num_agents=3)
+    with pytest.raises(UserError, match="observation_type='x'"):
+        envs.make("jaxmarl/overcooked_v2/cramped_room", observation_type="x")
+    # passed on to another class, and read by name alone
+    assert envs.make("jaxmarl/smax/3m", max_steps=5e1).spec.horizon == 50
+    envs.make("jaxmarl/MPE_simple_spread_v3", damping=0.5)
 
 
 def test_making_the_first_environment_prints_nothing_and_keeps_the_streams():

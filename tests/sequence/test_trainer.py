@@ -123,7 +123,7 @@ def test_initial_deviation_applies_to_all_linear_weights():
 
 
 def test_options_reach_the_mixers():
-    cfg = config(depth=2, mixers=("kla", "kla"), mixer_args=("d_state=3", "kla.expand=2"))
+    cfg = config(depth=2, mixers=("kla", "kla"), mixer_args=("d_state=3e0", "kla.expand=2"))
     model = trainer.make_model(cfg, trainer.make_task(cfg))
     assert [(m.features, m.d_state, m.expand) for m in model.mixers] == [(8, 3, 2)] * 2
 
@@ -133,7 +133,9 @@ def test_options_reach_the_mixers():
     [
         (dict(task="parrity"), "did you mean 'parity'"),
         (dict(task_args=("length",)), "task_args: 'length': expected name=value"),
-        (dict(task_args=("length=[",)), "no YAML"),
+        (dict(task_args=("length=[",)), "task_args: 'length=\\[': not valid YAML"),
+        (dict(task_args=("length=x",)), "task parity: length='x': expected a whole number"),
+        (dict(mixer_args=("d_state=x",)), "mixer kla: d_state='x': expected a whole number"),
         (dict(mixers=("kal",)), "did you mean 'kla'"),
         (dict(mixers=("kla",) * 3), "mixers="),
         (dict(mixer_args=("gla.heads=2",)), "unknown mixer in mixer_args 'gla'"),
