@@ -10,6 +10,7 @@ from jaxtyping import Array
 
 from jaxstack.core.errors import UserError
 from jaxstack.core.learner import Metrics, Policy
+from jaxstack.core.metrics import Mean, mean
 from jaxstack.envs import vector
 from jaxstack.envs.base import Environment, TimeStep, action_from, action_noise
 
@@ -207,22 +208,21 @@ def _cut_steps(truncated: Array, window: int) -> Array:
 
 
 def statistics(steps: Step) -> Metrics:
-    """Means over the episodes that ended in the rollout; NaN when none did.
+    """Means over the episodes that ended in the rollout.
 
     `rollout/return` is the return of an episode averaged over agents; info entries are read at the last step.
     """
     done = steps.done
     count = done.sum().astype(jnp.float32)
-    per = jnp.where(count > 0, 1.0 / jnp.maximum(count, 1.0), jnp.nan)
-    out = {
-        "rollout/return": steps.episode_return.mean(-1).sum() * per,
-        "rollout/length": steps.episode_length.sum() * per,
+    out: Metrics = {
+        "rollout/return": Mean(steps.episode_return.mean(-1).sum(), count),
+        "rollout/length": Mean(steps.episode_length.sum().astype(jnp.float32), count),
         "rollout/episodes": count,
     }
     for name, value in steps.info.items():
         value = value.astype(jnp.float32)
         value = value.reshape(*done.shape, -1).mean(-1)
-        out[f"rollout/{name}"] = jnp.where(done, value, 0.0).sum() * per
+        out[f"rollout/{name}"] = mean(value, where=done)
     return out
 
 
@@ -273,11 +273,11 @@ def evaluate(vec: vector.VecEnv, act: Act, key: jax.Array, carry: Any, num_steps
     """Means over `episodes`: `eval/return` of the agents' mean return, `eval/finished` the share that ended in time."""
     e = episodes(vec, act, key, carry, num_steps, *draw)
     out = {
-        "eval/return": e.returns.mean(),
-        "eval/length": e.length.astype(jnp.float32).mean(),
-        "eval/finished": e.finished.astype(jnp.float32).mean(),
+        "eval/return": mean(e.returns),
+        "eval/length": mean(e.length),
+        "eval/finished": mean(e.finished),
     }
-    return out | {f"eval/{k}": v.astype(jnp.float32).mean() for k, v in e.info.items()}
+    return out | {f"eval/{k}": mean(v) for k, v in e.info.items()}
 
 
 def record(env: Environment, policy: Policy, state: Any, seed: int, max_steps: int) -> np.ndarray:

@@ -535,7 +535,7 @@ def _evaluate_one(args: argparse.Namespace) -> None:
     import jax
 
     from jaxstack import agents
-    from jaxstack.core import config, rundir
+    from jaxstack.core import config, metrics, rundir
     from jaxstack.core.errors import UserError
 
     (args.run_dir,) = args.run_dirs
@@ -544,7 +544,7 @@ def _evaluate_one(args: argparse.Namespace) -> None:
     learner = agents.make(plan["agent"], fields)
     if learner.evaluate is None:
         raise UserError(f"{learner.name} has no evaluation")
-    out = jax.jit(jax.vmap(learner.evaluate, in_axes=(0, None)))(state, jax.random.key(args.seed))
+    out = metrics.on_host(jax.jit(jax.vmap(learner.evaluate, in_axes=(0, None)))(state, jax.random.key(args.seed)))
     members = [Member(args.run_dir, n, s) for n, s in zip(rundir.setting_names(plan), plan["seeds"])]
     _print_scores(out, members)
 

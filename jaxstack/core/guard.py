@@ -5,12 +5,14 @@ that are not shaped as a parameter, which spares optimiser moments): choosing be
 every step, so they run on, unused.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
+
+from jaxstack.core.metrics import Metric
 
 LARGE = 2**16
 
@@ -27,18 +29,20 @@ def start(num_seeds: int) -> Alive:
     return Alive(jnp.ones(num_seeds, bool), jnp.zeros(num_seeds, jnp.int32))
 
 
-def finite(state: Any, metrics: dict[str, Array]) -> Array:
+def finite(state: Any, metrics: Mapping[str, Metric]) -> Array:
     """True if every parameter and every metric named `loss/...` is finite."""
     leaves = [x for x in jax.tree.leaves(getattr(state, "params", ())) if jnp.issubdtype(x.dtype, jnp.inexact)]
-    leaves += [v for k, v in metrics.items() if k.startswith("loss/")]
+    leaves += jax.tree.leaves([v for k, v in metrics.items() if k.startswith("loss/")])
     checks = [jnp.isfinite(x).all() for x in leaves]
     return jnp.stack(checks).all() if checks else jnp.bool_(True)
 
 
-def guarded(step: Callable[..., tuple[Any, dict[str, Array]]]) -> Callable[..., tuple[Any, Alive, dict[str, Array]]]:
+def guarded(
+    step: Callable[..., tuple[Any, Mapping[str, Metric]]],
+) -> Callable[..., tuple[Any, Alive, Mapping[str, Metric]]]:
     """(state, alive, number of this step, *batch) -> (state, alive, metrics); a dead or failing seed stays as it is."""
 
-    def run(state: Any, alive: Alive, number: Array, *batch: Any) -> tuple[Any, Alive, dict[str, Array]]:
+    def run(state: Any, alive: Alive, number: Array, *batch: Any) -> tuple[Any, Alive, Mapping[str, Metric]]:
         new, metrics = step(state, *batch)
         ok = alive.ok & finite(new, metrics)
         failed = jnp.where(alive.ok & ~ok, number, alive.failed_step)
@@ -50,10 +54,12 @@ def guarded(step: Callable[..., tuple[Any, dict[str, Array]]]) -> Callable[..., 
     return run
 
 
-def unguarded(step: Callable[..., tuple[Any, dict[str, Array]]]) -> Callable[..., tuple[Any, Alive, dict[str, Array]]]:
+def unguarded(
+    step: Callable[..., tuple[Any, Mapping[str, Metric]]],
+) -> Callable[..., tuple[Any, Alive, Mapping[str, Metric]]]:
     """The same signature without the check."""
 
-    def run(state: Any, alive: Alive, number: Array, *batch: Any) -> tuple[Any, Alive, dict[str, Array]]:
+    def run(state: Any, alive: Alive, number: Array, *batch: Any) -> tuple[Any, Alive, Mapping[str, Metric]]:
         new, metrics = step(state, *batch)
         return new, alive, metrics
 

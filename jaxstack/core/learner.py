@@ -7,16 +7,18 @@ serves every value of them and a sweep is `vmap(init)` over keys and hypers. Wha
 static and lives in the method's frozen Config.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxstack.core.errors import UserError, unknown
+from jaxstack.core.metrics import Metric
 
 Key = jax.Array  # a typed key, jax.random.key(seed)
-Metrics = dict[str, jax.Array]
+Metrics = dict[str, Metric]
+"""Names `group/name`; each a scalar or a `metrics.Mean`."""
 
 
 class Policy(NamedTuple):
@@ -38,15 +40,15 @@ class Learner(NamedTuple):
 
     init: Callable[..., Any]
     """(key, hypers) -> state. `state` has the fields `hypers`, `params`, `key`, `step` and whatever else it needs."""
-    step: Callable[..., tuple[Any, Metrics]]
-    """(state) or (state, batch) -> (state, metrics); metrics are scalars with names `group/name`."""
+    step: Callable[..., tuple[Any, Mapping[str, Metric]]]
+    """(state) or (state, batch) -> (state, metrics), see `Metrics`."""
     hypers: Any
     """Default numeric hyperparameters, a NamedTuple of floats."""
     config: Any = None
     name: str = "learner"
     samples_per_step: int = 1
     """Environment steps, examples or tokens that one `step` consumes: the unit of progress."""
-    evaluate: Callable[[Any, Key], Metrics] | None = None
+    evaluate: Callable[[Any, Key], Mapping[str, Metric]] | None = None
     policy: Policy | None = None
     takes_batch: bool = False
     over_envs: Callable[[Any], Any] | None = None

@@ -11,7 +11,7 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from jaxstack.core import distributed, guard, ledger
+from jaxstack.core import distributed, guard, ledger, metrics
 from jaxstack.core.data import Source
 from jaxstack.core.devices import Layout, layout
 from jaxstack.core.errors import UserError
@@ -161,7 +161,7 @@ def _evaluation(learner: Learner, shapes: Any, place: Layout, book: ledger.Ledge
 
     def finish() -> Callable:
         program = begun()
-        return lambda state: {k: np.asarray(v) for k, v in program(state, key).items()}
+        return lambda state: metrics.on_host(program(state, key))
 
     return finish
 
@@ -204,8 +204,8 @@ def _chunk_program(body: Callable, chunk: int) -> Callable:
 
         def one(i: jax.Array, carry: tuple) -> tuple:
             state, alive, buffers = carry
-            state, alive, metrics = body(state, alive, done + i + 1, constants, at(i))
-            return state, alive, jax.tree.map(lambda b, m: b.at[i].set(m), buffers, metrics)
+            state, alive, row = body(state, alive, done + i + 1, constants, at(i))
+            return state, alive, jax.tree.map(lambda b, m: b.at[i].set(m), buffers, row)
 
         return jax.lax.fori_loop(0, count, one, (state, alive, empty))
 
@@ -213,14 +213,15 @@ def _chunk_program(body: Callable, chunk: int) -> Callable:
 
 
 def _scan(program: Callable, state: Any, alive: Any, done: int, count: int, constants: Any, items: Any) -> tuple:
-    state, alive, metrics = program(state, alive, np.int32(done), np.int32(count), constants, items)
-    return state, alive, {k: np.asarray(v)[:count] for k, v in metrics.items()}
+    state, alive, rows = program(state, alive, np.int32(done), np.int32(count), constants, items)
+    return state, alive, {k: v[:count] for k, v in metrics.on_host(rows).items()}
 
 
 def _loop(program: Callable, state: Any, alive: Any, done: int, count: int, constants: Any, items: Any) -> tuple:
     rows = []
     for i in range(count):
         item = jax.tree.map(lambda x, i=i: x[i], items)
-        state, alive, metrics = program(state, alive, np.int32(done + i + 1), constants, item)
-        rows.append(metrics)
-    return state, alive, {k: np.stack([np.asarray(r[k]) for r in rows]) for k in rows[0]}
+        state, alive, row = program(state, alive, np.int32(done + i + 1), constants, item)
+        rows.append(row)
+    rows = [metrics.on_host(row) for row in rows]  # after the last step was sent off
+    return state, alive, {k: np.stack([r[k] for r in rows]) for k in rows[0]}

@@ -255,10 +255,11 @@ def evaluation(model: SequenceModel, config: Config, task: Task) -> Callable[[St
 
         rows = min(config.batch_size, config.eval_examples)
         total, count, right = jax.lax.map(part, jax.random.split(key, -(-config.eval_examples // rows)))
-        metrics = {"eval/loss": total.sum() / count.sum()}
+        loss = total.sum() / count.sum()
+        metrics: Metrics = {"eval/loss": loss}
         if task.num_targets:
             metrics["eval/accuracy"] = right.sum() / count.sum()
-            metrics["eval/perplexity"] = jnp.exp(metrics["eval/loss"])
+            metrics["eval/perplexity"] = jnp.exp(loss)
         return metrics
 
     others = [configs.replace(task, length=n) for n in config.eval_lengths]
@@ -293,7 +294,7 @@ def build(model: SequenceModel, task: Task, config: Config) -> Learner:
         loss, grads = gradient(state.params, batch)
         updates, opt = optimiser(config, state.hypers).update(grads, state.opt, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = {
+        metrics: Metrics = {
             "loss/train": loss,
             "train/grad_norm": optax.global_norm(grads),
             "train/lr": learning_rate(config, state.hypers, state.step),

@@ -15,6 +15,7 @@ from jaxstack import agents
 from jaxstack.agents.crossplay import CrossPlay, cross_play, evaluate_many
 from jaxstack.core.errors import UserError
 from jaxstack.core.learner import Learner, Policy
+from jaxstack.core.metrics import on_host
 from jaxstack.envs.matrix_game import MatrixGame
 
 SMALL = dict(num_envs=2, num_steps=4, num_minibatches=1, hidden=(8,), eval_episodes=5, total_steps=8)
@@ -137,7 +138,7 @@ def test_many_members_in_one_environment_are_the_learners_own_evaluation():
     learner, states, _ = feed_forward()
     (got,) = evaluate_many(learner, states, key=KEY, episodes=5).values()
     assert got.returns.shape == (3, 5, 3)
-    own = jax.jit(jax.vmap(learner.evaluate, in_axes=(0, None)))(states, KEY)
+    own = on_host(jax.jit(jax.vmap(learner.evaluate, in_axes=(0, None)))(states, KEY))
     np.testing.assert_allclose(got.returns.mean((1, 2)), own["eval/return"], rtol=1e-5)
     np.testing.assert_allclose(got.length.mean(1), own["eval/length"], rtol=1e-5)
     (split,) = evaluate_many(learner, states, key=KEY, episodes=5, at_once=2).values()

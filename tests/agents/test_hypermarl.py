@@ -10,6 +10,7 @@ from jaxstack import agents
 from jaxstack.agents import team_ppo
 from jaxstack.agents.hypermarl import Config, Layer, _row_orthogonal, hyper_team
 from jaxstack.core.learner import as_hypers
+from jaxstack.core.metrics import on_host
 from jaxstack.nn import team
 from jaxstack.nn.distributions import Actions
 from jaxstack.nn.team import Arch, Shape
@@ -245,7 +246,7 @@ def test_shared_policies_reach_the_homogeneous_optimum_of_the_matrix_game(count,
     for name in ("ippo", "hypermarl"):
         one = agents.make(name, **options)
         train = jax.jit(lambda k, one=one: jax.lax.scan(lambda s, _: one.step(s), one.init(k), None, length=300)[0])
-        results[name] = float(one.evaluate(train(jax.random.key(0)), jax.random.key(1))["eval/return"]) / 10
+        results[name] = on_host(one.evaluate(train(jax.random.key(0)), jax.random.key(1)))["eval/return"] / 10
     assert results["ippo"] == pytest.approx(ceiling, abs=0.03)
     assert results["hypermarl"] > 0.95
 

@@ -5,11 +5,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxstack import agents
 from jaxstack.agents import hypermarl, sharing, team_ppo
 from jaxstack.agents.dico import dico_team
 from jaxstack.agents.kaleidoscope import masked_team
+from jaxstack.core.metrics import Mean, on_host
 from jaxstack.nn import team
 
 SMALL = dict(env="probe", num_steps=16, num_envs=16, num_minibatches=2, hidden=(32,), anneal_lr=False, lr=1e-2)
@@ -28,7 +30,7 @@ def make(agent: str, kind: str, count: int = 1, /, **options: Any) -> Any:
     return agents.make(agent, **(SMALL | dict(env_args=(f"kind={kind}", f"count={count}")) | options))
 
 
-def train(learner: Any, updates: int, key: jax.Array) -> tuple[Any, Any, jax.Array]:
+def train(learner: Any, updates: int, key: jax.Array) -> tuple[Any, Any, Mean]:
     """(state, metrics of all updates, mean return of greedy episodes after them)."""
     k_init, k_eval = jax.random.split(key)
     state, metrics = jax.lax.scan(lambda s, _: learner.step(s), learner.init(k_init), None, length=updates)
@@ -40,7 +42,7 @@ def run(agent: str, kind: str, count: int = 1, /, updates: int = 50, **options: 
     """Train for `updates` updates and evaluate, in one program."""
     learner = make(agent, kind, count, total_steps=256 * updates, **options)
     state, metrics, returns = jax.jit(lambda key: train(learner, updates, key))(jax.random.key(0))
-    return Trained(learner, state, metrics, float(returns))
+    return Trained(learner, state, on_host(metrics), float(on_host(returns)))
 
 
 def seeds_with_return(
@@ -49,7 +51,7 @@ def seeds_with_return(
     """How many of `seeds` vmapped seeds reach the mean return `target` in greedy episodes after training."""
     learner = make(agent, kind, count, total_steps=256 * updates, **options)
     returns = jax.jit(jax.vmap(lambda key: train(learner, updates, key)[2]))(jax.random.split(jax.random.key(0), seeds))
-    return int(jnp.sum(jnp.abs(returns - target) < 1e-6))
+    return int(np.sum(np.abs(on_host(returns) - target) < 1e-6))
 
 
 def network(agent: str, config: Any) -> team_ppo.Task:
