@@ -6,6 +6,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+LARGEST = 1e9
+"""Larger magnitudes enter statistics as this one. The square of 1.9e19 already overflows float32; this leaves room for
+the squares of 1e18 pairs of entries, more than any run has. Data beyond it has no place in a network."""
+
 
 class Running(NamedTuple):
     """Mean and variance over everything seen so far; `count` is float32."""
@@ -31,23 +35,31 @@ def update(stats: Running, x: Array, weight: Array | None = None) -> Running:
     """Fold in x [..., *shape] by the parallel formula of Chan et al. (1979).
 
     `weight` [...] (broadcast) counts each entry; zeros leave out absent agents, and weights of zero alone change
-    nothing.
+    nothing. Entries in which a number is not finite never count; magnitudes are cut to `LARGEST`.
     """
     axes = tuple(range(x.ndim - stats.mean.ndim))
+    inner = tuple(range(len(axes), x.ndim))
     x = x.astype(jnp.float32)
+    finite = jnp.isfinite(x).all(inner)
+    spread = lambda y: y.reshape(*y.shape, *[1] * len(inner))
+    x = jnp.where(spread(finite), jnp.clip(x, -LARGEST, LARGEST), 0.0)
     if weight is None:
-        count = jnp.float32(x.size / max(stats.mean.size, 1))
-        mean, var = x.mean(axes), x.var(axes)
+        size = x.size // max(stats.mean.size, 1)
+        count = finite.sum().astype(jnp.float32)
+        grow = size / jnp.maximum(count, 1.0)  # 1 where all are finite
+        mean = x.mean(axes) * grow
+        var = jnp.square(jnp.where(spread(finite), x - mean, 0.0)).mean(axes) * grow
     else:
-        weight = jnp.broadcast_to(weight, x.shape[: len(axes)]).astype(jnp.float32)
+        weight = jnp.where(finite, jnp.broadcast_to(weight, finite.shape), 0.0).astype(jnp.float32)
         count = weight.sum()
-        share = (weight / jnp.maximum(count, 1e-8)).reshape(*weight.shape, *[1] * stats.mean.ndim)
+        share = spread(weight / jnp.maximum(count, 1e-8))
         mean = (share * x).sum(axes)
         var = (share * jnp.square(x - mean)).sum(axes)
-    total = stats.count + count
+    total = jnp.where(count > 0, stats.count + count, 1.0)
     delta = mean - stats.mean
     m2 = stats.var * stats.count + var * count + jnp.square(delta) * stats.count * count / total
-    return Running(stats.mean + delta * count / total, m2 / total, total)
+    new = Running(stats.mean + delta * count / total, m2 / total, total)
+    return jax.tree.map(lambda new, old: jnp.where(count > 0, new, old), new, stats)
 
 
 def apply(stats: Running | tuple, x: Array, clip: float = 10.0) -> Array:
@@ -70,12 +82,14 @@ def init_reward(num_envs: int, num_agents: int) -> RewardScale:
 
 def scale_reward(scale: RewardScale, reward: Array, done: Array, gamma: Array) -> tuple[RewardScale, Array]:
     """Divide rewards [T, N, A] by the deviation of the running discounted return (Engstrom et al., 2020, code-level
-    optimisation 2); done [T, N] ends a return."""
+    optimisation 2); done [T, N] ends a return. A reward that is not finite enters neither the return nor its
+    statistics; returns are cut to `LARGEST`."""
 
     def body(ret: Array, inputs: tuple[Array, Array]) -> tuple[Array, Array]:
         r, d = inputs
-        ret = ret * gamma + r
-        return jnp.where(d[:, None], 0.0, ret), ret
+        ok = jnp.isfinite(r)
+        ret = jnp.clip(ret * gamma + jnp.where(ok, r, 0.0), -LARGEST, LARGEST)
+        return jnp.where(d[:, None], 0.0, ret), jnp.where(ok, ret, jnp.nan)
 
     ret, history = jax.lax.scan(body, scale.ret, (reward, done))
     stats = update(scale.stats, history)

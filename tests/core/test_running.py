@@ -67,3 +67,62 @@ def test_reward_scaling_equals_a_numpy_loop_over_two_rollouts():
         np.testing.assert_allclose(out, np.clip(r / np.std(history), -10, 10), rtol=1e-3, atol=1e-5)
         np.testing.assert_allclose(scale.ret, ret, rtol=1e-4, atol=1e-6)
     assert float(scale.stats.count) == pytest.approx(120, abs=1e-2)
+
+
+@pytest.mark.parametrize("shape", [(), (3,)])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_never_enters(shape, weighted, bad):
+    """In one feature of an observation: that observation does not count."""
+    x = X.copy()
+    rows = (slice(5, 9), 2)
+    x[(*rows, 1)] = bad
+    left = np.delete(X.reshape(-1, 3), np.arange(5, 9) * 4 + 2, 0)
+    if shape == ():
+        left = np.delete(X.ravel(), (np.arange(5, 9) * 4 + 2) * 3 + 1)
+    weight = jnp.ones(x.shape[: 3 - len(shape)]) if weighted else None
+    got = jax.jit(running.update)(running.init(shape), jnp.asarray(x), weight)
+    want = running.update(running.init(shape), jnp.asarray(left))
+    for a, b in zip(got, want):
+        np.testing.assert_allclose(a, b, rtol=1e-5)
+
+
+def test_a_large_magnitude_counts_as_the_largest():
+    far = np.float32([1e20, -3e38, 1.0])
+    cut = np.clip(far, -running.LARGEST, running.LARGEST)
+    start = running.update(running.init(()), jnp.asarray(X))
+    for weight in (None, jnp.ones(3)):
+        got, want = (running.update(start, jnp.asarray(x), weight) for x in (far, cut))
+        assert got == want
+        assert np.isfinite(got).all()
+
+
+@pytest.mark.parametrize("nothing", ["weights", "numbers"])
+@pytest.mark.parametrize("begun", [False, True])
+def test_an_update_with_nothing_to_count_changes_nothing(nothing, begun):
+    stats = running.init((3,))
+    stats = running.update(stats, jnp.asarray(X)) if begun else stats
+    x, weight = (jnp.asarray(X), jnp.zeros(4)) if nothing == "weights" else (jnp.full_like(X, jnp.nan), None)
+    got = jax.jit(running.update)(stats, x, weight)
+    for a, b in zip(got, stats):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e20])
+def test_bad_rewards_leave_the_running_return_finite(bad):
+    rewards = np.ones((6, 2, 1), np.float32)
+    rewards[2, 0] = bad
+    scale, _ = running.scale_reward(
+        running.init_reward(2, 1), jnp.asarray(rewards), jnp.zeros((6, 2), bool), jnp.float32(0.5)
+    )
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(scale))
+    if not np.isfinite(bad):  # as if it had not been paid; one return fewer counts
+        assert float(scale.stats.count) == 11
+        np.testing.assert_allclose(scale.ret[:, 0], [2 - 0.5**5 - 0.5**3, 2 - 0.5**5])
+
+
+def test_returns_are_cut_too():
+    scale, _ = running.scale_reward(
+        running.init_reward(1, 1), jnp.full((5, 1, 1), running.LARGEST), jnp.zeros((5, 1), bool), jnp.float32(1.0)
+    )
+    assert float(scale.ret[0, 0]) == np.float32(running.LARGEST)
