@@ -141,11 +141,11 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--at-once", type=whole, help="teams at a time, where memory is short; default: all")
     p.add_argument("--out", default="crossplay.png", help="figure; .csv and .json of its name hold the numbers")
     _episode_flags(p, "a pair and slot")
-    p = command("reproduce", _reproduce, "Check a paper's claim by experiment; exits with 1 when it does not hold.")
-    p.add_argument("method")
-    p.add_argument("--scale", choices=["small", "full"], default="small")
-    p.add_argument("--seeds", type=whole, help="default: the claim's own number")
-    p.add_argument("--out", default="docs/results", help="directory for the JSON and the figure")
+    from jaxstack.claims import command as claims_command
+
+    claim = "Check a paper's claim by experiment; exits with 1 when it does not hold."
+    p = command("reproduce", _reproduce, claim, epilog=claims_command.EPILOG, formatter_class=raw)
+    claims_command.add_options(p, whole)
     p = command("plot", _plot, "Draw learning curves of runs with 95%% intervals over seeds.")
     p.add_argument("run_dirs", metavar="RUN", nargs="+")
     p.add_argument("--metric", default="rollout/return")
@@ -590,11 +590,9 @@ def _crossplay(args: argparse.Namespace, _: list[str]) -> None:
 
 
 def _reproduce(args: argparse.Namespace, _: list[str]) -> int:
-    from jaxstack.claims import CLAIMS
-    from jaxstack.claims.harness import run_claim
+    from jaxstack.claims.command import reproduce
 
-    holds = run_claim(CLAIMS.load(args.method), args.scale, args.seeds, Path(args.out))
-    return 0 if holds else 1
+    return reproduce(args)
 
 
 def _plot(args: argparse.Namespace, _: list[str]) -> None:

@@ -1,248 +1,301 @@
-"""Claims: what a paper says, as an experiment with a baseline, a margin and a verdict.
+"""Claims: what a paper says, as experiments with baselines, margins and a verdict.
 
-A claim is a `Claim` with experiments (functions from a number of seeds to one row an arm and seed) and checks. A check
-compares an arm with a number or with another arm; the verdict uses the 95% bootstrap interval over seeds, not the mean
-alone. `run_claim` prints the verdicts and stores everything as JSON and a figure.
+A `Claim` has scales; a `Scale` has experiments and checks. An `Experiment` runs one arm with given seeds and yields
+one row per seed. `run_claim` appends rows to a file as they come and goes on from there after a stop; it prints the
+verdicts and stores everything as JSON and figures. Checks are decided by 95% bootstrap intervals over seeds.
+
+A claim names all baselines of its paper that run here, gives every arm the same tuning budget (the record holds it),
+and states no more than its checks decide.
 """
 
-import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
-
-from jaxstack.core import rundir, stats
+from jaxstack.claims import report
+from jaxstack.claims.judging import Check, Row, Verdict, judge
+from jaxstack.claims.store import Store, Tuning, digest, metrics_of
+from jaxstack.core import rundir
 from jaxstack.core.errors import UserError
 
-Row = dict[str, Any]
-"""`experiment`, `arm`, `seed` and metrics."""
+__all__ = [
+    "Check",
+    "Claim",
+    "Curve",
+    "Experiment",
+    "Row",
+    "Scale",
+    "Tuning",
+    "Verdict",
+    "judge",
+    "run_claim",
+]
 
-Experiment = Callable[[int], Iterable[Row]]
-"""seeds -> rows; a generator's arms are reported as they finish."""
+RECORDS = Path("docs/results")
+WORK = Path("runs/reproduce")
 
 
-class Check(NamedTuple):
-    """One comparison, decided by intervals over seeds.
+class Experiment(NamedTuple):
+    """Arms that are run with the same data, budget and metrics."""
 
-    at_least / at_most: the arm's mean against `value`. above: arm - other at least `value`. within: the arm's mean lies
-    inside `other` +- value. near: the arm's mean lies inside `target` +- value.
-    at_least and above need the lower end of the interval, at_most the upper end, within and near the whole interval.
-    """
+    name: str
+    arms: tuple[str, ...]
+    run: Callable[..., Iterable[Row]]
+    """`run(arm, seeds, **options)` -> rows `{"seed": s, metric: number, ...}`, at least one for each of `seeds` (a
+    tuple of ints). A generator's rows are stored as they come. `metric@x` is a point of a curve over x; `parameters` is
+    the number of trained parameters. Options: `tuned`, the chosen setting (a dict) where there is a `tune`; a path by
+    each name in `needs`."""
+    needs: tuple[str, ...] = ()
+    """Names of data sets that the user gives: `--data NAME=DIR`."""
+    tune: Callable[..., Tuning | None] | None = None
+    """`tune(arm, **paths)`: the arm's tuning, None where an arm has nothing to tune."""
+
+
+class Scale(NamedTuple):
+    """One size of a claim; `minutes` is its measured time on 2 CPU cores (`small`) or what is named in the scope."""
+
+    experiments: tuple[Experiment, ...]
+    checks: tuple[Check, ...]
+    seeds: int = 5
+    minutes: float = 0.0
+    needs: tuple[str, ...] = ()
+    """Data sets that all of its experiments need."""
+
+
+class Curve(NamedTuple):
+    """`metric@x` of an experiment's rows, drawn over x."""
 
     experiment: str
-    arm: str
     metric: str
-    rule: Literal["at_least", "at_most", "above", "within", "near"]
-    value: float
-    other: str = ""
-    target: float = 0.0
-
-    def describe(self) -> str:
-        """The rule in words."""
-        what = f"{self.experiment}: {self.metric} of {self.arm}"
-        return {
-            "at_least": f"{what} >= {self.value:g}",
-            "at_most": f"{what} <= {self.value:g}",
-            "above": f"{what} >= {self.other} + {self.value:g}",
-            "within": f"{what} within {self.value:g} of {self.other}",
-            "near": f"{what} within {self.value:g} of {self.target:.4g}",
-        }[self.rule]
+    axis: str = "length"
+    scale: str = "log2"
+    """log2, log or linear."""
 
 
 class Claim(NamedTuple):
-    """`small` takes minutes on 2 CPU cores, `full` is the paper's scale; `scope` says what can be shown."""
+    """`small` takes minutes on 2 CPU cores, `full` is the paper's scale; `scope` tells what cannot be shown."""
 
     method: str
     paper: str
     statement: str
     scope: str
-    small: tuple[Experiment, ...]
-    full: tuple[Experiment, ...]
-    checks: tuple[Check, ...]
-    seeds: int = 5
+    scales: Mapping[str, Scale]
+    baselines: tuple[str, ...] = ()
+    """The rivals of the paper; at every scale each is the rival of at least one check."""
     ours: str = ""
     """Arms whose names begin so stand out in figures."""
-    curves: tuple[tuple[str, str], ...] = ()
-    """(experiment, metric) pairs whose rows also hold `metric@x` for numbers x, drawn over x in a second figure."""
-
-
-class Verdict(NamedTuple):
-    """A check, the interval that decided it, and whether it holds."""
-
-    check: Check
-    estimate: stats.Estimate
-    holds: bool
-
-
-def judge(check: Check, rows: list[Row]) -> Verdict:
-    """Raises `UserError` when the experiment gave no rows for an arm."""
-    x = _scores(rows, check, check.arm)
-    if check.rule in ("above", "within"):
-        e = stats.difference(x, _scores(rows, check, check.other))
-    else:
-        e = stats.estimate(stats.mean, x)
-    centre = check.target if check.rule == "near" else 0.0
-    holds = {
-        "at_least": e.low >= check.value,
-        "at_most": e.high <= check.value,
-        "above": e.low >= check.value,
-        "within": -check.value <= e.low and e.high <= check.value,
-        "near": centre - check.value <= e.low and e.high <= centre + check.value,
-    }[check.rule]
-    return Verdict(check, e, bool(holds))
+    curves: tuple[Curve, ...] = ()
 
 
 def run_claim(
-    claim: Claim, scale: str = "small", seeds: int | None = None, out: Path = Path("docs/results"), quiet: bool = False
+    claim: Claim,
+    scale: str = "small",
+    seeds: int | None = None,
+    out: Path = RECORDS,
+    *,
+    work: Path = WORK,
+    only: Sequence[str] = (),
+    arms: Sequence[str] = (),
+    data: Mapping[str, Path] | None = None,
+    fresh: bool = False,
+    keep_rows: bool = False,
+    quiet: bool = False,
 ) -> bool:
-    """Run, print, store `<method>-<scale>.json` and `.png` in `out`; True when every check holds.
+    """Run what is missing, print the verdicts, store `<method>-<scale>.json` and figures in `out`.
 
-    Raises `UserError` for an unknown scale or fewer than two seeds.
+    Args:
+        claim: the claim.
+        scale: one of its scales.
+        seeds: seeds 0 to seeds - 1 of each arm; default: the scale's number.
+        out: folder of the record. A run limited by `only` or `arms` that leaves rows missing writes to `work` instead.
+        work: rows are kept in `work/<method>-<scale>/rows.jsonl`.
+        only: names of experiments; others are not run, but their stored rows count.
+        arms: names of arms, likewise.
+        data: name -> folder of data sets that experiments need.
+        fresh: forget the stored rows of what is selected.
+        keep_rows: use rows that were made by other claim code instead of running their arms again.
+        quiet: print nothing.
+
+    Returns:
+        True when at least one check was decided and every decided check holds.
+
+    Raises:
+        UserError: wrong arguments, a malformed claim, or rows that are not what the experiment promises.
     """
-    if scale not in ("small", "full"):
-        raise UserError(f"scale={scale!r}: expected 'small' or 'full'")
-    seeds = claim.seeds if seeds is None else seeds
+    plan = chosen_scale(claim, scale)
+    seeds = plan.seeds if seeds is None else seeds
     if seeds < 2:
         raise UserError(f"seeds={seeds}: expected at least 2, a claim is a statement over seeds")
+    data = dict(data or {})
+    _check_selection(plan, only, arms, data)
     from rich.console import Console
 
     console = Console(quiet=quiet)
+    say = lambda text: console.print(text, highlight=False, soft_wrap=True, markup=False)
     run = rundir.environment()  # of the start: later the code may be another
-    # the record goes with the code: where its folder lies is nobody's business
+    # paths are machine-specific
     run["command"] = [Path(a).name if Path(a).is_absolute() else a for a in run["command"]]
-    rows: list[Row] = []
+    folder = work / f"{claim.method}-{scale}"
+    marks = [digest(e.run, e.tune) for e in plan.experiments]  # before anything runs: globals may change
+    with Store(folder, fresh) as store:
+        store.session(run)
+        results = []
+        for experiment, mark in zip(plan.experiments, marks):
+            selected = not only or experiment.name in only
+            missing = [n for n in (*plan.needs, *experiment.needs) if n not in data]
+            why = {}
+            for arm in experiment.arms:
+                wanted = selected and (not arms or arm in arms)
+                if wanted and fresh:
+                    store.drop(experiment.name, arm)
+                old = store.arms.get((experiment.name, arm))
+                if old is not None and old.digest != mark and not keep_rows:
+                    if not wanted or missing:
+                        why[arm] = "the stored rows are of other code"
+                        continue
+                    say(f"{experiment.name}: {arm}: runs again, its code changed (--keep-rows keeps its rows)")
+                    store.drop(experiment.name, arm)
+                elif _complete(old, seeds):
+                    continue
+                if not wanted:
+                    why[arm] = "not selected"
+                elif missing:
+                    why[arm] = f"data missing: {', '.join(f'--data {n}=DIR' for n in missing)}"
+                else:
+                    paths = {n: data[n] for n in (*plan.needs, *experiment.needs)}
+                    # the mark of kept rows stays: the arm is one
+                    own = old.digest if old is not None and keep_rows and not fresh else mark
+                    _run_arm(store, experiment, arm, own, tuple(range(seeds)), paths, say)
+            results.append(report.Ran(experiment.name, experiment.arms, why, mark))
+        rows = _rows(store, results, seeds)
+        partial = bool(only or arms) and any(r.why for r in results)
+        verdicts = [_judge(c, rows, results) for c in plan.checks]
+        record = report.record(claim, scale, seeds, verdicts, results, store, rows)
+    path = (folder if partial else out) / f"{claim.method}-{scale}"
+    report.write(claim, record, rows, verdicts, path)
+    report.show(console, record, path.with_suffix(".json"))
+    if partial:
+        say(f"Only a part of the claim was run: the record stands beside the rows, {out} is left as it was.")
+    return record["holds"]
+
+
+def chosen_scale(claim: Claim, scale: str) -> Scale:
+    """The scale of that name, with its checks tested for names that do not exist.
+
+    Raises:
+        UserError: an unknown scale, or a malformed claim.
+    """
+    if scale not in claim.scales:
+        raise UserError(f"scale={scale!r}: expected one of {', '.join(map(repr, claim.scales))}")
+    if found := problems(claim, scale):
+        raise UserError(f"claim {claim.method!r}: {found[0]}")
+    return claim.scales[scale]
+
+
+def problems(claim: Claim, scale: str) -> list[str]:
+    """What is wrong with a scale of a claim: doubled names, checks of unknown arms, baselines without a check."""
+    plan = claim.scales[scale]
+    names = [e.name for e in plan.experiments]
+    out = [f"experiment {n!r} is there twice" for n in dict.fromkeys(names) if names.count(n) > 1]
+    arms = {e.name: e.arms for e in plan.experiments}
+    out += [f"experiment {e!r} has an arm twice" for e, a in arms.items() if len(set(a)) < len(a) or not a]
+    for check in plan.checks:
+        if check.experiment not in arms:
+            out.append(f"check of {check.experiment!r}: found no such experiment, expected one of {', '.join(arms)}")
+        elif unknown := [a for a in check.arms if a not in arms[check.experiment]]:
+            out.append(f"check of {check.experiment!r}: found no arm {unknown[0]!r}, expected one of its arms")
+        elif problem := check.problem():
+            out.append(f"check of {check.experiment!r}, {check.arm!r}, {check.metric!r}: {problem}")
+    if not any(not c.report for c in plan.checks):
+        out.append(f"scale {scale!r} has no check that decides")
+    compared = {rival for c in plan.checks for rival in c.rivals}
+    out += [f"baseline {b!r} is the rival of no check at scale {scale!r}" for b in claim.baselines if b not in compared]
+    out += [
+        f"needs {n!r}: expected a name like 'webkb'" for e in plan.experiments for n in e.needs if not n.isidentifier()
+    ]
+    return out
+
+
+def _check_selection(plan: Scale, only: Sequence[str], arms: Sequence[str], data: Mapping[str, Path]) -> None:
+    def known(option: str, given: Iterable[str], names: Iterable[str], what: str) -> None:
+        names = list(dict.fromkeys(names))
+        for name in given:
+            if name not in names:
+                expected = f"one of {', '.join(repr(n) for n in names)}" if names else "none"
+                raise UserError(f"{option} {name}: found no such {what}, expected {expected}")
+
+    known("--only", only, (e.name for e in plan.experiments), "experiment")
+    chosen = [e for e in plan.experiments if not only or e.name in only]
+    known("--arms", arms, (a for e in chosen for a in e.arms), "arm")
+    known("--data", data, (n for e in plan.experiments for n in (*plan.needs, *e.needs)), "data set")
+    for name, path in data.items():
+        if not Path(path).is_dir():
+            raise UserError(f"--data {name}={path}: found no such folder, expected one")
+
+
+def _complete(arm: Any, seeds: int) -> bool:
+    return arm is not None and set(range(seeds)) <= set(arm.rows)
+
+
+def _run_arm(
+    store: Store,
+    experiment: Experiment,
+    arm: str,
+    mark: str,
+    seeds: tuple[int, ...],
+    paths: dict[str, Path],
+    say: Callable[[str], None],
+) -> None:
+    name = f"{experiment.name}: {arm}"
+    key = (experiment.name, arm)
+    options: dict[str, Any] = dict(paths)
+    if experiment.tune is not None:
+        if key not in store.arms or not store.arms[key].tuned:
+            start = time.perf_counter()
+            tuning = experiment.tune(arm, **paths)
+            if tuning is not None:
+                if problem := tuning.problem():
+                    raise UserError(f"tuning of {name}: found {problem}")
+                _ = tuning.chosen
+            seconds = time.perf_counter() - start
+            store.tuning(*key, mark, tuning, seconds)
+            say(f"{seconds:6.0f} s  {name}: {f'tuned, {tuning.budget}' if tuning else 'nothing to tune'}")
+        tuning = store.arms[key].tuning
+        if tuning is not None and set(tuning.seeds) & set(seeds):
+            both = sorted(set(tuning.seeds) & set(seeds))
+            raise UserError(f"tuning of {name}: found seeds {both} of the runs, expected seeds of its own")
+        options["tuned"] = {} if tuning is None else tuning.chosen
+    have = store.arms[key].rows if key in store.arms else {}
+    left = tuple(s for s in seeds if s not in have)
     start = time.perf_counter()
-    for experiment in claim.small if scale == "small" else claim.full:
-        for row in experiment(seeds):
-            rows.append(row)
-            if row["seed"] == seeds - 1:
-                done = f"{time.perf_counter() - start:6.0f} s  {row['experiment']}: {row['arm']}"
-                console.print(done, highlight=False, soft_wrap=True)
+    for row in experiment.run(arm, left, **options):
+        seed = row.get("seed")
+        if seed not in left:
+            raise UserError(f"{name}: found a row of seed {seed}, expected one of {list(left)}")
+        store.row(*key, mark, int(seed), metrics_of(row))
+    lost = [s for s in left if s not in store.arms[key].rows] if key in store.arms else list(left)
+    if lost:
+        raise UserError(f"{name}: found no rows of seeds {lost}, expected one for each seed")
     seconds = time.perf_counter() - start
-    have = {r["experiment"] for r in rows}
-    verdicts = [judge(c, rows) for c in claim.checks if c.experiment in have]
-    holds = bool(verdicts) and all(v.holds for v in verdicts)
-    path = out / f"{claim.method}-{scale}"
-    record = {
-        "method": claim.method,
-        "paper": claim.paper,
-        "statement": claim.statement,
-        "scope": claim.scope,
-        "scale": scale,
-        "holds": holds,
-        "rule": "95% percentile bootstrap over seeds; a check holds only if the deciding end of the interval does",
-        "verdicts": [{"check": v.check.describe(), "holds": v.holds, "estimate": list(v.estimate)} for v in verdicts],
-        "seeds": seeds,
-        "seconds": round(seconds, 1),
-        "run": run,
-        "rows": [{k: _plain(v) for k, v in r.items()} for r in rows],
-    }
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        path.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    except OSError as e:
-        raise UserError(f"{path}.json: cannot be written ({e.strerror})") from e
-    figure(claim, rows, path.with_suffix(".png"))
-    if claim.curves:
-        curves(claim, rows, path.with_name(f"{path.name}-curves.png"))
-    _print(console, claim, verdicts, holds, seconds, path)
-    return holds
+    store.done(*key, mark, left, seconds)
+    say(f"{seconds:6.0f} s  {name}")
 
 
-def figure(claim: Claim, rows: list[Row], path: Path) -> Path:
-    """The checked metrics of all arms with intervals, a panel for each experiment and metric."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    from jaxstack.core.plots import COLOURS
-
-    panels = list(dict.fromkeys((c.experiment, c.metric) for c in claim.checks))
-    panels = [p for p in panels if any(r["experiment"] == p[0] and p[1] in r for r in rows)]
-    arms = max(len({r["arm"] for r in rows if r["experiment"] == e}) for e, _ in panels)
-    columns = min(3, len(panels))
-    lines = -(-len(panels) // columns)
-    fig = Figure(figsize=(4.2 * columns, 0.9 + (0.8 + 0.32 * arms) * lines), dpi=110, layout="constrained")
-    FigureCanvasAgg(fig)
-    for i, (experiment, metric) in enumerate(panels):
-        axes = fig.add_subplot(lines, columns, i + 1)
-        names = list(dict.fromkeys(r["arm"] for r in rows if r["experiment"] == experiment and metric in r))
-        for y, arm in enumerate(reversed(names)):
-            values = [r[metric] for r in rows if r["experiment"] == experiment and r["arm"] == arm]
-            e = stats.estimate(stats.mean, values)
-            colour = COLOURS[0] if arm.startswith(claim.ours or "\0") else COLOURS[6]
-            axes.plot([e.low, e.high], [y, y], color=colour, linewidth=7, alpha=0.3, solid_capstyle="butt")
-            axes.plot(values, np.full(len(values), y), "o", color=colour, markersize=3, alpha=0.6)
-            axes.plot([e.value], [y], "|", color=colour, markersize=12, markeredgewidth=2.5)
-        axes.set_yticks(range(len(names)), list(reversed(names)), fontsize=8)
-        axes.set_title(experiment, fontsize=9, loc="left")
-        axes.set_xlabel(metric, fontsize=8)
-        axes.tick_params(axis="x", labelsize=8)
-        left, right = axes.get_xlim()
-        pad = max(0.0, 0.01 - (right - left) / 2)  # arms that agree to three digits look alike
-        axes.set_xlim(left - pad, right + pad)
-        axes.xaxis.set_major_locator(MaxNLocator(5))
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="x", alpha=0.25)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(path)
-    return path
+def _rows(store: Store, results: list[report.Ran], seeds: int) -> list[Row]:
+    """Rows of the complete arms, in the claim's order."""
+    out = []
+    for r in results:
+        for arm in r.arms:
+            if arm not in r.why:
+                rows = store.arms[r.name, arm].rows
+                out += [{"experiment": r.name, "arm": arm, "seed": s} | rows[s] for s in range(seeds)]
+    return out
 
 
-def curves(claim: Claim, rows: list[Row], path: Path) -> Path:
-    """`metric@x` over x with intervals over seeds, a panel for each pair of `claim.curves`, a line for each arm."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    from jaxstack.core.plots import COLOURS
-
-    fig = Figure(figsize=(5.0 * len(claim.curves), 4.6), dpi=110, layout="constrained")
-    FigureCanvasAgg(fig)
-    for i, (experiment, metric) in enumerate(claim.curves):
-        axes = fig.add_subplot(1, len(claim.curves), i + 1)
-        own = [r for r in rows if r["experiment"] == experiment]
-        at = sorted({float(k.partition("@")[2]) for r in own for k in r if k.startswith(f"{metric}@")})
-        for j, arm in enumerate(dict.fromkeys(r["arm"] for r in own)):
-            scores = [[r[f"{metric}@{x:g}"] for x in at] for r in own if r["arm"] == arm]
-            value, low, high = (np.asarray(v) for v in stats.bootstrap(stats.by_task, scores))
-            colour, dash = COLOURS[j % len(COLOURS)], ("-", "--", ":")[j // len(COLOURS) % 3]
-            axes.plot(at, value, label=arm, marker="o", markersize=3, color=colour, linestyle=dash)
-            axes.fill_between(at, low, high, color=colour, alpha=0.12, linewidth=0)
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(at, [f"{x:g}" for x in at])
-        axes.set_title(experiment, fontsize=10, loc="left")
-        axes.set_xlabel("length")
-        axes.set_ylabel(metric)
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.14))
-    fig.savefig(path)
-    return path
-
-
-def _scores(rows: list[Row], check: Check, arm: str) -> np.ndarray:
-    values = [r[check.metric] for r in rows if r["experiment"] == check.experiment and r["arm"] == arm]
-    if not values:
-        raise UserError(f"claim: no results of arm {arm!r} in experiment {check.experiment!r}")
-    return np.asarray(values, np.float64)
-
-
-def _plain(value: Any) -> Any:
-    return round(float(value), 6) if isinstance(value, (float, np.floating)) else value
-
-
-def _print(console: Any, claim: Claim, verdicts: list[Verdict], holds: bool, seconds: float, path: Path) -> None:
-    from rich.table import Table
-
-    table = Table(title=f"{claim.method}: {claim.statement}", title_justify="left")
-    for column in ("check", "estimate [95% interval]", "verdict"):
-        table.add_column(column)
-    for v in verdicts:
-        table.add_row(v.check.describe(), str(v.estimate), "holds" if v.holds else "FAILS")
-    console.print(table)
-    console.print(f"{claim.paper}. {claim.scope}")
-    console.print(
-        f"{'The claim holds' if holds else 'The claim does NOT hold'} at this scale ({seconds:.0f} s): {path}.json"
-    )
+def _judge(check: Check, rows: list[Row], results: list[report.Ran]) -> Verdict:
+    verdict = judge(check, rows)
+    if verdict.status != "not run":
+        return verdict
+    why = next(r.why for r in results if r.name == check.experiment)
+    return verdict._replace(note="; ".join(dict.fromkeys(f"{why[a]}" for a in check.arms if a in why)))

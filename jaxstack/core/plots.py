@@ -2,7 +2,7 @@
 
 import base64
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,103 @@ def estimates(table: Mapping[str, stats.Estimate], path: str | Path, label: str,
     axes.set_ylim(-0.7, len(table) - 0.2)
     axes.set_xlabel(f"{label}, with 95% interval")
     return _save(figure, axes, path, title, legend=False)
+
+
+def arm_panels(
+    tables: Sequence[tuple[str, str, Mapping[str, Sequence[float]]]],
+    path: str | Path,
+    ours: Callable[[str], bool] = lambda arm: False,
+) -> Path:
+    """Draw the runs, mean and 95% interval of every arm, one panel per table.
+
+    Args:
+        tables: (title, metric, arm -> scores of its runs); scores that are not finite are left out and counted.
+        path: the file to write.
+        ours: which arms stand out.
+
+    Returns:
+        `path`.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    columns = min(3, len(tables))
+    lines = -(-len(tables) // columns)
+    most = max(len(arms) for _, _, arms in tables)
+    figure = _canvas(4.2 * columns, 0.9 + (0.8 + 0.32 * most) * lines)
+    for i, (title, metric, arms) in enumerate(tables):
+        axes = figure.add_subplot(lines, columns, i + 1)
+        names = []
+        for y, (arm, scores) in enumerate(reversed(arms.items())):
+            values = np.asarray(scores, np.float64)
+            good = values[np.isfinite(values)]
+            lost = len(values) - len(good)
+            names.append(f"{arm} ({lost} failed)" if lost else arm)
+            if not len(good):
+                continue
+            e = stats.estimate(stats.mean, good)
+            colour = COLOURS[0] if ours(arm) else COLOURS[6]
+            axes.plot([e.low, e.high], [y, y], color=colour, linewidth=7, alpha=0.3, solid_capstyle="butt")
+            axes.plot(good, np.full(len(good), y), "o", color=colour, markersize=3, alpha=0.6)
+            axes.plot([e.value], [y], "|", color=colour, markersize=12, markeredgewidth=2.5)
+        axes.set_yticks(range(len(names)), names, fontsize=8)
+        axes.set_title(title, fontsize=9, loc="left")
+        axes.set_xlabel(metric, fontsize=8)
+        axes.tick_params(axis="x", labelsize=8)
+        left, right = axes.get_xlim()
+        pad = max(0.0, 0.01 - (right - left) / 2)  # arms that agree to three digits look alike
+        axes.set_xlim(left - pad, right + pad)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="x", alpha=0.25)
+    return _write(figure, path)
+
+
+def curve_panels(
+    panels: Sequence[tuple[str, str, str, str, Mapping[str, tuple[Sequence[float], Any]]]], path: str | Path
+) -> Path:
+    """Draw curves with 95% intervals over runs, one line per arm, one panel per entry.
+
+    Args:
+        panels: (title, metric, axis name, scale, arm -> (positions [K], scores [S, K])); the scale is "linear", "log"
+            or "log2". Positions where a score is not finite are left out.
+        path: the file to write.
+
+    Returns:
+        `path`.
+
+    Raises:
+        UserError: another scale, or a position that is not positive on a logarithmic one.
+    """
+    figure = _canvas(5.0 * len(panels), 4.6)
+    for i, (title, metric, name, scale, arms) in enumerate(panels):
+        axes = figure.add_subplot(1, len(panels), i + 1)
+        ticks = sorted({float(x) for at, _ in arms.values() for x in at})
+        if scale not in ("linear", "log", "log2"):
+            raise UserError(f"scale={scale!r}: expected 'linear', 'log' or 'log2'")
+        if scale != "linear" and ticks[0] <= 0:
+            raise UserError(f"{title}: found {name} {ticks[0]:g} on a logarithmic axis, expected positive numbers")
+        for j, (arm, (at, table)) in enumerate(arms.items()):
+            scores = np.asarray(table, np.float64)
+            good = np.isfinite(scores).all(0)
+            if not good.any():
+                continue
+            x = np.asarray(at, np.float64)[good]
+            value, low, high = (np.asarray(v) for v in stats.bootstrap(stats.by_task, scores[:, good]))
+            colour, dash = COLOURS[j % len(COLOURS)], ("-", "--", ":")[j // len(COLOURS) % 3]
+            axes.plot(x, value, label=arm, marker="o", markersize=3, color=colour, linestyle=dash)
+            axes.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
+        if scale == "log2":
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
+        else:
+            axes.set_xscale(scale)
+        axes.set_title(title, fontsize=10, loc="left")
+        axes.set_xlabel(name)
+        axes.set_ylabel(metric)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.14))
+    return _write(figure, path)
 
 
 def dependence(
@@ -235,12 +332,17 @@ def _cycle() -> Any:
     return itertools.cycle(COLOURS)
 
 
-def _figure(width: float = 7.0, height: float = 4.2) -> tuple[Any, Any]:
+def _canvas(width: float, height: float, dpi: int = 110) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
+    figure = Figure(figsize=(width, height), dpi=dpi, layout="constrained")
     FigureCanvasAgg(figure)
+    return figure
+
+
+def _figure(width: float = 7.0, height: float = 4.2) -> tuple[Any, Any]:
+    figure = _canvas(width, height, dpi=120)
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
@@ -252,6 +354,10 @@ def _save(figure: Any, axes: Any, path: str | Path, title: str, legend: bool = T
         axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, fontsize=9)
     if title:
         axes.set_title(title, fontsize=11, loc="left")
+    return _write(figure, path)
+
+
+def _write(figure: Any, path: str | Path) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)

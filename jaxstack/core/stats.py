@@ -120,18 +120,32 @@ class Difference(NamedTuple):
         return (a - b) / jnp.abs(b) if self.relative else a - b
 
 
+class Ratio(NamedTuple):
+    """statistic(X) / statistic(Y)."""
+
+    statistic: Callable[[Array], Array] = mean
+
+    def __call__(self, x: Array, y: Array) -> Array:
+        return self.statistic(x) / self.statistic(y)
+
+
 def bootstrap(
     statistic: Callable[..., Array],
     *scores: Any,
     key: Array | None = None,
     resamples: int = RESAMPLES,
     confidence: float = 0.95,
+    paired: bool = False,
 ) -> tuple[Array, Array, Array]:
-    """(estimate, low, high) of `statistic(*tables)`, which may return an array; each table is resampled by itself.
+    """Return (estimate, low, high) of `statistic(*tables)`, which may return an array.
 
-    The ends are NaN when a table has one run only: nothing says how runs vary. `statistic` is compiled once for each
-    shape if it is the same (hashable) object. Raises `UserError` for bad tables, tables of different numbers of tasks,
-    `resamples` < 1 or `confidence` outside (0, 1).
+    Each task of each table is resampled independently. With `paired`, run i is the same unit (seed, data split) in all
+    tables and tasks, and whole runs are resampled. The ends are NaN when a table has one run only: nothing tells how
+    runs vary. `statistic` is compiled once per shape if it is the same (hashable) object.
+
+    Raises:
+        UserError: bad tables, tables of different numbers of tasks (paired: of runs), `resamples` < 1 or `confidence`
+            outside (0, 1).
     """
     if resamples < 1:
         raise UserError(f"resamples={resamples}: expected at least 1")
@@ -140,8 +154,10 @@ def bootstrap(
     tables = [table(s, "scores" if len(scores) == 1 else f"scores {i + 1}") for i, s in enumerate(scores)]
     if len({t.shape[1] for t in tables}) != 1:
         raise UserError(f"scores: expected the same tasks in each table, found shapes {[t.shape for t in tables]}")
+    if paired and len({t.shape[0] for t in tables}) != 1:
+        raise UserError(f"scores: expected the same runs in each table, found {[t.shape[0] for t in tables]} runs")
     key = jax.random.key(0) if key is None else key
-    value, low, high = _interval(statistic, resamples, key, jnp.float32((1.0 - confidence) / 2.0), *tables)
+    value, low, high = _interval(statistic, resamples, paired, key, jnp.float32((1.0 - confidence) / 2.0), *tables)
     if min(t.shape[0] for t in tables) == 1:
         low = high = jnp.full_like(value, jnp.nan)
     return value, low, high
@@ -157,6 +173,20 @@ def difference(x: Any, y: Any, statistic: Callable[[Array], Array] = mean, **opt
     return estimate(Difference(statistic), x, y, **options)
 
 
+def wilson(successes: int, trials: int, confidence: float = 0.95) -> Estimate:
+    """Return the share of successes with Wilson's score interval (Wilson, 1927), right for small numbers and ends.
+
+    Raises:
+        UserError: `successes` outside [0, trials] or no trials.
+    """
+    if not 0 <= successes <= trials or trials < 1:
+        raise UserError(f"successes={successes}, trials={trials}: expected 0 <= successes <= trials, trials >= 1")
+    from scipy.stats import binomtest
+
+    interval = binomtest(int(successes), int(trials)).proportion_ci(confidence, method="wilson")
+    return Estimate(successes / trials, float(interval.low), float(interval.high))
+
+
 def summary(scores: Any, target: float = 1.0, **options: Any) -> dict[str, Estimate]:
     """IQM, mean, median and optimality gap with intervals."""
     statistics = {"iqm": iqm, "mean": mean, "median": median, "optimality_gap": OptimalityGap(target)}
@@ -168,13 +198,16 @@ def _middle(x: Array) -> Array:
     return jnp.sort(x, 0)[cut : x.shape[0] - cut].mean(0)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _interval(statistic: Callable, resamples: int, key: Array, tail: Array, *tables: Array) -> tuple:
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _interval(statistic: Callable, resamples: int, paired: bool, key: Array, tail: Array, *tables: Array) -> tuple:
     def resample(key: Array, x: Array) -> Array:
         index = jax.random.randint(key, x.shape, 0, x.shape[0])
         return jnp.take_along_axis(x, index, axis=0)
 
     def one(key: Array) -> Array:
+        if paired:
+            index = jax.random.randint(key, (tables[0].shape[0],), 0, tables[0].shape[0])
+            return statistic(*(x[index] for x in tables))
         return statistic(*(resample(k, x) for k, x in zip(jax.random.split(key, len(tables)), tables)))
 
     # in batches: all resamples of a large table at once would not fit

@@ -1,27 +1,27 @@
 import jax
 import pytest
 
-from jaxstack.claims import CLAIMS
 from jaxstack.claims import kalman_linear_attention as kla
 from jaxstack.sequence import trainer
 
 
 def test_the_filter_knows_its_error_with_process_noise_and_not_without():
-    rows = kla.calibration(sequences=32, length=64)(2)
-    coverage = {arm: [r["coverage"] for r in rows if r["arm"] == arm] for arm in (kla.KLA, kla.NO_NOISE)}
+    run = kla.calibration(sequences=32, length=64).run
+    coverage = {arm: [r["coverage"] for r in run(arm, (0, 1))] for arm in (kla.KLA, kla.NO_NOISE)}
     assert coverage[kla.KLA] == pytest.approx([0.9, 0.9], abs=0.03)
     assert max(coverage[kla.NO_NOISE]) < 0.5
 
 
 def test_tracking_is_measured_against_the_optimal_filter():
-    rows = list(kla.tracking(2, (kla.KLA,), length=8, longer=16, examples=32)(2))
-    assert [(r["arm"], r["seed"]) for r in rows] == [(kla.KLA, 0), (kla.KLA, 1)]
+    rows = list(kla.tracking(2, (kla.KLA,), length=8, longer=16, examples=32).run(kla.KLA, (0, 1)))
+    assert [r["seed"] for r in rows] == [0, 1]
     assert all(r["mse / optimum"] > 1 and r["mse / optimum at 4x length"] > 1 for r in rows)
 
 
 def test_classification_gives_accuracies_at_both_lengths():
     options = dict(features=8, depth=1, batch_size=4, num_updates=2, eval_examples=32)
-    rows = list(kla.classified("parity", "parity", ("length=4",), (kla.NO_NOISE,), longer=(8,), **options)(2))
+    experiment = kla.classified("parity", "parity", ("length=4",), (kla.NO_NOISE,), longer=(8,), **options)
+    rows = list(experiment.run(kla.NO_NOISE, (0, 1)))
     assert all(0 < r["accuracy@8"] < 1 and r["accuracy"] == r["accuracy@4"] for r in rows)
 
 
@@ -36,8 +36,3 @@ def test_arms_have_equal_state_sizes():
     sizes = {arm: size(*how) for arm, how in kla.ARMS.items() if how[0] != "attention"}
     assert set(sizes.values()) <= {256, 288}  # linear attention carries its normaliser
     assert sizes[kla.KLA] == sizes["GLA"] == sizes["Mamba"] == 256
-
-
-def test_the_claim_is_registered_and_its_checks_name_arms():
-    claim = CLAIMS.load("kalman-linear-attention")
-    assert {c.arm for c in claim.checks} | {c.other for c in claim.checks if c.other} <= set(kla.ARMS)
