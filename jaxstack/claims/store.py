@@ -161,9 +161,10 @@ class Store:
         elif kind == "tuning":
             arm = arm._replace(tuned=True, seconds=arm.seconds + line["seconds"])
             if line["tuning"] is not None:
-                parts = {k: tuple(v) if isinstance(v, list) else v for k, v in line["tuning"].items()}
-                parts["scores"] = tuple(tuple(s) for s in parts["scores"])
-                arm = arm._replace(tuning=Tuning(**parts))
+                t = line["tuning"]
+                scores = tuple(tuple(s) for s in t["scores"])
+                tuning = Tuning(tuple(t["settings"]), scores, tuple(t["seeds"]), t["metric"], t["largest"], t["steps"])
+                arm = arm._replace(tuning=tuning)
         elif kind == "done":
             arm = arm._replace(seconds=arm.seconds + line["seconds"])
         else:

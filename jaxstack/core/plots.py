@@ -92,7 +92,7 @@ def arm_panels(
     for i, (title, metric, arms) in enumerate(tables):
         axes = figure.add_subplot(lines, columns, i + 1)
         names = []
-        for y, (arm, scores) in enumerate(reversed(arms.items())):
+        for y, (arm, scores) in enumerate(reversed(list(arms.items()))):
             values = np.asarray(scores, np.float64)
             good = values[np.isfinite(values)]
             lost = len(values) - len(good)
