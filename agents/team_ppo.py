@@ -215,6 +215,7 @@ def make_learner(
         name=name,
         samples_per_step=cfg.num_envs * cfg.num_steps,
         evaluate=lambda state, key: evaluate(task, state, key),
+        num_steps=cfg.num_updates,
         policy=policy(task),
         over_envs=lambda s: (s.vec, s.carry, s.norms.reward.ret if cfg.normalise_reward else ()),
     )

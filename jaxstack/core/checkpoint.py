@@ -27,11 +27,10 @@ UNFINISHED = "was not finished (no checksums)"
 
 @dataclass(frozen=True)
 class Retention:
-    """What is kept: the last `keep_last` checkpoints and the `keep_best` ones by `best_metric` (mean over seeds)."""
+    """What is kept: the last `keep_last` checkpoints and the `keep_best` ones of the largest score (see `save`)."""
 
     keep_last: int = 2
     keep_best: int = 0
-    best_metric: str = "eval/return"
 
 
 class NoCheckpoint(UserError):

@@ -39,6 +39,8 @@ class Layout(NamedTuple):
     """Of any array [S, ...]."""
     everywhere: NamedSharding | None = None
     """A copy on each device."""
+    steps: NamedSharding | None = None
+    """Of any array [steps, S, ...]."""
 
     def compiling(self) -> contextlib.AbstractContextManager:
         """Makes the mesh known to `split` while a program is traced."""
@@ -89,7 +91,7 @@ def layout(learner: Learner, state: Any, devices: int, env_devices: int) -> Layo
         shardings = jax.tree.map(
             lambda over: at(SEED, ENV) if over else at(SEED), _batched(learner, state, env_devices)
         )
-    return Layout(mesh, shardings, at(SEED), at())
+    return Layout(mesh, shardings, at(SEED), at(), at(None, SEED))
 
 
 def split(x: Any, axis: int, what: str) -> Any:
@@ -105,6 +107,12 @@ def split(x: Any, axis: int, what: str) -> Any:
     spec = [PartitionSpec.UNCONSTRAINED] * x.ndim
     spec[axis] = ENV
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
+
+
+def environments(learner: Learner, state: Any) -> int:
+    """Environments of one seed in `state` (shapes [S, ...]); 0 for a learner that has none."""
+    found = [] if learner.over_envs is None else jax.tree.leaves(learner.over_envs(state))
+    return found[0].shape[1] if found else 0
 
 
 def _batched(learner: Learner, state: Any, env_devices: int) -> Any:

@@ -8,17 +8,84 @@ static and lives in the method's frozen Config.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 
 from jaxstack.core.errors import UserError, unknown
 from jaxstack.core.metrics import Metric
+from jaxstack.core.source import Source
 
 Key = jax.Array  # a typed key, jax.random.key(seed)
 Metrics = dict[str, Metric]
 """Names `group/name`; each a scalar or a `metrics.Mean`."""
+
+
+class Init(Protocol):
+    """(key, hypers) -> state, for one seed."""
+
+    def __call__(self, key: Key, hypers: Any, /) -> Any:
+        """Make the state a run begins with.
+
+        Args:
+            key: the seed's key.
+            hypers: like `Learner.hypers`, leaves float32 scalars.
+
+        Returns:
+            A pytree with the fields `hypers`, `params`, `key`, `step` and whatever else the learner needs.
+        """
+        ...
+
+
+class Step(Protocol):
+    """(state) or (state, batch) -> (state, metrics), for one seed."""
+
+    def __call__(self, state: Any, /, *args: Any, **kwargs: Any) -> tuple[Any, Mapping[str, Metric]]:
+        """Advance the state by one update.
+
+        Args:
+            state: what `init` or the last step returned. Its buffers are donated.
+            args: one batch of the training source, for a learner with a `source` or with `takes_batch`.
+
+        Returns:
+            The new state, and metrics.
+        """
+        ...
+
+
+class Evaluate(Protocol):
+    """(state, key) or (state, key, batch) -> metrics, for one seed."""
+
+    def __call__(self, state: Any, key: Key, /, *args: Any, **kwargs: Any) -> Mapping[str, Metric]:
+        """Measure the state.
+
+        Args:
+            state: a state, not donated.
+            key: the same for all seeds and methods; with batches another for each.
+            args: one batch of the evaluation source, for a learner with an `eval_source`. Its `mask` [B] tells which
+                rows count.
+
+        Returns:
+            With batches `Mean`s, whose totals and counts the runner adds up over the split; else `Mean`s or scalars.
+        """
+        ...
+
+
+class Predict(Protocol):
+    """(state, inputs) -> outputs, for one seed."""
+
+    def __call__(self, state: Any, inputs: Any, /) -> Any:
+        """Apply what was learned.
+
+        Args:
+            state: a state.
+            inputs: inputs [B, ...] as the training source has them.
+
+        Returns:
+            Outputs [B, ...].
+        """
+        ...
 
 
 class Policy(NamedTuple):
@@ -38,21 +105,29 @@ class Policy(NamedTuple):
 class Learner(NamedTuple):
     """What a method's factory returns: pure functions and the static facts that the runner needs."""
 
-    init: Callable[..., Any]
-    """(key, hypers) -> state. `state` has the fields `hypers`, `params`, `key`, `step` and whatever else it needs."""
-    step: Callable[..., tuple[Any, Mapping[str, Metric]]]
-    """(state) or (state, batch) -> (state, metrics), see `Metrics`."""
+    init: Init
+    step: Step
     hypers: Any
     """Default numeric hyperparameters, a NamedTuple of floats."""
     config: Any = None
     name: str = "learner"
     samples_per_step: int = 1
     """Environment steps, examples or tokens that one `step` consumes: the unit of progress."""
-    evaluate: Callable[[Any, Key], Mapping[str, Metric]] | None = None
+    evaluate: Evaluate | None = None
     policy: Policy | None = None
     takes_batch: bool = False
+    """Batches come from the source that the runner is given; implied by `source`."""
     over_envs: Callable[[Any], Any] | None = None
     """state -> those parts of it whose leaves have a leading axis of environments, which `env_devices` then spreads."""
+    num_steps: int | None = None
+    """Steps of a whole run, unless the runner is told another number."""
+    objective: tuple[str, str] = ("eval/return", "max")
+    """(metric, "max" or "min"): what counts as good when checkpoints are kept and settings are ranked."""
+    source: Callable[[Any], Source] | None = None
+    """config -> training batches, read when a run begins; never a constant of a program."""
+    eval_source: Callable[[Any], Source] | None = None
+    """config -> the batches of one pass over a split, for `evaluate`."""
+    predict: Predict | None = None
 
 
 def as_hypers(hypers: Any) -> Any:
@@ -68,3 +143,10 @@ def with_hypers(learner: Learner, **changes: Any) -> Any:
         if not bool(jnp.all(jnp.isfinite(jnp.asarray(value)))):
             raise UserError(f"{learner.name}.{name}={value!r} must be finite")
     return learner.hypers._replace(**changes)
+
+
+def better(direction: str) -> float:
+    """The factor that makes larger values better: 1 for "max", -1 for "min". Raises `UserError` for others."""
+    if direction not in ("max", "min"):
+        raise UserError(f"objective direction {direction!r}: expected 'max' or 'min'")
+    return 1.0 if direction == "max" else -1.0

@@ -3,6 +3,7 @@
 Everything is compiled from shapes, before any array exists, so that what does not fit into memory is refused early.
 """
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -11,11 +12,12 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from jaxstack.core import distributed, guard, ledger, metrics
-from jaxstack.core.data import Source
-from jaxstack.core.devices import Layout, layout
+from jaxstack.core import distributed, guard, ledger, source
+from jaxstack.core.devices import Layout, environments, layout
 from jaxstack.core.errors import UserError
-from jaxstack.core.learner import Learner, as_hypers
+from jaxstack.core.learner import Key, Learner, as_hypers
+from jaxstack.core.metrics import Mean, on_host
+from jaxstack.core.source import Feed, Source
 
 EVAL_STREAM = 7_777_777
 """Evaluation draws from this key: the same episodes for all seeds, steps and methods, apart from training."""
@@ -26,8 +28,9 @@ class Programs(NamedTuple):
 
     init: Callable[[], tuple[Any, guard.Alive]]
     """() -> (state, alive)."""
-    advance: Callable[[Any, guard.Alive, int, int], tuple[Any, guard.Alive, dict[str, np.ndarray]]]
-    """(state, alive, steps done, number of steps <= chunk) -> (state, alive, metrics [steps, S]). Donates its input."""
+    advance: Callable[..., tuple[Any, guard.Alive, dict[str, np.ndarray]]]
+    """(state, alive, steps done, number of steps <= chunk, what the feed has for them, where there is one) ->
+    (state, alive, metrics [steps, S]). Donates its input."""
     evaluate: Callable[[Any], dict[str, np.ndarray]] | None
     """state -> metrics [S]."""
     place: Callable[[Any], Any]
@@ -35,6 +38,8 @@ class Programs(NamedTuple):
     chunk: int
     bind: Callable[[Sequence[int], Any], "Programs"]
     """(seeds, hypers) -> the same executables for as many other rows."""
+    feed: Callable[[], Feed | None]
+    """() -> where dispatches of batches come from, from where the source is; closed by who opens it."""
 
 
 def initial(learner: Learner, seeds: Sequence[int], hypers: Any) -> tuple[Any, guard.Alive]:
@@ -70,7 +75,7 @@ def build(
     env_devices: int = 1,
     memory_limit: int | None = None,
 ) -> Programs:
-    """Compile a run; `memory_limit` in bytes (default: what is free).
+    """Compile a run; `memory_limit` in bytes (default: what is free). Large batches make `chunk` smaller (source.py).
 
     Raises `ledger.DoesNotFit` when the run needs more, `UserError` for devices that divide neither the seeds nor the
     environments of each (see devices.py).
@@ -90,29 +95,41 @@ def build(
         shapes = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where)
     # beside the chunk, which takes longest
     init = book.begin("init", start, *rows, out_shardings=where, once=True, aside=True)
-    evaluation = _evaluation(learner, shapes[0], place, book) if evaluate else None
+    evaluation = evaluating(learner, shapes[0], book, place) if evaluate else None
     constants = () if data is None else distributed.place_all(data.constants(), place.everywhere)
-    item = () if data is None else data.chunk(0, 1, chunk, seeds, peek=True)
-    one_item = jax.tree.map(lambda x: x[0], item)
+    one_item = () if data is None else data.item(seeds)
+    chunk = chunk if data is None else source.fitting(data, seeds, chunk)
+    item = jax.tree.map(lambda x: np.zeros((chunk, *np.shape(x)), np.asarray(x).dtype), one_item)
+    # who draws: rows and augmentation depend on the seed and the step
+    draws = lambda seeds: () if data is None else distributed.place_all(np.asarray(seeds, np.uint32), place.seeds)
+    shared = (constants, draws(seeds))
     body = jax.jit(_step_body(learner, data, guarded))  # traced once, however often it is asked for its shapes
     zero = np.int32(0)
     if dispatch == "auto":
         with book.clock():
-            slow = jax.default_backend() == "cpu" and convolves(body, *shapes, zero, constants, one_item)
+            slow = jax.default_backend() == "cpu" and convolves(body, *shapes, zero, shared, one_item)
         dispatch = "loop" if slow else "scan"
     out = None if where is None else (*where, place.everywhere)
+    where_items = place.steps if data is not None and data.per_seed else place.everywhere
+
+    def send(tree: Any) -> Any:
+        if dispatch == "loop":  # step by step from the host
+            return tree
+        return jax.device_put(tree) if where_items is None else distributed.place_all(tree, where_items)
+
     with place.compiling():
         if dispatch == "scan":
-            args = (*shapes, zero, zero, constants, item)
+            item = send(item)
+            args = (*shapes, zero, zero, shared, item)
             program = book.compile("chunk", _chunk_program(body, chunk), *args, donate=(0, 1), out_shardings=out)
         else:
-            args = (*shapes, zero, constants, one_item)
+            args = (*shapes, zero, shared, one_item)
             program = book.compile("step", body, *args, donate=(0, 1), out_shardings=out)
     measured = book.programs[-1]
     measured.seeds = -(-len(seeds) // devices)
-    measured.envs = -(-getattr(learner.config, "num_envs", 0) // env_devices)
-    shared = (constants, () if data is not None and data.per_seed else item)
-    measured.shared_bytes = sum(x.nbytes for x in jax.tree.leaves(shared))
+    measured.envs = -(-environments(learner, shapes[0]) // env_devices)
+    common = (constants, () if data is not None and data.per_seed else item)
+    measured.shared_bytes = sum(x.nbytes for x in jax.tree.leaves(common))
     # host memory is shared by its devices
     copies = max(devices * env_devices // distributed.count(), 1) if jax.default_backend() == "cpu" else 1
     limit = ledger.available_bytes() if memory_limit is None else memory_limit
@@ -125,9 +142,10 @@ def build(
     def bind(seeds: Sequence[int], hypers: Any) -> Programs:
         rows = arguments(seeds, hypers)
 
-        def advance(state: Any, alive: guard.Alive, done: int, count: int) -> tuple:
-            items = () if data is None else data.chunk(done, count, chunk, seeds)
-            return run(program, state, alive, done, count, constants, items)
+        shared = (constants, draws(seeds))
+
+        def advance(state: Any, alive: guard.Alive, done: int, count: int, items: Any = ()) -> tuple:
+            return run(program, state, alive, done, count, shared, items)
 
         return Programs(
             init=lambda: initialise(*rows),
@@ -136,6 +154,7 @@ def build(
             place=lambda tree: place.place(*tree),
             chunk=chunk,
             bind=bind,
+            feed=lambda: None if data is None else Feed(data, seeds, chunk, send),
         )
 
     return bind(seeds, hypers)
@@ -151,33 +170,92 @@ def convolves(function: Callable, *args: Any) -> bool:
     return found(jax.make_jaxpr(function)(*args).jaxpr)
 
 
-def _evaluation(learner: Learner, shapes: Any, place: Layout, book: ledger.Ledger) -> Callable[[], Callable] | None:
+def evaluating(
+    learner: Learner, shapes: Any, book: ledger.Ledger, place: Layout = Layout(), key: Key | None = None
+) -> Callable[[], Callable[[Any], dict[str, np.ndarray]]] | None:
+    """Begin to compile the evaluation of states like `shapes` [S, ...] with `key` (default: the one of all runs); the
+    function that is returned gives state -> metrics [S]. None for a learner without evaluation.
+
+    Raises `UserError` for an `eval_source` without an end, or an `evaluate` that gives no `Mean`s for its batches.
+    """
     evaluate = learner.evaluate
     if evaluate is None:
         return None
-    key = distributed.place_all(jax.random.key(EVAL_STREAM), place.everywhere)
-    one = lambda state, key: over_seeds(lambda s: evaluate(s, key))(state)
-    begun = book.begin("evaluate", one, shapes, key, out_shardings=place.everywhere, aside=True)
+    key = distributed.place_all(jax.random.key(EVAL_STREAM) if key is None else key, place.everywhere)
+    if learner.eval_source is None:
+        one = lambda state, key: over_seeds(lambda s: evaluate(s, key))(state)
+        begun = book.begin("evaluate", one, shapes, key, out_shardings=place.everywhere, aside=True)
 
-    def finish() -> Callable:
+        def finish() -> Callable:
+            program = begun()
+            return lambda state: on_host(program(state, key))
+
+        return finish
+    split = learner.eval_source(learner.config)
+    total = source.finite(split, learner.name)
+    constants = distributed.place_all(split.constants(), place.everywhere)
+
+    def measure(state: Any, constants: Any, item: Any, key: Any) -> Any:
+        batch = split.batch(constants, item, key)
+        return over_seeds(lambda s: evaluate(s, key, batch))(state)
+
+    one_item = split.item([0])
+    with book.clock():
+        found = jax.eval_shape(measure, shapes, constants, one_item, key)
+        slow = jax.default_backend() == "cpu" and convolves(measure, shapes, constants, one_item, key)
+    for name, value in found.items():
+        if not isinstance(value, Mean):
+            raise UserError(f"{learner.name}.evaluate: {name}: expected a Mean(total, count), to add up over batches")
+    size = 1 if slow else source.fitting(split, [0], total)
+
+    def sums(state: Any, constants: Any, items: Any, start: Any, count: Any, key: Any) -> Any:
+        at = lambda i: jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), items)
+        one = lambda i: measure(state, constants, at(i), jax.random.fold_in(key, start + i))
+        if size == 1:  # no loop, in which convolutions are slower on CPU
+            return one(0)
+        zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), found)
+        return jax.lax.fori_loop(0, count, lambda i, sums: jax.tree.map(jnp.add, sums, one(i)), zero)
+
+    send = lambda tree: jax.device_put(tree) if place.mesh is None else distributed.place_all(tree, place.everywhere)
+    items = send(jax.tree.map(lambda x: np.zeros((size, *np.shape(x)), np.asarray(x).dtype), one_item))
+    args = (shapes, constants, items, np.int32(0), np.int32(0), key)
+    begun = book.begin("evaluate", sums, *args, out_shardings=place.everywhere, aside=True)
+
+    def finish_split() -> Callable:
         program = begun()
-        return lambda state: metrics.on_host(program(state, key))
 
-    return finish
+        def run(state: Any) -> dict[str, np.ndarray]:
+            parts = []
+            with contextlib.closing(Feed(split, [0], size, send)) as feed:
+                for start in range(0, total, size):
+                    count = min(size, total - start)
+                    batches = feed.take(start, count, min(size, total - start - count))
+                    part = program(state, constants, batches, np.int32(start), np.int32(count), key)
+                    parts.append(jax.tree.map(np.asarray, part))
+            return on_host(jax.tree.map(lambda *xs: np.sum(xs, 0), *parts))
+
+        return run
+
+    return finish_split
 
 
 def _step_body(learner: Learner, data: Source | None, guarded: bool) -> Callable:
-    """(state, alive, number of this step, constants, item) -> (state, alive, metrics), each with a seed axis."""
+    """(state, alive, number of the step, (constants, seeds), item) -> (state, alive, metrics), each with seed axis."""
     step = guard.guarded(learner.step) if guarded else guard.unguarded(learner.step)
 
-    def body(state: Any, alive: guard.Alive, number: Any, constants: Any, item: Any) -> tuple:
+    def body(state: Any, alive: guard.Alive, number: Any, shared: Any, item: Any) -> tuple:
         if data is None:
             return over_seeds(lambda s, a: step(s, a, number))(state, alive)
-        batch = data.batch
+        (constants, seeds), make = shared, data.batch
+
+        def one(s: Any, a: guard.Alive, seed: Any, item: Any) -> tuple:
+            key = jax.random.fold_in(jax.random.fold_in(jax.random.key(source.DATA_STREAM), seed), number - 1)
+            return step(s, a, number, make(constants, item, key))
+
         if data.per_seed:
-            return over_seeds(lambda s, a, one: step(s, a, number, batch(constants, one)))(state, alive, item)
-        shared = batch(constants, item)
-        return over_seeds(lambda s, a: step(s, a, number, shared))(state, alive)
+            return over_seeds(one)(state, alive, seeds, item)
+        # what depends on no seed has no seed axis: a shared batch is made once
+        return over_seeds(lambda s, a, seed: one(s, a, seed, item))(state, alive, seeds)
 
     return body
 
@@ -197,14 +275,14 @@ def over_seeds(function: Callable) -> Callable:
 def _chunk_program(body: Callable, chunk: int) -> Callable:
     """A loop over `count` <= chunk steps whose metrics go into buffers [chunk, S]."""
 
-    def program(state: Any, alive: guard.Alive, done: Any, count: Any, constants: Any, items: Any) -> tuple:
+    def program(state: Any, alive: guard.Alive, done: Any, count: Any, shared: Any, items: Any) -> tuple:
         at = lambda i: jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), items)
-        shapes = jax.eval_shape(body, state, alive, done, constants, at(0))[2]
+        shapes = jax.eval_shape(body, state, alive, done, shared, at(0))[2]
         empty = jax.tree.map(lambda s: jnp.zeros((chunk, *s.shape), s.dtype), shapes)
 
         def one(i: jax.Array, carry: tuple) -> tuple:
             state, alive, buffers = carry
-            state, alive, row = body(state, alive, done + i + 1, constants, at(i))
+            state, alive, row = body(state, alive, done + i + 1, shared, at(i))
             return state, alive, jax.tree.map(lambda b, m: b.at[i].set(m), buffers, row)
 
         return jax.lax.fori_loop(0, count, one, (state, alive, empty))
@@ -212,16 +290,16 @@ def _chunk_program(body: Callable, chunk: int) -> Callable:
     return program
 
 
-def _scan(program: Callable, state: Any, alive: Any, done: int, count: int, constants: Any, items: Any) -> tuple:
-    state, alive, rows = program(state, alive, np.int32(done), np.int32(count), constants, items)
-    return state, alive, {k: v[:count] for k, v in metrics.on_host(rows).items()}
+def _scan(program: Callable, state: Any, alive: Any, done: int, count: int, shared: Any, items: Any) -> tuple:
+    state, alive, rows = program(state, alive, np.int32(done), np.int32(count), shared, items)
+    return state, alive, {k: v[:count] for k, v in on_host(rows).items()}
 
 
-def _loop(program: Callable, state: Any, alive: Any, done: int, count: int, constants: Any, items: Any) -> tuple:
+def _loop(program: Callable, state: Any, alive: Any, done: int, count: int, shared: Any, items: Any) -> tuple:
     rows = []
     for i in range(count):
         item = jax.tree.map(lambda x, i=i: x[i], items)
-        state, alive, row = program(state, alive, np.int32(done + i + 1), constants, item)
+        state, alive, row = program(state, alive, np.int32(done + i + 1), shared, item)
         rows.append(row)
-    rows = [metrics.on_host(row) for row in rows]  # after the last step was sent off
+    rows = [on_host(row) for row in rows]  # after the last step was sent off
     return state, alive, {k: np.stack([r[k] for r in rows]) for k in rows[0]}

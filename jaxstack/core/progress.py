@@ -54,7 +54,7 @@ class Progress:
         if not self.on:
             return
         rate = self._done * self.learner.samples_per_step * self.num_seeds / max(self._seconds, 1e-9)
-        text = f"{rate:,.0f} samples/s  {_headline(rows)}"
+        text = f"{rate:,.0f} samples/s  {_headline(rows, self.learner.objective[0])}"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, description=text)
         elif time.monotonic() - self._printed > 5 or step == self.num_steps:
@@ -73,8 +73,8 @@ class Progress:
         print(text, flush=True)  # noqa: T201
 
 
-def _headline(rows: list[dict[str, Any]]) -> str:
-    for name in SHOWN:
+def _headline(rows: list[dict[str, Any]], objective: str) -> str:
+    for name in (objective, *SHOWN):
         values = [r[name] for r in rows if name in r and math.isfinite(r[name])]
         if values:
             return f"{name} {sum(values) / len(values):.3g}"

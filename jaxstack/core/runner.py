@@ -18,13 +18,13 @@ import numpy as np
 
 from jaxstack.core import cache, config, distributed, guard, ledger, program, signals
 from jaxstack.core.checkpoint import Checkpoints, NoCheckpoint, Retention, from_table, to_table
-from jaxstack.core.data import Source
 from jaxstack.core.errors import UserError
-from jaxstack.core.learner import Learner
+from jaxstack.core.learner import Key, Learner, better
 from jaxstack.core.progress import Progress
 from jaxstack.core.rundir import RunDir, by_step, read_plan
 from jaxstack.core.signals import COMPILING, Interrupted
 from jaxstack.core.sinks import Row, Sink
+from jaxstack.core.source import Feed, Source
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,10 @@ class RunOptions(config.Config):
     """Steps between checkpoints; 0 saves at the end and when interrupted."""
     keep_last: int = 2
     keep_best: int = 0
-    best_metric: str = "eval/return"
+    best_metric: str = ""
+    """What `keep_best` goes by; default: the learner's objective."""
+    best_direction: Literal["max", "min", ""] = ""
+    """Whether it is better large or small; default: as the learner's objective, of another metric large."""
     max_compiles: int | None = None
     """A further compile is an error."""
     guard: bool = True
@@ -114,19 +117,20 @@ def train(
 ) -> Result:
     """Train `learner` for `num_steps` steps, or `total_samples` samples a seed, with each of `seeds` at once.
 
-    Steps default to the config's `num_updates`; `hypers` may have leaves [S] (one setting a seed). `settings` [S]
-    numbers them: rows are then pairs (setting, seed), in which seeds may repeat, metrics have a column `setting`, and
-    rows that all went non-finite are returned instead of raised. Options can be given by name: `train(learner, 100,
-    chunk=10)`. `plan` is stored in the run directory beside what `resume` needs. Raises `UserError` for wrong
-    arguments, a run that does not fit into memory, or when every seed went non-finite; `Interrupted` after SIGINT or
-    SIGTERM.
+    Steps default to the learner's, and so does `data`, the source of its batches; `hypers` may have leaves [S] (one
+    setting a seed). `settings` [S] numbers them: rows are then pairs (setting, seed), in which seeds may repeat,
+    metrics have a column `setting`, and rows that all went non-finite are returned instead of raised. Options can be
+    given by name: `train(learner, 100, chunk=10)`. `plan` is stored in the run directory beside what `resume` needs.
+    Raises `UserError` for wrong arguments, a run that does not fit into memory, or when every seed went non-finite;
+    `Interrupted` after SIGINT or SIGTERM.
     """
     options = config.replace(options, **changes)
     num_steps = _num_steps(learner, num_steps, total_samples)
     seeds = check_seeds(seeds) if settings is None else _check_rows(seeds, settings)
     settings = None if settings is None else [int(i) for i in settings]
-    _check_data(learner, data)
+    data = _data(learner, data)
     plan = {"agent": learner.name, "config": _config(learner), "seeds": seeds, "num_steps": num_steps} | (plan or {})
+    plan |= {"objective": list(learner.objective)}
     plan |= {} if settings is None else {"settings": settings}
     path = None if run_dir is None else Path(run_dir)
     distributed.on_first(lambda: path and RunDir.check(path))
@@ -174,7 +178,7 @@ def resume(
     _same_config(run_dir, old["config"], new)
     seeds = list(old["seeds"])
     num_steps = int(old["num_steps"] if num_steps is None else num_steps)
-    _check_data(learner, data)
+    data = _data(learner, data)
     cache.enable()
     book = ledger.Ledger(options.max_compiles)
     hypers = _stored_hypers(learner, old) if hypers is None else hypers
@@ -223,6 +227,23 @@ def _stored_hypers(learner: Learner, plan: dict[str, Any]) -> Any:
     return jax.tree_util.tree_map_with_path(
         lambda path, _: np.asarray(plan["hypers"][jax.tree_util.keystr(path)], np.float32), learner.hypers
     )
+
+
+def evaluate(learner: Learner, state: Any, key: Key | None = None) -> dict[str, np.ndarray]:
+    """What the learner measures of a state [S, ...], by name [S]; over its whole `eval_source`, where it has one.
+
+    Args:
+        learner: with an `evaluate`.
+        state: as `train` and `load_state` return it.
+        key: of what is drawn; default: the one of all runs, so that evaluations of a run are repeated.
+
+    Raises:
+        UserError: for a learner without evaluation.
+    """
+    begun = program.evaluating(learner, jax.eval_shape(lambda: state), ledger.Ledger(), key=key)
+    if begun is None:
+        raise UserError(f"{learner.name}: has no evaluation")
+    return begun()(state)
 
 
 def load_state(learner: Learner, run_dir: str | Path) -> Any:
@@ -373,11 +394,12 @@ def _loop(
     failed = np.asarray(distributed.fetch(alive.failed_step))
     shown = options.progress and distributed.is_first()
     progress = Progress(job.learner, total, step, len(job.seeds), job.book, shown)
-    with _saving(job, run) as store, progress:
+    with _saving(job, run) as store, progress, _feeding(programs) as feed:
         while step < total and not stop and not failed.all():
             count = _until(step, total, programs.chunk, options)
             begun = time.perf_counter()
-            state, alive, metrics = programs.advance(state, alive, step, count)
+            items = () if feed is None else feed.take(step, count, _until(step + count, total, programs.chunk, options))
+            state, alive, metrics = programs.advance(state, alive, step, count, items)
             seconds = time.perf_counter() - begun
             evaluate = programs.evaluate is not None and _due(step + count, total, options.eval_every)
             extra = programs.evaluate(state) if evaluate and programs.evaluate else {}
@@ -394,7 +416,7 @@ def _loop(
                 )
             stop = _agreed(job)
             if job.run_dir is not None and (_due(step, total, options.checkpoint_every) or stop or failed.all()):
-                _save(job, run, store, step, state, alive, rows)
+                _save(job, run, store, step, state, alive, rows, None if feed is None else feed.state())
                 stop = stop or _agreed(job)
     _settle(job, run, step, failed)
     import pandas as pd
@@ -424,7 +446,7 @@ def _saving(job: Job, run: RunDir | None) -> Iterator[Checkpoints | None]:
         yield None
         return
     options = job.options
-    store = Checkpoints(run.checkpoints, Retention(options.keep_last, options.keep_best, options.best_metric))
+    store = Checkpoints(run.checkpoints, Retention(options.keep_last, options.keep_best))
     try:
         yield store
     except BaseException:
@@ -435,13 +457,32 @@ def _saving(job: Job, run: RunDir | None) -> Iterator[Checkpoints | None]:
 
 
 def _save(
-    job: Job, run: RunDir | None, store: Checkpoints | None, step: int, state: Any, alive: guard.Alive, rows: list[Row]
+    job: Job,
+    run: RunDir | None,
+    store: Checkpoints | None,
+    step: int,
+    state: Any,
+    alive: guard.Alive,
+    rows: list[Row],
+    position: Any,
 ) -> None:
-    name = job.options.best_metric
-    scores = [r[name] for r in rows if r["step"] == step and name in r]
-    meta = {"data": None if job.data is None else job.data.state(), "metrics": run and run.mark()}
+    metric, direction = job.learner.objective
+    name = job.options.best_metric or metric
+    sign = better(job.options.best_direction or (direction if name == metric else "max"))
+    scores = [sign * r[name] for r in rows if r["step"] == step and name in r]
+    meta = {"data": position, "metrics": run and run.mark()}
     whole = distributed.fetch((state, alive))
     distributed.on_first(lambda: store and store.save(step, whole, meta, float(np.mean(scores)) if scores else None))
+
+
+@contextlib.contextmanager
+def _feeding(programs: program.Programs) -> Iterator[Feed | None]:
+    feed = programs.feed()
+    try:
+        yield feed
+    finally:
+        if feed is not None:
+            feed.close()
 
 
 def _settle(job: Job, run: RunDir | None, step: int, failed: np.ndarray) -> None:
@@ -532,7 +573,7 @@ def _num_steps(learner: Learner, num_steps: int | None, total_samples: int | Non
     if total_samples is not None:
         num_steps = -(-int(total_samples) // learner.samples_per_step)
     elif num_steps is None:
-        num_steps = getattr(learner.config, "num_updates", None)
+        num_steps = learner.num_steps
     if num_steps is None or not 1 <= num_steps < 2**31:
         raise UserError(f"num_steps={num_steps}: expected 1 to 2^31-1")
     return int(num_steps)
@@ -555,11 +596,15 @@ def _check_rows(seeds: int | Sequence[int], settings: Sequence[int]) -> list[int
     return out
 
 
-def _check_data(learner: Learner, data: Source | None) -> None:
+def _data(learner: Learner, data: Source | None) -> Source | None:
+    """The source of the run: the one given, else the learner's own."""
+    if data is None and learner.source is not None:
+        return learner.source(learner.config)
     if learner.takes_batch and data is None:
         raise UserError(f"{learner.name}: data is needed, e.g. ArrayData(arrays, batch_size)")
-    if data is not None and not learner.takes_batch:
+    if data is not None and not learner.takes_batch and learner.source is None:
         raise UserError(f"{learner.name}: makes its own data; data must be None")
+    return data
 
 
 @contextlib.contextmanager

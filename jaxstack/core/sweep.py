@@ -20,9 +20,9 @@ import yaml
 from jaxstack.core import config, plots, runner, stats
 from jaxstack.core import options as texts
 from jaxstack.core import space as spaces
-from jaxstack.core.data import Source
 from jaxstack.core.errors import UserError, unknown
-from jaxstack.core.learner import Learner
+from jaxstack.core.learner import Learner, better
+from jaxstack.core.source import Source
 from jaxstack.core.space import choice, grid, log_uniform, uniform
 
 __all__ = ["Sweep", "choice", "grid", "log_uniform", "sweep", "uniform"]
@@ -44,6 +44,8 @@ class Sweep(NamedTuple):
     """The compile ledger; `static` tells whose program it is."""
     runs: tuple[runner.Result, ...] = ()
     """The runner's results, one for each combination of static values; empty after `load`."""
+    objective: tuple[str, str] = ("eval/return", "max")
+    """The learner's: what settings are ranked by unless a metric is named."""
 
     @property
     def settings(self) -> Any:
@@ -58,10 +60,18 @@ class Sweep(NamedTuple):
         run, row = divmod(int(rows[0]), len(self.table) // len(self.runs))
         return jax.tree.map(lambda x: x[row], self.runs[run].state)
 
-    def summary(self, metric: str) -> Any:
+    def goal(self, metric: str | None = None, largest: bool | None = None) -> tuple[str, bool]:
+        """(metric, whether larger is better); defaults: the objective, and for another metric the largest."""
+        name, direction = self.objective
+        metric = name if metric is None else metric
+        if largest is None:
+            largest = better(direction) > 0 if metric == name else True
+        return metric, largest
+
+    def summary(self, metric: str | None = None) -> Any:
         """pandas, a row for each setting: its values, `iqm` and `mean` over the runs that did not fail with 95%
         bootstrap intervals (`iqm_low`, ...; NaN for one run), and the numbers `runs` and `failed`."""
-        scores = self._scores(metric)
+        scores = self._scores(self.goal(metric)[0])
         counts = np.asarray([len(s) for s in scores])
         out = self.settings.copy()
         for name, statistic in (("iqm", stats.iqm_by_task), ("mean", stats.by_task)):
@@ -73,22 +83,25 @@ class Sweep(NamedTuple):
             out[name], out[f"{name}_low"], out[f"{name}_high"] = table
         return out.assign(runs=counts, failed=len(self.seeds) - counts).reset_index()
 
-    def ranking(self, metric: str, largest: bool = True) -> Any:
+    def ranking(self, metric: str | None = None, largest: bool | None = None) -> Any:
         """`summary`, best first: by IQM, settings with a failed run after those without, however good the others."""
+        metric, largest = self.goal(metric, largest)
         table = self.summary(metric)
         key = -table.iqm if largest else table.iqm
         order = np.lexsort((key.fillna(np.inf), table.failed > 0))
         return table.iloc[order].reset_index(drop=True)
 
-    def best(self, metric: str, largest: bool = True) -> dict[str, Any]:
+    def best(self, metric: str | None = None, largest: bool | None = None) -> dict[str, Any]:
         """The values of the first setting of the ranking: `make_learner(**best)`. Raises `UserError` if all failed."""
+        metric, largest = self.goal(metric, largest)
         first = self.ranking(metric, largest).iloc[0]
         if not first.runs:
             raise UserError(f"{metric}: every run of the sweep failed")
         return self.settings.loc[[int(first.setting)]].to_dict("records")[0]
 
-    def report(self, metric: str, largest: bool = True) -> str:
+    def report(self, metric: str | None = None, largest: bool | None = None) -> str:
         """The ranking as text."""
+        metric, largest = self.goal(metric, largest)
         rows: list[tuple[str, ...]] = [("", *self.space, f"IQM of {metric}", "mean", "runs", "failed")]
         for i, r in enumerate(self.ranking(metric, largest).to_dict("records"), 1):
             values = [_text(r[name]) for name in self.space]
@@ -123,9 +136,10 @@ class Sweep(NamedTuple):
             data[column] = ([name for name, _ in axes], array)
         return xarray.Dataset(data, {**coordinates, "seed": self.seeds})
 
-    def figure(self, path: str | Path, metric: str, largest: bool = True, title: str = "") -> Path:
+    def figure(self, path: str | Path, metric: str | None = None, largest: bool | None = None, title: str = "") -> Path:
         """The IQM of `metric`: over one numeric name with its interval as a band, over two names as a heat map (grid)
         or coloured points (random search), else the ranked settings with their intervals."""
+        metric, largest = self.goal(metric, largest)
         ranked, names, label = self.ranking(metric, largest), list(self.space), f"IQM of {metric}"
         numeric = [n for n in names if ranked[n].dtype == float]
         logs = [n in numeric and _spans_decades(ranked[n]) for n in names]
@@ -157,7 +171,9 @@ class Sweep(NamedTuple):
         directory = Path(directory)
         files = {}
         try:
-            files["space.yaml"] = texts.dump({"space": spaces.to_plain(self.space), "seeds": self.seeds})
+            objective = list(self.objective)
+            content = {"space": spaces.to_plain(self.space), "seeds": self.seeds, "objective": objective}
+            files["space.yaml"] = texts.dump(content)
             for name, frame in (("table", self.table), ("curves", self.curves)):
                 rows = [{k: _json(v) for k, v in row.items()} for row in frame.to_dict("records")]
                 files[f"{name}.jsonl"] = "".join(json.dumps(row) + "\n" for row in rows)
@@ -180,13 +196,14 @@ class Sweep(NamedTuple):
             except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as e:
                 raise UserError(f"{directory / name}: no sweep's file ({' '.join(str(e).split())[:200]})") from e
 
-        def plan(text: str) -> tuple[dict, list[int]]:
+        def plan(text: str) -> tuple[dict, list[int], tuple[str, str]]:
             data = texts.load(text, "space.yaml")
-            return spaces.from_plain(data["space"]), list(data["seeds"])
+            metric, direction = data.get("objective", ("eval/return", "max"))
+            return spaces.from_plain(data["space"]), list(data["seeds"]), (metric, direction)
 
-        dimensions, seeds = read("space.yaml", plan)
+        dimensions, seeds, objective = read("space.yaml", plan)
         table, curves = (read(f"{name}.jsonl", lambda text: _frame(text, dimensions)) for name in ("table", "curves"))
-        return cls(dimensions, seeds, table, curves, read("ledger.json", json.loads))
+        return cls(dimensions, seeds, table, curves, read("ledger.json", json.loads), objective=objective)
 
     def _scores(self, metric: str) -> list[np.ndarray]:
         """Final values of each setting's runs that did not fail."""
@@ -247,7 +264,7 @@ def sweep(
         programs += [{"static": {n: _json(v) for n, v in static.items()}} | row for row in run.ledger.rows()]
         labels += [static | setting for setting in settings]
     table, curves = _tables(list(space), labels, seeds, runs)
-    return Sweep(dict(space), seeds, table, curves, programs, tuple(runs))
+    return Sweep(dict(space), seeds, table, curves, programs, tuple(runs), learners[0].objective)
 
 
 def _plan(

@@ -71,7 +71,7 @@ class Text(Task):
     """Next-byte prediction on windows of length + 1 bytes at random places; `test` draws from the validation part.
 
     The corpus becomes a constant of the program, which suits corpora up to some 100 MB; for larger ones give the
-    runner `core.data.HostData(windows(corpus, ...))`.
+    runner `data.sources.HostData(windows(corpus, ...))`.
     """
 
     length: int = 128
@@ -102,7 +102,7 @@ class Text(Task):
 
 
 def windows(corpus: np.ndarray, length: int, batch_size: int, seed: int = 0) -> Callable[[int], Batch]:
-    """step -> `batch_size` windows (numpy) at random places, for `core.data.HostData`: reads only what it returns."""
+    """step -> `batch_size` windows (numpy) at random places, for `data.sources.HostData`; reads what it returns."""
     if not 1 <= length < len(corpus):
         raise UserError(f"length={length!r}: expected 1 to {len(corpus) - 1}, less than the bytes of the corpus")
 

@@ -310,6 +310,8 @@ def build(model: SequenceModel, task: Task, config: Config) -> Learner:
         samples_per_step=config.batch_size * task.length,
         evaluate=evaluation(model, config, task),
         takes_batch=config.takes_batch,
+        num_steps=config.num_updates,
+        objective=("eval/accuracy", "max") if task.num_targets else ("eval/loss", "min"),
     )
 
 

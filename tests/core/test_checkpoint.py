@@ -15,10 +15,10 @@ import pytest
 from toy_learners import ToyConfig, assert_same, classifier, regression
 
 from jaxstack.core.checkpoint import Checkpoints, Retention
-from jaxstack.core.data import IteratorData
 from jaxstack.core.errors import UserError
 from jaxstack.core.rundir import read_metrics
 from jaxstack.core.runner import load_state, resume, train
+from jaxstack.data.sources import IteratorData
 
 LEARNER = regression()
 

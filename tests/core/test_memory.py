@@ -13,8 +13,8 @@ from toy_learners import classifier, regression
 from jaxstack import agents
 from jaxstack.agents import team_ppo
 from jaxstack.core import ledger, program
-from jaxstack.core.data import ArrayData
 from jaxstack.core.runner import train
+from jaxstack.data.sources import ArrayData
 from jaxstack.envs import rollout, vector
 from jaxstack.sequence import trainer
 

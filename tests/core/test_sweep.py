@@ -16,9 +16,9 @@ import jaxstack
 from jaxstack import agents
 from jaxstack.core import ledger, runner, stats
 from jaxstack.core import space as spaces
-from jaxstack.core.data import IteratorData
 from jaxstack.core.errors import UserError
 from jaxstack.core.sweep import Sweep, choice, grid, log_uniform, sweep, uniform
+from jaxstack.data.sources import IteratorData
 
 RATES = (0.05, 0.1, 0.2)
 
@@ -219,6 +219,16 @@ def test_a_setting_with_a_failed_run_ranks_after_all_others_and_averages_the_res
 def draws(space, num, seed=0):
     spaces.check(space, Hypers._fields, (), num, "toy")
     return pd.DataFrame(spaces.numeric_settings(space, Hypers._fields, num, seed))
+
+
+def test_the_objective_ranks_unless_a_metric_is_named(tmp_path):
+    small = by_hand([[3.0], [1.0], [2.0]])._replace(objective=("eval/return", "min"))
+    small.save(tmp_path)
+    for one in (small, Sweep.load(tmp_path)):
+        assert one.ranking().setting.tolist() == [1, 2, 0]
+        assert one.best() == one.best("eval/return", largest=False)
+        assert one.ranking(largest=True).setting.tolist() == [0, 2, 1]
+        assert one.report() == one.report("eval/return", largest=False)
 
 
 def test_draws_depend_on_seed_name_and_number_alone():

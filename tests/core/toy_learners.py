@@ -59,7 +59,9 @@ def regression(config: ToyConfig = ToyConfig(), conv: bool = False) -> Learner:
         x = jax.random.normal(key, (16, config.width))
         return {"eval/return": -loss(s.params, x), "eval/step": s.step.astype(jnp.float32), "eval/draw": x[0, 0]}
 
-    return Learner(init, step, Hypers(), config, "toy", samples_per_step=8, evaluate=evaluate)
+    return Learner(
+        init, step, Hypers(), config, "toy", samples_per_step=8, evaluate=evaluate, num_steps=config.num_updates
+    )
 
 
 def classifier(features: int = 64, classes: int = 10) -> Learner:

@@ -2,8 +2,9 @@ import jax
 import numpy as np
 import pytest
 
-from jaxstack.core.data import HostData
 from jaxstack.core.errors import UserError
+from jaxstack.core.source import Feed
+from jaxstack.data.sources import HostData
 from jaxstack.sequence import tasks, text
 
 
@@ -61,7 +62,7 @@ def test_blocks_predict_every_byte_once():
 def test_windows_for_the_host_depend_on_the_step_alone(corpus):
     function = text.windows(text.load(corpus), length=8, batch_size=3, seed=1)
     source = HostData(function)
-    chunk = source.chunk(5, 2, 2, [0])
+    chunk = Feed(source, [0], 2).take(5, 2)
     np.testing.assert_array_equal(chunk.tokens[1], function(6).tokens)
     assert (function(5).tokens != function(6).tokens).any()
     np.testing.assert_array_equal(chunk.targets[0], function(5).tokens + 1)

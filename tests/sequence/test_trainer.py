@@ -9,8 +9,8 @@ import optax
 import pytest
 
 from jaxstack.core import runner
-from jaxstack.core.data import HostData
 from jaxstack.core.errors import UserError
+from jaxstack.data.sources import HostData
 from jaxstack.sequence import tasks, text, trainer
 from jaxstack.sequence.model import decay_mask
 
