@@ -117,6 +117,9 @@ class Learner(NamedTuple):
     policy: Policy | None = None
     takes_batch: bool = False
     """Batches come from the source that the runner is given; implied by `source`."""
+    check_data: Callable[[Any], None] | None = None
+    """For learners that take batches: raise `UserError` for examples that a step cannot take, such as tokens outside
+    the vocabulary. Called on the host with any number of leading axes: on a source's arrays once, or on each chunk."""
     over_envs: Callable[[Any], Any] | None = None
     """state -> those parts of it whose leaves have a leading axis of environments, which `env_devices` then spreads."""
     num_steps: int | None = None

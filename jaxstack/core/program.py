@@ -96,7 +96,12 @@ def build(
     # beside the chunk, which takes longest
     init = book.begin("init", start, *rows, out_shardings=where, once=True, aside=True)
     evaluation = evaluating(learner, shapes[0], book, place) if evaluate else None
-    constants = () if data is None else distributed.place_all(data.constants(), place.everywhere)
+    arrays = () if data is None else data.constants()
+    streamed = not jax.tree.leaves(arrays)  # otherwise the items are rows of `arrays`
+    check = (data is not None and learner.check_data) or (lambda examples: None)
+    if not streamed:
+        check(arrays)
+    constants = distributed.place_all(arrays, place.everywhere)
     one_item = () if data is None else data.item(seeds)
     chunk = chunk if data is None else source.fitting(data, seeds, chunk)
     item = jax.tree.map(lambda x: np.zeros((chunk, *np.shape(x)), np.asarray(x).dtype), one_item)
@@ -116,6 +121,11 @@ def build(
         if dispatch == "loop":  # step by step from the host
             return tree
         return jax.device_put(tree) if where_items is None else distributed.place_all(tree, where_items)
+
+    def checked(tree: Any) -> Any:
+        if streamed:
+            check(tree)
+        return send(tree)
 
     with place.compiling():
         if dispatch == "scan":
@@ -154,7 +164,7 @@ def build(
             place=lambda tree: place.place(*tree),
             chunk=chunk,
             bind=bind,
-            feed=lambda: None if data is None else Feed(data, seeds, chunk, send),
+            feed=lambda: None if data is None else Feed(data, seeds, chunk, checked),
         )
 
     return bind(seeds, hypers)

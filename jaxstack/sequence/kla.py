@@ -58,7 +58,8 @@ def kla_scan(
     """Filter a batch of sequences -> (y [B, T, M], variance of y [B, T, M], state after the last token).
 
     v [B, T, M] observed values; obs_precision [B, T, M] >= 0, 0 for no observation (clipped to 2e15 in float32);
-    k, q [B, T, S] observation and read-out vectors; abar [M, S] decay in [0, 1]; pbar [M, S] >= 0 process noise.
+    k, q [B, T, S] observation (clipped to 3e18) and read-out vectors; abar [M, S] decay in [0, 1]; pbar [M, S] >= 0
+    process noise.
     state: the prior, unit normal if None; the first token is predicted, then updated.
     mask [B, T]: what stands at False is ignored. masked="freeze" (padding): the state stays, y and its variance are 0.
     masked="predict" (a gap in the data): time passes without an observation, q still reads the prediction.
@@ -76,7 +77,7 @@ def kla_scan(
     if interpret and form != "pallas":
         raise UserError(f"interpret=True applies to method='pallas', not {method!r}")
     keep = None if mask is None else jnp.asarray(mask)
-    tokens = _silence(tokens, keep, masked)
+    tokens = silence(tokens, keep, masked)
     keep = keep if masked == "freeze" else None
     if length == 0:
         return tokens.v, tokens.v, state
@@ -107,7 +108,7 @@ def kla_step(
     abar, pbar = jnp.asarray(abar, dtype), jnp.asarray(pbar, dtype)
     batch, _, channels, d_state = _check(tokens, abar, pbar, None, "freeze", read)
     state = _prior(state, batch, channels, d_state, dtype)
-    token = Token(*(x[0] for x in _time_first(_silence(tokens, None, "freeze"))))
+    token = Token(*(x[0] for x in _time_first(silence(tokens, None, "freeze"))))
     lam, mean, y, var = filter_step(*_swap(state), token, abar.T, pbar.T, prior=read == "prior")
     return y[:, 0], var[:, 0], _swap((lam, mean))
 
@@ -142,14 +143,27 @@ def _prior(state: KLAState | None, batch: int, channels: int, d_state: int, dtyp
     return KLAState(jnp.clip(jnp.asarray(state.precision, dtype), low, high), jnp.asarray(state.mean, dtype))
 
 
-def _silence(tokens: Token, keep: Array | None, masked: str) -> Token:
-    """Bounded precisions; whatever a masked token holds (even NaN) is replaced by an absent observation."""
-    bound = scan.precision_range(tokens.v.dtype)[1] ** 0.5
-    tokens = tokens._replace(precision=jnp.clip(tokens.precision, 0.0, bound))
-    if keep is None:
-        return tokens
-    v, precision, k, q = (jnp.where(keep[..., None], x, 0.0) for x in tokens)
-    return Token(v, precision, k, q if masked == "freeze" else tokens.q)
+def silence(tokens: Token, keep: Array | None, masked: str) -> Token:
+    """Bounded observations; whatever a masked token holds (even NaN) is replaced by an absent one."""
+    if keep is not None:
+        v, precision, k, q = (jnp.where(keep[..., None], x, 0.0) for x in tokens)
+        tokens = Token(v, precision, k, q if masked == "freeze" else tokens.q)
+    return _scale(tokens._replace(precision=jnp.clip(tokens.precision, 0.0, _bound(tokens.v.dtype, 0.5))))
+
+
+def _bound(dtype: Any, power: float) -> float:
+    return scan.precision_range(dtype)[1] ** power
+
+
+def _scale(tokens: Token) -> Token:
+    """Where a key exceeds 1e5, divide the observation: v = k z + noise of precision Lambda says what v / c = (k / c) z
+    + noise of precision c^2 Lambda says, but k^2 would overflow float32. c is a constant to the gradient: what is
+    computed does not depend on it."""
+    size = jnp.abs(tokens.k).max(-1, keepdims=True)
+    largest, high = _bound(size.dtype, 0.6), _bound(size.dtype, 1.0)
+    c = jax.lax.stop_gradient(jnp.where(size > 1e5, jnp.minimum(size, largest), 1.0))
+    precision = jnp.minimum(tokens.precision, high / (c * c)) * (c * c)
+    return tokens._replace(v=tokens.v / c, precision=precision, k=jnp.clip(tokens.k / c, -1e5, 1e5))
 
 
 def _time_first(tokens: Token) -> Token:

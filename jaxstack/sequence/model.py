@@ -15,6 +15,8 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array
 
 from jaxstack.core.errors import UserError
@@ -87,10 +89,12 @@ class SequenceModel(nn.Module):
     ) -> tuple[Array, tuple[Any, ...]]:
         """tokens [B, T] (or [B, T, F] reals) -> (logits [B, T, num_targets] or outputs [B, T], state).
 
-        mask [B, T]: False marks padding, which changes nothing at other positions. state: what an earlier call
-        returned; a sequence may be fed in pieces (with readout="each").
+        mask [B, T]: False marks padding, which changes nothing at other positions; what stands there, be it NaN or no
+        token of the vocabulary, is replaced before anything reads it. Without a mask such tokens give NaN: data is
+        checked on the host, by `check_tokens`. state: what an earlier call returned; a sequence may be fed in pieces
+        (with readout="each").
         """
-        x = self._embed(tokens)
+        x = self._embed(tokens, mask)
         state = (None,) * len(self.mixers) if state is None else state
         states = []
         for i, mixer in enumerate(self.mixers):
@@ -120,7 +124,7 @@ class SequenceModel(nn.Module):
         mixer = self.mixers[-1]
         if "return_variance" not in inspect.signature(type(mixer).__call__).parameters:
             raise UserError(f"the last mixer, {type(mixer).__name__}, gives no variance: expected one such as KLA")
-        x = self._embed(tokens)
+        x = self._embed(tokens, mask)
         for i, earlier in enumerate(self.mixers[:-1]):
             y, _ = earlier(self.mixer_norms[i](x).astype(x.dtype), mask=mask)
             x = self._after(i, x + y)
@@ -131,13 +135,17 @@ class SequenceModel(nn.Module):
         """What follows the last mixer: [..., T, D] -> logits [..., T, num_targets]."""
         return self._read(self._after(len(self.mixers) - 1, x))
 
-    def _embed(self, tokens: Array) -> Array:
+    def _embed(self, tokens: Array, mask: Array | None = None) -> Array:
         kind, rank = (jnp.integer, 0) if self.num_tokens else (jnp.floating, 1)
         if not jnp.issubdtype(tokens.dtype, kind):
             expected = "whole numbers" if self.num_tokens else "real inputs"
             raise UserError(f"tokens of type {tokens.dtype}: expected {expected}")
         if tokens.ndim - rank not in (1, 2):
             raise UserError(f"tokens have shape {tokens.shape}: expected [batch, time] or [batch] and inputs last")
+        if mask is not None:
+            if mask.shape != tokens.shape[:2] or mask.dtype != jnp.bool_:
+                raise UserError(f"mask has shape {mask.shape}, type {mask.dtype}: expected bool {tokens.shape[:2]}")
+            tokens = jnp.where(mask.reshape(*mask.shape, *[1] * rank), tokens, 0)
         return self.embed(tokens)
 
     def _after(self, i: int, x: Array) -> Array:
@@ -162,6 +170,30 @@ class SequenceModel(nn.Module):
         return out if self.num_targets else out[..., 0]
 
 
+def check_tokens(tokens: Any, num_tokens: int, mask: Any = None, what: str = "tokens") -> None:
+    """Raise `UserError` unless all unmasked tokens lie in 0..num_tokens-1 or, for num_tokens = 0, are finite reals.
+
+    To be called on the host: inside a program, where values are unknown, nothing is checked.
+
+    Args:
+        tokens: any shape, whole numbers; or reals [..., F] for num_tokens = 0.
+        num_tokens: size of the vocabulary, 0 for real inputs.
+        mask: bool, the shape of `tokens` without F; False marks padding, where anything may stand.
+        what: how the message names the tokens.
+    """
+    if isinstance(tokens, Tracer) or isinstance(mask, Tracer):
+        return
+    tokens = np.asarray(tokens)
+    good = (tokens >= 0) & (tokens < num_tokens) if num_tokens else np.isfinite(tokens)
+    if mask is not None:
+        good |= ~np.asarray(mask).reshape(np.shape(mask) + (1,) * (tokens.ndim - np.ndim(mask)))
+    if good.all():
+        return
+    at = tuple(int(i) for i in np.argwhere(~good)[0])
+    expected = f"0 to {num_tokens - 1}, the vocabulary" if num_tokens else "finite numbers"
+    raise UserError(f"{what}: found {tokens[at]} at {list(at)}, expected {expected}")
+
+
 def position_code(length: int, features: int) -> Array:
     """Sines and cosines of Vaswani et al. (2017), section 3.5: [T, D]."""
     rate = 10_000.0 ** (-jnp.arange(0, features, 2) / features)
@@ -173,9 +205,11 @@ def predictive(
     model: SequenceModel, params: Any, tokens: Array, key: Key, num_samples: int = 16, *, mask: Array | None = None
 ) -> Array:
     """log-probabilities [B, T, num_targets] averaged over the last mixer's uncertainty by `num_samples` draws (Shaj et
-    al., 2026, Monte-Carlo read-out). Raises `UserError` for a last mixer without variance or an auto-encoder."""
+    al., 2026, Monte-Carlo read-out). Raises `UserError` for a last mixer without variance, an auto-encoder, or (outside
+    a program) unmasked tokens that are not of the vocabulary."""
     if model.readout == "last" or not model.num_targets:
         raise UserError("the Monte-Carlo read-out needs classes at each position")
+    check_tokens(tokens, model.num_tokens, mask)
     bound = {"params": params}
     mean, variance = model.apply(bound, tokens, mask=mask, method="belief")  # pyright: ignore[reportGeneralTypeIssues]
     head = lambda x: model.apply(bound, x, method="read")
@@ -247,8 +281,8 @@ def generate(
     """Continue prompts [B, T] by `steps` tokens [B, steps]: a parallel prefill, then one step a token, in one program.
 
     mask [B, T]: False marks padding of shorter prompts, best on the left; every row needs a token. Raises `UserError`
-    for an empty prompt, a negative temperature or top_k, a model of other targets than its inputs, or more tokens than
-    attention has context.
+    for an empty prompt or row, a token that is not of the vocabulary, a negative temperature or top_k, a model of other
+    targets than its inputs, or more tokens than attention has context.
     """
     if prompt.ndim != 2 or prompt.shape[1] < 1:
         raise UserError(f"prompt has shape {prompt.shape}: expected [batch, time >= 1]")
@@ -261,6 +295,9 @@ def generate(
         if context is not None and prompt.shape[1] + steps > context:
             total = f"a prompt of {prompt.shape[1]} tokens and steps={steps}"
             raise UserError(f"{type(mixer).__name__}.context={context}: {total} do not fit")
+    check_tokens(prompt, model.num_tokens, mask, "prompt")
+    if mask is not None and not isinstance(mask, Tracer) and not np.asarray(mask).any(axis=1).all():
+        raise UserError(f"mask: row {int(np.asarray(mask).any(axis=1).argmin())} is all padding, expected a token")
     run = _generator(model, steps, temperature, top_k)  # pyright: ignore[reportArgumentType]  modules are hashable
     return run(params, prompt, mask, key)
 

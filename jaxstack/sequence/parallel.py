@@ -22,7 +22,8 @@ from jaxtyping import Array
 
 from jaxstack.core.errors import UserError
 from jaxstack.sequence import scan
-from jaxstack.sequence.kla import KalmanLinearAttention, KLALayerState, KLAState, init_kla_state
+from jaxstack.sequence.kla import KalmanLinearAttention, KLALayerState, KLAState, init_kla_state, silence
+from jaxstack.sequence.kla_filter import Token
 from jaxstack.sequence.mixer import check_sequence, check_state
 from jaxstack.sequence.scan import _apply, _compose, _leaf, _Map
 
@@ -78,6 +79,7 @@ def affine_scan(a: Array, b: Array, h0: Array, mesh: Mesh, *, reverse: bool = Fa
 def moebius_scan(phi: Array, abar2: Array, pbar: Array, lam0: Array, mesh: Mesh) -> tuple[Array, Array]:
     """`scan.moebius_scan` over axis 1: phi [B, T, ...], abar2 and pbar without these axes, lam0 [B, ...]."""
     _check(mesh, phi)
+    phi, pbar = scan.bounded(phi, pbar)
     return _moebius(phi, abar2, pbar, lam0, mesh)
 
 
@@ -131,10 +133,9 @@ def kla_scan(
 ) -> tuple[Array, Array, KLAState]:
     """`kla.kla_scan` without padding, with B over the mesh's `data` axis and T over `sequence`; both must divide."""
     dtype = scan.compute_dtype(v, obs_precision, k, q, abar, pbar)
-    v, precision, k, q = (x.astype(dtype) for x in (v, obs_precision, k, q))
+    v, precision, k, q = silence(Token(*(x.astype(dtype) for x in (v, obs_precision, k, q))), None, "freeze")
     state = init_kla_state(v.shape[0], v.shape[2], k.shape[-1], dtype) if state is None else state
     v, precision, k, q = v[..., None], precision[..., None], k[:, :, None], q[:, :, None]
-    precision = jnp.clip(precision, 0.0, scan.precision_range(dtype)[1] ** 0.5)
     lam, last = moebius_scan(precision * k * k, abar * abar, pbar, state.precision, mesh)
     earlier = jnp.concatenate([state.precision[:, None], lam[:, :-1]], axis=1)
     kept = scan.predict_precision(earlier, abar * abar, pbar) / lam

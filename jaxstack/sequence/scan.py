@@ -86,8 +86,9 @@ def moebius_scan(
     Shapes: phi [..., T, ...] >= 0 with T at `axis`; abar2 >= 0, pbar >= 0 and lam0 > 0 broadcast to phi without its
     time axis. mask: bool, phi's axes up to and including time; a False step keeps lam as it is (masked="freeze":
     padding) or predicts without an observation, phi = 0 (masked="predict": time passes unseen).
-    lam saturates at `precision_range(dtype)` (7e30 in float32), which only pbar = 0 or absurd inputs reach; the
-    gradient there is zero. Differentiable in phi, abar2, pbar, lam0, also through the last lam. Raises `UserError`.
+    lam, phi and pbar saturate at `precision_range(dtype)` (7e30 in float32), which only pbar = 0 or absurd inputs
+    reach; the gradient there is zero. Differentiable in phi, abar2, pbar, lam0, also through the last lam. Raises
+    `UserError`.
     """
     dtype = compute_dtype(phi, abar2, pbar, lam0)
     phi = jnp.asarray(phi, dtype)
@@ -97,7 +98,7 @@ def moebius_scan(
         raise unknown("treatment of masked steps", masked, MASKED)
     if keep is not None:
         phi, keep = jnp.where(keep, phi, 0.0), jnp.moveaxis(keep, axis, 0)
-    phi = jnp.moveaxis(phi, axis, 0)
+    phi, pbar = bounded(jnp.moveaxis(phi, axis, 0), jnp.asarray(pbar, dtype))
     lam0 = _state(lam0, phi, dtype, "lam0")
     abar2, pbar = (_coefficient(x, phi, dtype, n) for x, n in ((abar2, "abar2"), (pbar, "pbar")))
     if phi.shape[0] == 0:
@@ -126,6 +127,12 @@ def precision_range(dtype: Any) -> tuple[float, float]:
     """Least and greatest precision that the filter holds: max(dtype)^(-0.8) and max(dtype)^0.8."""
     high = float(jnp.finfo(dtype).max) ** 0.8
     return 1.0 / high, high
+
+
+def bounded(phi: Array, pbar: Array) -> tuple[Array, Array]:
+    """phi and pbar, saturated so that products of maps stay in range."""
+    high = precision_range(phi.dtype)[1]
+    return jnp.minimum(phi, high), jnp.minimum(pbar, high)
 
 
 def choose(recurrence: str, method: str, length: int, lanes: int, methods: tuple[str, ...] = METHODS) -> str:
@@ -292,8 +299,13 @@ def _compose(first: _Map, then: _Map) -> _Map:
 
 
 def _leaf(phi: Array, abar2: Array, pbar: Array) -> _Map:
-    """One step, undivided: its trace is 1 + pbar phi + abar^2 >= 1, which no clamp has to protect."""
-    return _Map(1.0 + pbar * phi, abar2 * phi, *(jnp.broadcast_to(x, phi.shape) for x in (pbar, abar2)))
+    """One step, divided by its trace as products are: two undivided maps of precise observations (pbar phi of 1e20 in
+    float32) would overflow when they meet. The transition is divided first, so that pbar phi does not overflow."""
+    one = 1.0 / (1.0 + pbar + abar2)
+    c, d = one * pbar, one * abar2
+    a = one + c * phi
+    scale = 1.0 / (a + d)
+    return _Map(a * scale, d * phi * scale, c * scale, d * scale)
 
 
 def _apply(m: _Map, lam: Array) -> Array:

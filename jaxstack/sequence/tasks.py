@@ -416,10 +416,12 @@ def accuracy(logits: Array, batch: Batch) -> Array:
 
 def loss_terms(output: Array, batch: Batch) -> tuple[Array, Array]:
     """(sum over scored positions, their number): cross entropy of logits [B, T, C] in nats, or squared error of
-    outputs [B, T]. Sums, so that batches in parts add up exactly."""
-    if jnp.issubdtype(batch.targets.dtype, jnp.floating):
-        each = jnp.square(output.astype(jnp.float32) - batch.targets)
+    outputs [B, T]. Sums, so that batches in parts add up exactly. What stands at other positions, in the outputs and in
+    the targets, is replaced before it is read, so that it cannot reach the gradient either."""
+    output, targets = output.astype(jnp.float32), jnp.where(batch.mask, batch.targets, 0)
+    if jnp.issubdtype(targets.dtype, jnp.floating):
+        each = jnp.square(jnp.where(batch.mask, output, 0.0) - targets)
     else:
-        log_p = jax.nn.log_softmax(output.astype(jnp.float32), axis=-1)
-        each = -jnp.take_along_axis(log_p, batch.targets[..., None], axis=-1)[..., 0]
+        log_p = jax.nn.log_softmax(jnp.where(batch.mask[..., None], output, 0.0), axis=-1)
+        each = -jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0]
     return jnp.where(batch.mask, each, 0.0).sum(), batch.mask.sum().astype(jnp.float32)

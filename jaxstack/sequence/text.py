@@ -17,6 +17,7 @@ from jaxtyping import Array
 from jaxstack.core.config import require, require_at_least
 from jaxstack.core.errors import UserError
 from jaxstack.core.learner import Key
+from jaxstack.sequence.model import check_tokens
 from jaxstack.sequence.tasks import Batch, Task
 
 VOCAB = 256
@@ -28,7 +29,8 @@ def encode(text: str) -> np.ndarray:
 
 
 def decode(tokens: Array | np.ndarray) -> str:
-    """Bytes [N] -> text; what is no UTF-8 becomes the replacement character."""
+    """Bytes [N] -> text; what is no UTF-8 becomes the replacement character. Raises `UserError` for other numbers."""
+    check_tokens(tokens, VOCAB)
     return np.asarray(tokens).astype(np.uint8).tobytes().decode("utf-8", errors="replace")
 
 

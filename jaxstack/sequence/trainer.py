@@ -21,7 +21,7 @@ from jaxstack.core.errors import UserError, unknown
 from jaxstack.core.learner import Key, Learner, Metrics, as_hypers
 from jaxstack.core.registry import Registry
 from jaxstack.sequence import parallel, tasks
-from jaxstack.sequence.model import SequenceModel, cast, decay_mask, reinitialise
+from jaxstack.sequence.model import SequenceModel, cast, check_tokens, decay_mask, reinitialise
 from jaxstack.sequence.tasks import Batch, Task
 
 
@@ -274,6 +274,13 @@ def evaluation(model: SequenceModel, config: Config, task: Task) -> Callable[[St
     return evaluate
 
 
+def check_batch(batch: Batch, task: Task) -> None:
+    """Raise `UserError` unless tokens, and targets at scored positions, are of the task's vocabulary and classes (or
+    finite where they are real numbers); on the host."""
+    check_tokens(batch.tokens, task.num_tokens, what="data: tokens")
+    check_tokens(batch.targets, task.num_targets, batch.mask, "data: targets")
+
+
 def build(model: SequenceModel, task: Task, config: Config) -> Learner:
     """A learner for any model and task; of the config, what describes them is not used."""
     gradient = gradients(model, config, task)
@@ -312,6 +319,7 @@ def build(model: SequenceModel, task: Task, config: Config) -> Learner:
         takes_batch=config.takes_batch,
         num_steps=config.num_updates,
         objective=("eval/accuracy", "max") if task.num_targets else ("eval/loss", "min"),
+        check_data=lambda batch: check_batch(batch, task),
     )
 
 

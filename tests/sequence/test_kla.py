@@ -239,7 +239,7 @@ def test_pieces_and_single_steps_continue_a_sequence():
         close((y, y_var, state), whole, rtol=2e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("form", ["sequential", "chunked", "pallas"])
+@pytest.mark.parametrize("form", FORMS)
 def test_extreme_inputs_stay_finite_with_their_gradients(form):
     v, precision, k, q, abar, pbar = as_float32(inputs(8, length=6))
     zero = jnp.zeros_like
@@ -254,6 +254,11 @@ def test_extreme_inputs_stay_finite_with_their_gradients(form):
         "blind": (v, jnp.full_like(precision, 1e-38), k, q, abar, pbar),
         "large values": (1e15 * v, precision, k, q, abar, pbar),
         "tiny everything": (1e-30 * v, 1e-30 * precision, 1e-30 * k, 1e-30 * q, abar, 1e-30 * pbar),
+        "large keys": (v, precision, 1e12 * k, q, abar, pbar),
+        "a large key": (v, precision, k.at[:, 2, 1].set(1e18), q, abar, pbar),
+        "keys that saturate": (v, precision, 1e38 * k, q, abar, pbar),
+        "large keys without noise": (v, precision, 1e12 * k, q, abar, zero(pbar)),
+        "much noise": (v, precision, 1e12 * k, q, abar, 1e30 * pbar),
     }
     f = lambda *x: sum((o * o).mean() for o in run(form)(*x)[:2])
     grad = jax.jit(jax.value_and_grad(f, argnums=tuple(range(6))))
@@ -262,6 +267,28 @@ def test_extreme_inputs_stay_finite_with_their_gradients(form):
         assert not bad, (name, bad)
     y, *_ = run(form)(*cases["exact observations"])
     assert jnp.abs(y).max() < 1e3
+
+
+def test_large_keys_are_filtered_exactly_in_every_form():
+    """k^2 precision leaves float32's safe range; mean and variance are those of the filter in float64."""
+    v, precision, k, q, abar, pbar = inputs(8, length=6)
+
+    def stepped(*args):
+        state, out = KLAState(jnp.ones((2, 3, 4)), jnp.zeros((2, 3, 4))), []
+        for t in range(6):
+            *each, state = kla_step(*(x[:, t] for x in args[:4]), *args[4:], state)
+            out.append(each)
+        return *(jnp.stack(x, 1) for x in zip(*out)), state
+
+    forms = [run(form) for form in FORMS] + [jax.jit(stepped)]
+    for size in (1e6, 1e12, np.where(np.arange(6)[:, None] % 2, 1e12, 1.0)):
+        args = (v, precision, size * k, q, abar, pbar)
+        with jax.enable_x64():
+            y, y_var, _ = (np.asarray(x) for x in jax.tree.leaves(run("sequential")(*args))[:3])
+        for form in forms:
+            found = form(*as_float32(args))
+            for x, want in zip(found[:2], (y, y_var)):
+                np.testing.assert_allclose(x, want, rtol=1e-5, atol=1e-6 * np.abs(want).max())
 
 
 @pytest.mark.parametrize("form", ["sequential", "chunked"])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxstack.core.errors import UserError
-from jaxstack.sequence import model, trainer
+from jaxstack.sequence import model, tasks, trainer
 from jaxstack.sequence.mixer import Mixer
 
 WIDTH, LENGTH = 8, 11
@@ -106,6 +106,24 @@ def test_padding_anywhere_changes_nothing(name):
     close(jax.tree.map(lambda s: s[3:], state), module.init_state(1), 0.0)
     assert all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(grads))
     assert not np.asarray(grads[1])[~mask].any()
+
+
+@every
+def test_a_padded_token_outside_the_vocabulary_is_never_read(name):
+    """In a whole model: loss and all gradients are those of clean padding."""
+    whole = model.SequenceModel((layer(name)[0],), 7, 7, mlp_ratio=1.0)
+    tokens, mask = jax.random.randint(jax.random.key(0), (2, 5), 0, 7), jnp.arange(5) >= jnp.array([[0], [2]])
+    params = jax.jit(whole.init)(jax.random.key(1), tokens)["params"]
+
+    @jax.jit
+    @jax.value_and_grad
+    def run(params, tokens):
+        out, _ = whole.apply({"params": params}, tokens, mask=mask)
+        return tasks.loss_terms(out, tasks.Batch(tokens, tokens, mask))[0]
+
+    clean = run(params, tokens)
+    for outside in (7, -1, 2**31 - 1):
+        close(run(params, jnp.where(mask, tokens, outside)), clean, 1e-6)
 
 
 @every

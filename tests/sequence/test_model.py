@@ -5,6 +5,7 @@ import pytest
 
 from jaxstack.core.errors import UserError
 from jaxstack.sequence import model as models
+from jaxstack.sequence import tasks
 from jaxstack.sequence.kla import KalmanLinearAttention
 from jaxstack.sequence.mixer import ShortConv
 from jaxstack.sequence.model import SequenceModel, generate, sample_token
@@ -67,6 +68,42 @@ def test_padding_changes_nothing(params):
     out, state = run(params, padded, mask=jnp.asarray(mask))
     close(out[mask].reshape(3, 12, 11), whole)
     close(state, end)
+
+
+def test_what_stands_at_padding_reaches_no_output_and_no_gradient(params):
+    mask = jnp.asarray(np.arange(12) >= np.array([[0], [2], [5]]))
+
+    def graded(model, tokens, targets):
+        def total(params):
+            bound = {"params": params}
+            out, _ = model.apply(bound, tokens, mask=mask)
+            mean, variance = model.apply(bound, tokens, mask=mask, method="belief")
+            if not model.num_targets:
+                chosen = (mean.sum(-1),)
+            else:
+                log_p = models.predictive(model, params, tokens, jax.random.key(0), 2, mask=mask)
+                chosen = (log_p.max(-1), mean.sum(-1))
+            score = sum(jnp.where(mask, x, 0.0).sum() for x in (*chosen, variance.sum(-1)))
+            return tasks.loss_terms(out, tasks.Batch(tokens, targets, mask))[0] + score
+
+        return jax.jit(jax.value_and_grad(total))
+
+    words, real = SequenceModel((kla(),), 11, 11, mlp_ratio=0.0), SequenceModel((kla(),), 0, 0, mlp_ratio=0.0)
+    weights = {k: v for k, v in params.items() if k in ("embed", "mixers_0", "mixer_norms_0", "final_norm", "head")}
+    inputs = np.random.default_rng(1).normal(size=(3, 12, 2)).astype(np.float32)
+    real_params = jax.jit(real.init)(jax.random.key(0), inputs)["params"]
+    cases = (
+        (words, weights, TOKENS.astype(np.int32), (99, -1), TOKENS.astype(np.int32), -100),
+        (real, real_params, inputs, (np.nan, np.inf), inputs[..., 0], np.nan),
+    )
+    for model, weights, tokens, dirt, targets, no_target in cases:
+        at = mask if tokens.ndim == 2 else mask[..., None]
+        run = jax.jit(lambda p, x, y, model=model: graded(model, x, y)(p))
+        clean = run(weights, jnp.where(at, tokens, 1), targets)
+        for filler in dirt:
+            close(run(weights, jnp.where(at, tokens, filler), jnp.where(mask, targets, no_target)), clean, rtol=1e-6)
+    with pytest.raises(UserError, match="mask has shape"):
+        run(real_params, inputs[:, :5], targets)
 
 
 def test_generation_is_repeated_prediction(params):
@@ -196,5 +233,16 @@ def test_bad_models_and_prompts_are_named(params):
         generate(MODEL, params, TOKENS, 2, jax.random.key(0), temperature=-1)
     with pytest.raises(UserError, match="cannot be fed"):
         generate(SequenceModel((kla(),), 11, 5), params, TOKENS, 2, jax.random.key(0))
+    bad = TOKENS.copy()
+    bad[1, 3] = 11
+    with pytest.raises(UserError, match=r"prompt: found 11 at \[1, 3\], expected 0 to 10, the vocabulary"):
+        generate(MODEL, params, bad, 2, jax.random.key(0))
+    with pytest.raises(UserError, match="tokens: found 11"):
+        models.predictive(MODEL, params, bad, jax.random.key(0))
+    mask = np.ones((3, 12), bool)
+    mask[1, :4] = False  # the bad token is padding now
+    assert generate(MODEL, params, bad, 1, jax.random.key(0), mask=jnp.asarray(mask)).shape == (3, 1)
+    with pytest.raises(UserError, match="mask: row 1 is all padding"):
+        generate(MODEL, params, TOKENS, 2, jax.random.key(0), mask=jnp.asarray(mask).at[1].set(False))
     with pytest.raises(UserError, match="expected whole numbers"):
         run(params, TOKENS.astype(np.float32))

@@ -285,6 +285,24 @@ def test_loss_and_accuracy_look_at_scored_positions_only():
     assert tasks.loss_terms(jnp.zeros((1, 4)), real)[0] == 5.0
 
 
+def test_what_stands_at_unscored_positions_reaches_neither_loss_nor_gradient():
+    mask = jnp.array([[True, False, True, False]])
+    total = lambda out, batch: tasks.loss_terms(out, batch)[0]
+    graded = jax.jit(jax.value_and_grad(total))
+    logits = jax.random.normal(jax.random.key(0), (1, 4, 3))
+    for out, targets, dirt in (
+        (logits, jnp.array([[1, 0, 2, 0]]), -100),
+        (logits[..., 0], jnp.array([[1.0, 0.0, 2.0, 0.0]]), jnp.nan),
+    ):
+        clean = graded(out, tasks.Batch(None, targets, mask))
+        at = mask[..., None] if out.ndim == 3 else mask
+        for filler in (jnp.nan, jnp.inf):
+            dirty = tasks.Batch(None, jnp.where(mask, targets, dirt), mask)
+            found = graded(jnp.where(at, out, filler), dirty)
+            np.testing.assert_array_equal(found[0], clean[0])
+            np.testing.assert_array_equal(found[1], clean[1])
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [

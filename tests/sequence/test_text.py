@@ -87,3 +87,5 @@ def test_bad_corpora_are_named(tmp_path, corpus):
         text.windows(text.load(corpus), 0, 1)
     with pytest.raises(UserError, match="1 bytes"):
         text.blocks(np.zeros(1, np.uint8), 4, 4)
+    with pytest.raises(UserError, match=r"tokens: found 300 at \[1\], expected 0 to 255"):
+        text.decode(np.array([72, 300]))

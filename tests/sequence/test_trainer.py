@@ -10,7 +10,7 @@ import pytest
 
 from jaxstack.core import runner
 from jaxstack.core.errors import UserError
-from jaxstack.data.sources import HostData
+from jaxstack.data.sources import ArrayData, HostData
 from jaxstack.sequence import tasks, text, trainer
 from jaxstack.sequence.model import decay_mask
 
@@ -116,6 +116,26 @@ def test_batches_may_come_from_a_source():
     assert trainer.sequence(cfg).samples_per_step == 64
 
 
+def test_data_outside_the_vocabulary_is_an_error_where_it_enters():
+    learner = trainer.sequence(config(takes_batch=True, num_updates=4))  # two tokens
+    tokens, mask = np.zeros((8, 4), np.int32), np.ones((8, 4), bool)
+    mask[:, -1] = False
+    clean = tasks.Batch(tokens, np.where(mask, 1, -100), mask)  # what stands at unscored targets is of no account
+
+    def train(data):
+        return runner.train(learner, seeds=1, data=data, eval_every=-1, options=OPTIONS)
+
+    trainer.check_batch(clean, trainer.make_task(learner.config))
+    bad = clean._replace(tokens=np.where(np.arange(4) == 2, 7, tokens))
+    with pytest.raises(UserError, match=r"data: tokens: found 7 at \[.*\], expected 0 to 1, the vocabulary"):
+        train(HostData(lambda step: bad if step == 3 else clean))
+    with pytest.raises(UserError, match=r"data: targets: found -1 at \[0, 0\]"):
+        train(ArrayData(clean._replace(targets=clean.targets - 2), 8))
+    real = tasks.Batch(np.full((1, 4, 3), np.nan, np.float32), np.zeros((1, 4), np.float32), np.ones((1, 4), bool))
+    with pytest.raises(UserError, match=r"data: tokens: found nan at \[0, 0, 0\], expected finite numbers"):
+        trainer.check_batch(real, tasks.make("tracking", length=4))
+
+
 def test_initial_deviation_applies_to_all_linear_weights():
     state = jax.jit(trainer.sequence(config(features=32, init_std=0.02)).init)(jax.random.key(0))
     assert np.std(state.params["mixers_0"]["in_proj"]["kernel"]) == pytest.approx(0.02, rel=0.1)
@@ -179,6 +199,10 @@ def same(x, y, tolerance):
 with jax.enable_x64():
     sharded = graded(lambda *a, **k: parallel.kla_scan(*a, mesh, **k))
     same(sharded, graded(kla.kla_scan), 1e-10)
+v, precision, k, *rest = (jnp.asarray(x, jnp.float32) for x in args)
+large = (v, precision, 1e12 * k, *rest)  # their precisions are beyond what products of undivided maps could hold
+found, plain = (jax.jit(f)(*large)[1] for f in (lambda *a: parallel.kla_scan(*a, mesh), kla.kla_scan))
+np.testing.assert_allclose(found, plain, rtol=1e-5)
 assert sharded[0][1][0].sharding.spec == jax.sharding.PartitionSpec("data", "sequence")
 
 small = dict(task="parity", task_args=("length=8",), features=8, depth=1, mixer_args=("d_state=2", "expand=1.0"))
