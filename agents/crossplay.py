@@ -22,6 +22,7 @@ from jaxstack.core.errors import UserError
 from jaxstack.core.learner import Key, Learner, Policy
 from jaxstack.envs import rollout, vector
 from jaxstack.envs.base import Environment
+from jaxstack.nn.observations import inputs_of
 
 RESAMPLES = 2000
 
@@ -228,9 +229,11 @@ def _named(environments: Any, own: Environment | None) -> dict[str, Environment]
 def _same_task(learner: Learner, own: Environment | None, name: str, env: Environment) -> None:
     if own is None:
         return
-    for field in ("num_agents", "obs_shape", "action_space", "action_sizes"):
+    for field in ("num_agents", "obs_shape", "observation", "action_space", "action_sizes"):
         mine, theirs = getattr(own.spec, field), getattr(env.spec, field)
-        if mine != theirs:
+        # bounds of real numbers may differ: networks do not read them
+        equal = inputs_of(own.spec) == inputs_of(env.spec) if field == "observation" else mine == theirs
+        if not equal:
             raise UserError(f"{name}: {field}={theirs}, expected {mine}, for which {learner.name} was trained")
 
 

@@ -20,6 +20,7 @@ from jaxstack.core.config import require
 from jaxstack.core.learner import Key, Learner, Metrics
 from jaxstack.nn import team
 from jaxstack.nn.distributions import TeamDistribution
+from jaxstack.nn.observations import reading
 from jaxstack.nn.team import TeamNet
 
 
@@ -137,7 +138,8 @@ def _mask(task: Task, batch: Batch, agent: Array) -> Array | None:
 
 
 def _solo(task: Task) -> TeamNet:
-    return team.separate(task.shape._replace(num_agents=1), task.cfg.arch)
+    net = team.separate(task.shape._replace(num_agents=1), task.cfg.arch)
+    return net if task.cfg.normalise_obs else reading(net, task.inputs, task.shape.central)
 
 
 def _distribution(task: Task, params: Any, mb: Batch, mask: Array | None) -> TeamDistribution:

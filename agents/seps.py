@@ -17,7 +17,8 @@ from jaxtyping import Array
 
 from jaxstack.core.errors import UserError
 from jaxstack.envs import rollout, vector
-from jaxstack.envs.base import Discrete, Environment, sample_action
+from jaxstack.envs.base import Box, Environment, sample_action
+from jaxstack.nn.observations import categories, inputs_of
 
 
 class Options(NamedTuple):
@@ -57,9 +58,12 @@ def transitions(env: Environment, key: Array, total: int) -> tuple[Array, Array,
 
     data = rollout.collect(vec, act, k_roll, vector.init(vec, k_init), (), steps).steps
     flat = lambda x: x.reshape(-1, *x.shape[3:]).reshape(steps * 10 * spec.num_agents, -1).astype(jnp.float32)
+    inputs = inputs_of(spec, data.ts.obs.dtype)
     space = spec.action_space
-    action = jax.nn.one_hot(data.action, space.n) if isinstance(space, Discrete) else data.action
-    return flat(data.ts.obs), flat(action), flat(data.final_obs), flat(data.reward)[:, 0]
+    action = data.action if isinstance(space, Box) else categories(space).encode(data.action)
+    assert data.final_obs is not None
+    seen, nxt = (flat(inputs.encode(x)) for x in (data.ts.obs, data.final_obs))
+    return seen, flat(action), nxt, flat(data.reward)[:, 0]
 
 
 def codes(data: tuple[Array, Array, Array, Array], count: int, key: Array, options: Options) -> Array:

@@ -23,6 +23,7 @@ from jaxstack.envs import rollout, vector
 from jaxstack.envs.base import Environment, global_state
 from jaxstack.nn.distributions import Actions, TeamDistribution, actions_of
 from jaxstack.nn.networks import Activation
+from jaxstack.nn.observations import Inputs, inputs_of, joint_state, reading
 from jaxstack.nn.team import Arch, Shape, TeamNet
 
 
@@ -161,6 +162,11 @@ class Task(NamedTuple):
     def actions(self) -> Actions:
         return self.shape.actions
 
+    @property
+    def inputs(self) -> Inputs:
+        """How an agent's observation is read."""
+        return inputs_of(self.env.spec)
+
 
 def make_env(cfg: PPOConfig) -> Environment:
     """The config's environment; raises `UserError` for unknown ids or options."""
@@ -170,15 +176,24 @@ def make_env(cfg: PPOConfig) -> Environment:
 def team_shape(env: Environment, cfg: PPOConfig, central: bool) -> Shape:
     """Sizes of the team's task; raises `UserError` where config and environment do not fit."""
     spec = env.spec
-    require(
-        cfg, "cnn", not cfg.cnn or len(spec.obs_shape) == 3, f"off, as observations of {spec.id} are {spec.obs_shape}"
-    )
-    critic = (spec.state_dim,) if central else spec.obs_shape
-    return Shape(spec.num_agents, spec.obs_shape, critic, central, actions_of(spec))
+    inputs = inputs_of(spec, vector.start_shapes(env)[1].obs.dtype)
+    seen = inputs.shape
+    require(cfg, "cnn", not cfg.cnn or len(seen) == 3, f"off, as observations of {spec.id} are {spec.observation}")
+    real = inputs.kind != "categories"
+    require(cfg, "normalise_obs", real or not cfg.normalise_obs, f"off, as observations of {spec.id} are {inputs.name}")
+    state = (spec.num_agents * math.prod(seen),) if spec.state_shape is None else (spec.state_dim,)
+    return Shape(spec.num_agents, seen, state if central else seen, central, actions_of(spec))
 
 
 def make_task(cfg: PPOConfig, env: Environment, shape: Shape, team: TeamNet) -> Task:
+    if not cfg.normalise_obs:  # else they are encoded before their statistics are taken, see `observe`
+        team = reading(team, inputs_of(env.spec), shape.central)
     return Task(cfg, vector.vectorise(env, cfg.num_envs, cfg.auto_reset, cfg.pool_size), shape, team)
+
+
+def observe(task: Task, norm: Any, obs: Array) -> Array:
+    """Standardise observations where the config asks for it; otherwise the team's networks read them as they are."""
+    return running.apply(norm, task.inputs.encode(obs)) if task.cfg.normalise_obs else obs
 
 
 def make_learner(
@@ -193,7 +208,7 @@ def make_learner(
         k_net, k_env, key = jax.random.split(key, 3)
         hypers = as_hypers(hypers)
         params = task.team.init(k_net)
-        obs_stats = running.init(task.env.spec.obs_shape) if cfg.normalise_obs else ()
+        obs_stats = running.init(task.inputs.shape) if cfg.normalise_obs else ()
         reward = running.init_reward(cfg.num_envs, task.env.spec.num_agents) if cfg.normalise_reward else ()
         norms = Norms(running.init(()) if cfg.normalise_value else (), obs_stats, reward)
         vec = vector.init(task.vec, k_env)
@@ -243,18 +258,22 @@ def gather_batch(task: Task, s: State, key: Key) -> tuple[State, Batch, Metrics]
     carry0 = s.carry
     act, draw = _actor(task, weights, s.norms.obs)
     played = rollout.collect(task.vec, act, key, s.vec, carry0[0], cfg.num_steps, draw, finals="cuts")
-    vec, actor_carry, steps, cuts, reused = played
-    stats = rollout.statistics(steps) | {"rollout/reused_starts": reused.astype(jnp.float32)}
+    vec, actor_carry, steps, cuts, reused, lost_cuts = played
+    stats = rollout.statistics(steps) | {
+        "rollout/reused_starts": reused.astype(jnp.float32),
+        "rollout/lost_cuts": lost_cuts.astype(jnp.float32),
+    }
     reward, reward_norm = steps.reward, s.norms.reward
     if cfg.normalise_reward:
         reward_norm, reward = running.scale_reward(reward_norm, reward, steps.done, s.hypers.gamma)
 
     def critic_x(obs: Array, state: Array | None) -> Array:
-        obs = running.apply(s.norms.obs, obs)
+        obs = observe(task, s.norms.obs, obs)
         if not task.shape.central:
             return obs
-        fake = steps.ts._replace(obs=obs, state=state)
-        return global_state(spec, fake)
+        if state is not None:
+            return global_state(spec, steps.ts._replace(state=state))
+        return joint_state(task.inputs, obs if cfg.normalise_obs else task.inputs.encode(obs))
 
     x = critic_x(steps.ts.obs, steps.ts.state)
     last = critic_x(vec.ts.obs[None], None if vec.ts.state is None else vec.ts.state[None])
@@ -274,7 +293,7 @@ def gather_batch(task: Task, s: State, key: Key) -> tuple[State, Batch, Metrics]
         value_norm = running.update(value_norm, target)
         value, target = (running.apply(value_norm, x, clip=jnp.inf) for x in (value, target))
     batch = Batch(
-        obs=running.apply(s.norms.obs, steps.ts.obs),
+        obs=observe(task, s.norms.obs, steps.ts.obs),
         critic_x=x,
         first=steps.first,
         action=steps.action,
@@ -286,7 +305,7 @@ def gather_batch(task: Task, s: State, key: Key) -> tuple[State, Batch, Metrics]
         target=target,
         start=carry0,
     )
-    obs_norm = running.update(s.norms.obs, steps.ts.obs) if cfg.normalise_obs else ()
+    obs_norm = running.update(s.norms.obs, task.inputs.encode(steps.ts.obs)) if cfg.normalise_obs else ()
     norms = Norms(value_norm, obs_norm, reward_norm)
     return s._replace(vec=vec, carry=(actor_carry, critic_carry), norms=norms), batch, stats
 
@@ -436,7 +455,7 @@ def policy(task: Task) -> Policy:
         return {"weights": task.team.prepare(s.params, s.extra, None)[0], "obs_norm": s.norms.obs}
 
     def act(p: Any, carry: Any, obs: Array, action_mask: Array | None, first: Array, key: Key | None):
-        obs = running.apply(p["obs_norm"], obs)
+        obs = observe(task, p["obs_norm"], obs)
         carry, raw = task.team.actor(p["weights"], carry, obs[None], first[None])
         dist = task.actions.distribution(raw[0], task.team.log_std(p["weights"]), action_mask)
         return carry, dist.mode() if key is None else dist.sample(key)
@@ -451,7 +470,7 @@ def _actor(task: Task, weights: Any, obs_norm: Any, greedy: bool = False) -> tup
         return () if greedy else task.actions.noise(key, (steps, task.vec.num_envs, task.shape.num_agents))
 
     def act(noise: Any, carry: Any, vs: vector.VecState) -> tuple[Any, Array, Array]:
-        obs = running.apply(obs_norm, vs.ts.obs)
+        obs = observe(task, obs_norm, vs.ts.obs)
         carry, raw = task.team.actor(weights, carry, obs[None], vs.first[None])
         dist = task.actions.distribution(raw[0], task.team.log_std(weights), vs.ts.action_mask)
         action = dist.mode() if greedy else dist.sample_from(noise)

@@ -11,7 +11,7 @@ from jaxstack.core import config
 from jaxstack.core import options as texts
 from jaxstack.core.errors import unknown
 from jaxstack.core.registry import Registry
-from jaxstack.envs.base import Box, Discrete, Environment, MultiDiscrete, Spec, TimeStep
+from jaxstack.envs.base import Box, Discrete, Environment, Image, MultiDiscrete, Spec, TimeStep
 from jaxstack.envs.vector import VecEnv, VecState, vectorise
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "Box",
     "Discrete",
     "Environment",
+    "Image",
     "MultiDiscrete",
     "Spec",
     "TimeStep",

@@ -19,7 +19,7 @@ from jaxstack.core.noise import in_rows
 
 @dataclass(frozen=True)
 class Discrete:
-    """Actions 0..n-1 of each agent; agents with fewer actions are told apart by the action mask."""
+    """Whole numbers 0..n-1, one for each agent. Agents with fewer actions are told apart by the action mask."""
 
     n: int
 
@@ -34,7 +34,7 @@ class Discrete:
 
 @dataclass(frozen=True)
 class MultiDiscrete:
-    """Several discrete choices at once; action [len(nvec)] int32."""
+    """Several whole numbers at once [len(nvec)]; entry i is in 0..nvec[i]-1."""
 
     nvec: tuple[int, ...]
 
@@ -49,7 +49,11 @@ class MultiDiscrete:
 
 @dataclass(frozen=True)
 class Box:
-    """Real vectors; `low` and `high` are scalars or nested tuples of `shape`."""
+    """Real numbers; `low` and `high` are scalars or nested tuples of `shape`.
+
+    With an integer `dtype` the numbers are still quantities (counts, coordinates), which a network reads as they are;
+    the names of categories are `Discrete`.
+    """
 
     shape: tuple[int, ...]
     low: float | tuple = -float("inf")
@@ -57,7 +61,33 @@ class Box:
     dtype: Any = jnp.float32
 
 
+@dataclass(frozen=True)
+class Image:
+    """Pixels [H, W, C] of uint8, 0..255; networks read them divided by 255."""
+
+    shape: tuple[int, ...]
+
+    @property
+    def dtype(self) -> Any:
+        return jnp.uint8
+
+
+def box_like(shape: tuple[int, ...], space: Any, dtype: Any) -> Box:
+    """Observations of `shape` and `dtype` with the bounds of a library's space, where it has some.
+
+    Bounds that differ within a vector are kept one by one, those of larger arrays as the lowest and the highest.
+    """
+    bounds = []
+    for name, free, extreme in (("low", -np.inf, np.min), ("high", np.inf, np.max)):
+        bound = np.asarray(getattr(space, name, free), np.float32)
+        same = bound.size > 0 and bool((bound == bound.reshape(-1)[0]).all())
+        each = len(shape) == 1 and bound.shape == shape and not same
+        bounds.append(tuple(bound.tolist()) if each else float(extreme(bound)))
+    return Box(shape, *bounds, jnp.dtype(dtype))
+
+
 Space = Discrete | MultiDiscrete | Box
+ObsSpace = Discrete | MultiDiscrete | Box | Image
 
 
 class TimeStep(NamedTuple):
@@ -88,6 +118,8 @@ class Spec:
     agents: tuple[str, ...]
     obs_shape: tuple[int, ...]
     action_space: Space
+    obs_space: ObsSpace | None = None
+    """What an agent's observation is, of shape `obs_shape`; None: real numbers, see `observation`."""
     obs_sizes: tuple[int, ...] = ()
     """True length of each agent's observation vector; empty: all equal `obs_shape`."""
     action_sizes: tuple[int, ...] = ()
@@ -95,18 +127,33 @@ class Spec:
     state_shape: tuple[int, ...] | None = None
     """Shape of TimeStep.state; None: the concatenated observations [A * prod(obs_shape)] are the global state."""
     horizon: int | None = None
-    """Longest episode in steps, None if unbounded. An environment with a horizon truncates there and nowhere else."""
+    """Longest episode in steps, None if unbounded."""
     can_terminate: bool = True
     can_truncate: bool = True
+    truncates_at_horizon: bool = False
+    """A promise: an episode is truncated after exactly `horizon` steps and nowhere else. Rollouts then keep one true
+    last observation per horizon instead of one per step."""
     has_action_mask: bool = False
     shared_reward: bool = False
     """True when all agents get the same reward."""
     notes: tuple[str, ...] = field(default=())
     """Where this differs from the library it wraps, and why."""
 
+    def __post_init__(self) -> None:
+        if self.obs_space is not None and self.obs_space.shape != self.obs_shape:
+            found = f"obs_space has shape {self.obs_space.shape}"
+            raise UserError(f"environment {self.id!r}: {found}, expected obs_shape={self.obs_shape}")
+        if self.truncates_at_horizon and self.horizon is None:
+            raise UserError(f"environment {self.id!r}: horizon=None, expected a number, as truncates_at_horizon is set")
+
     @property
     def num_agents(self) -> int:
         return len(self.agents)
+
+    @property
+    def observation(self) -> ObsSpace:
+        """`obs_space`, or an unbounded Box of `obs_shape` where none is given."""
+        return Box(self.obs_shape) if self.obs_space is None else self.obs_space
 
     @property
     def obs_dim(self) -> int:

@@ -75,6 +75,7 @@ class BlindParticleSpread(Config, Environment):
             obs_shape=(4 + 2 * len(self.sizes),),
             action_space=Discrete(5),
             horizon=self.horizon,
+            truncates_at_horizon=True,
             can_terminate=False,
         )
 

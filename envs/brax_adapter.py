@@ -117,6 +117,7 @@ def _spec(env: Brax) -> Spec:
             obs_shape=(int(env.lib.observation_size),),
             action_space=Box((int(env.lib.action_size),), -1.0, 1.0),
             horizon=env.episode_length,
+            truncates_at_horizon=True,
             can_terminate=env.name not in ENDLESS,
             shared_reward=True,
             notes=("brax's episode and auto-reset wrappers are not used", "actions are clipped to [-1, 1]"),

@@ -59,6 +59,7 @@ class Dispersion(Config, Environment):
             obs_shape=(4 + 3 * self.foods,),
             action_space=Box((2,), -1.0, 1.0) if self.continuous else Discrete(9),
             horizon=self.horizon,
+            truncates_at_horizon=True,
             shared_reward=self.share_reward,
         )
 

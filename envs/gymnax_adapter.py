@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jaxstack.core.config import check_options
-from jaxstack.core.errors import unknown
-from jaxstack.envs.base import Box, Discrete, Environment, Spec, TimeStep, first_step
+from jaxstack.core.config import check_options, options_of
+from jaxstack.core.errors import UserError, unknown
+from jaxstack.envs.base import Box, Discrete, Environment, Spec, TimeStep, box_like, first_step
 
 IDS: tuple[str, ...] = (
     "CartPole-v1",
@@ -56,7 +56,7 @@ class State(NamedTuple):
 
 @dataclass(frozen=True)
 class Gymnax(Environment):
-    """One gymnax environment; `options` replace fields of its default parameters."""
+    """One gymnax environment; `options` go to its constructor or replace fields of its default parameters."""
 
     name: str
     options: tuple[tuple[str, Any], ...] = ()
@@ -95,23 +95,46 @@ class Gymnax(Environment):
 
 
 def make(rest: str, **options: Any) -> Gymnax:
-    """`gymnax/<rest>`; options are fields of the environment's parameters, e.g. `max_steps_in_episode=200`."""
+    """Make `gymnax/<rest>`.
+
+    Args:
+        rest: the library's id.
+        options: options of the environment's constructor (`map_name="8x8"`) and fields of its parameters
+            (`max_steps_in_episode=200`).
+
+    Returns:
+        The environment.
+
+    Raises:
+        UnknownName: with the nearest ids.
+        UserError: for an option that the environment does not take or of another type.
+    """
     if rest not in IDS:
         raise unknown("environment", f"gymnax/{rest}", [f"gymnax/{i}" for i in IDS])
+    if options:
+        constructor, fields = _known(rest)
+        options = check_options(options, fields | constructor, f"environment 'gymnax/{rest}'")
     env = Gymnax(rest, tuple(sorted(options.items())))
     _ = env.spec  # builds the library's environment now, outside of any trace
     return env
 
 
 @lru_cache(maxsize=64)
+def _known(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options of an environment's constructor and the fields of its parameters, with their types."""
+    lib, params = _library(name, ())
+    return options_of(type(lib)), typing.get_type_hints(type(params))
+
+
+@lru_cache(maxsize=64)
 def _library(name: str, options: tuple[tuple[str, Any], ...]) -> tuple[Any, Any]:
+    constructor = _known(name)[0] if options else ()
     with warnings.catch_warnings(), jax.ensure_compile_time_eval():
         warnings.simplefilter("ignore")
         import gymnax
 
-        lib, params = gymnax.make(name)
-        known = typing.get_type_hints(type(params))
-        return lib, params.replace(**check_options(dict(options), known, f"environment 'gymnax/{name}'"))
+        lib, params = gymnax.make(name, **{k: v for k, v in options if k in constructor})
+        return lib, params.replace(**{k: v for k, v in options if k not in constructor})
 
 
 @lru_cache(maxsize=64)
@@ -127,12 +150,19 @@ def _spec(env: Gymnax) -> Spec:
             np.broadcast_to(np.asarray(b, np.float32), space.shape).reshape(-1) for b in (space.low, space.high)
         )
         action = Box((size,), tuple(map(float, low)), tuple(map(float, high)))
+    seen = lib.observation_space(params)
+    named = hasattr(seen, "n") and obs.shape == ()
+    limit = int(np.ceil(params.max_steps_in_episode))  # one environment counts in fractions
+    if limit < 1:
+        raise UserError(f"environment 'gymnax/{env.name}': max_steps_in_episode={limit}, expected at least 1")
     return Spec(
         id=f"gymnax/{env.name}",
         agents=("agent_0",),
         obs_shape=tuple(obs.shape),
         action_space=action,
-        horizon=int(params.max_steps_in_episode),
+        obs_space=Discrete(int(seen.n)) if named else box_like(tuple(obs.shape), seen, obs.dtype),
+        horizon=limit,
+        truncates_at_horizon=True,
         shared_reward=True,
         notes=("the time limit truncates and the last observation is kept", "actions are clipped to their bounds"),
     )

@@ -21,7 +21,18 @@ from jaxtyping import Array
 from jaxstack.core.config import check_options, options_of
 from jaxstack.core.errors import UserError, unknown
 from jaxstack.envs import brax_fast, mpe_fast, overcooked_fast, smax_fast, storm_fast
-from jaxstack.envs.base import Box, Discrete, Environment, Spec, TimeStep, action_limits, first_step
+from jaxstack.envs.base import (
+    Box,
+    Discrete,
+    Environment,
+    MultiDiscrete,
+    ObsSpace,
+    Spec,
+    TimeStep,
+    action_limits,
+    box_like,
+    first_step,
+)
 
 MPE = [
     "simple_v3",
@@ -431,7 +442,8 @@ def _spec(env: JaxMARL) -> Spec:
     agents = tuple(str(a) for a in lib.agents)
     with _quiet(env.name):
         obs, lib_state = jax.eval_shape(lib.reset, jax.random.key(0))
-    shapes = [tuple(x.shape) for x in jax.eval_shape(lambda obs: _per_agent(obs, agents), obs)]
+    seen = jax.eval_shape(lambda obs: _per_agent(obs, agents), obs)
+    shapes = [tuple(x.shape) for x in seen]
     equal = len(set(shapes)) == 1
     sizes = tuple(int(np.prod(s)) for s in shapes)
     spaces = [_action_space(lib, a) for a in lib.agents]
@@ -451,12 +463,14 @@ def _spec(env: JaxMARL) -> Spec:
         agents=agents,
         obs_shape=shapes[0] if equal else (max(sizes),),
         action_space=space,
+        obs_space=_obs_space(lib, shapes[0], seen[0].dtype) if equal else None,
         obs_sizes=() if equal else sizes,
         action_sizes=() if len(set(counts)) == 1 else counts,
         state_shape=state_shape,
         horizon=horizon,
         can_terminate=family.terminal is not None or env.name == "switch_riddle",
         can_truncate=horizon is not None,
+        truncates_at_horizon=horizon is not None,
         # padded actions of agents with fewer choices are illegal
         has_action_mask=family.mask is not None or (isinstance(space, Discrete) and len(set(counts)) > 1),
         # the shaped reward is each cook's own
@@ -472,6 +486,19 @@ def _action_space(lib: Any, agent: Any) -> Any:
         return lib.action_space(agent)
     except TypeError:
         return lib.action_space()
+
+
+def _obs_space(lib: Any, shape: tuple[int, ...], dtype: Any) -> ObsSpace:
+    """The space that the library declares, with the shape and type of the arrays that it really gives."""
+    try:
+        space = lib.observation_space(lib.agents[0])
+    except TypeError:
+        space = lib.observation_space()
+    if hasattr(space, "num_categories") and np.shape(space.num_categories) == shape:
+        return MultiDiscrete(tuple(int(n) for n in space.num_categories))
+    if hasattr(space, "n") and shape == ():
+        return Discrete(int(space.n))
+    return box_like(shape, space, dtype)
 
 
 def _key(obs: dict, index: int, agent: str) -> Any:

@@ -71,6 +71,7 @@ class Navigation(Config, Environment):
             obs_shape=(4 + goals + (RAYS if self.collisions else 0),),
             action_space=Box((2,), -1.0, 1.0),
             horizon=self.horizon,
+            truncates_at_horizon=True,
             # the penalty of a contact is paid by those who touch
             shared_reward=self.shared_reward and not self.collisions,
         )

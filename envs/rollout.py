@@ -18,8 +18,10 @@ from jaxstack.envs.base import Environment, TimeStep, action_from, action_noise
 class Cuts(NamedTuple):
     """The true next observations of episodes that were cut (truncated) in a rollout of T steps.
 
-    An environment with horizon H is cut at most once within H steps, so row k holds what was cut in the steps from k H
-    to k H + H - 1: K = ceil(T / H) rows instead of T. Without a horizon every step has its row.
+    An environment that promises to truncate at its horizon H and nowhere else is cut at most once within H steps, so
+    row k holds what was cut in the steps from k H to k H + H - 1: K = ceil(T / H) rows instead of T. Without that
+    promise (`Spec.truncates_at_horizon`) every step has its row. Where the promise is broken a row keeps its last cut,
+    and `Rollout.lost_cuts` counts the others.
     """
 
     step: Array
@@ -72,6 +74,9 @@ class Rollout(NamedTuple):
     cuts: Cuts | None
     reused: Array
     """How many start states were used twice."""
+    lost_cuts: Array
+    """How many cut episodes found no row of their own in `cuts`, so that their true last observation is missing; 0
+    wherever the environment keeps its promise."""
 
 
 Act = Callable[[Any, Any, vector.VecState], tuple[Any, Array, Any]]
@@ -141,7 +146,8 @@ def collect(
         return (new, carry, pool, _note(kept, row, last)), out
 
     keep = vec.env.spec.can_truncate and not every
-    window = vec.env.spec.horizon or 1
+    spec = vec.env.spec
+    window = spec.horizon if spec.truncates_at_horizon and spec.horizon is not None else 1
     kept = _room(vs.ts, -(-num_steps // window)) if keep else None
     rows = jnp.arange(num_steps, dtype=jnp.int32) // window
     before = vs
@@ -160,8 +166,11 @@ def collect(
         episode_length=ended[..., -1].astype(jnp.int32),
     )
     vs = vs._replace(episode_return=so_far[..., :-1], episode_length=so_far[..., -1].astype(jnp.int32))
-    cuts = None if kept is None else Cuts(_cut_steps(steps.truncated, window), *kept)
-    return Rollout(vs, carry, steps, cuts, vector.reused(vec, pool))
+    if kept is None:
+        return Rollout(vs, carry, steps, None, vector.reused(vec, pool), jnp.int32(0))
+    cuts = Cuts(_cut_steps(steps.truncated, window), *kept)
+    lost = jnp.sum(steps.truncated, dtype=jnp.int32) - jnp.sum(cuts.step < num_steps, dtype=jnp.int32)
+    return Rollout(vs, carry, steps, cuts, vector.reused(vec, pool), lost)
 
 
 def _delay(start: Array, after: Array) -> Array:
@@ -200,11 +209,12 @@ def _note(kept: Any, row: Array, last: TimeStep) -> Any:
 
 
 def _cut_steps(truncated: Array, window: int) -> Array:
-    """[T, N] -> [ceil(T / window), N]: in which step of each window an environment was cut, T where in none."""
+    """[T, N] -> [ceil(T / window), N]: the last step in each window that cut an environment, T where none did."""
     length = len(truncated)
-    step = jnp.where(truncated, jnp.arange(length, dtype=jnp.int32)[:, None], length)
-    step = jnp.pad(step, ((0, -length % window), (0, 0)), constant_values=length)
-    return step.reshape(-1, window, step.shape[1]).min(1)
+    step = jnp.where(truncated, jnp.arange(length, dtype=jnp.int32)[:, None], -1)
+    step = jnp.pad(step, ((0, -length % window), (0, 0)), constant_values=-1)
+    last = step.reshape(-1, window, step.shape[1]).max(1)
+    return jnp.where(last < 0, length, last)
 
 
 def statistics(steps: Step) -> Metrics:

@@ -59,13 +59,15 @@ class VecEnv(NamedTuple):
 
     def rollout_pool_size(self, num_steps: int) -> int:
         """How many starts a rollout of `num_steps` gets: enough for every episode of full length, doubled if they can
-        end early; at least one for each environment, never more than can be used."""
+        end earlier (by terminating, or by a truncation that no promise ties to the horizon); at least one for each
+        environment, never more than can be used."""
         if self.pool_size is not None:
             return self.pool_size
         spec = self.env.spec
         length = spec.horizon or 100
         ends = self.num_envs * math.ceil(num_steps / length)
-        wanted = max(self.num_envs, 2 * ends if spec.can_terminate else ends)
+        early = spec.can_terminate or (spec.can_truncate and not spec.truncates_at_horizon)
+        wanted = max(self.num_envs, 2 * ends if early else ends)
         return min(wanted, self.num_envs * num_steps)
 
 
@@ -116,9 +118,20 @@ def make_pool(vec: VecEnv, keys: jax.Array) -> Pool | None:
 
 
 @functools.lru_cache(maxsize=256)
+def _reset_program(env: Environment) -> tuple[Any, tuple[Any, TimeStep]]:
+    """The program of `reset` and the shapes of its outputs (state, TimeStep)."""
+    return jax.make_jaxpr(env.reset, return_shape=True)(jax.random.key(0))
+
+
+def start_shapes(env: Environment) -> tuple[Any, TimeStep]:
+    """Shapes and dtypes of a start (state, TimeStep), read off the program of `reset`."""
+    return _reset_program(env)[1]
+
+
+@functools.lru_cache(maxsize=256)
 def random_parts(env: Environment) -> tuple[Any, TimeStep]:
     """Which leaves of a start (state, TimeStep) depend on the key of `reset`: bools, read off its program."""
-    program, shapes = jax.make_jaxpr(env.reset, return_shape=True)(jax.random.key(0))
+    program, shapes = _reset_program(env)
     return jax.tree.unflatten(jax.tree.structure(shapes), _depend(program.jaxpr, [True]))
 
 

@@ -16,7 +16,7 @@ from jaxtyping import Array
 
 from jaxstack.core.config import Config, require, require_at_least
 from jaxstack.core.errors import UserError
-from jaxstack.envs.base import Environment, Spec, TimeStep
+from jaxstack.envs.base import Box, Discrete, Environment, Image, MultiDiscrete, ObsSpace, Spec, TimeStep
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,9 @@ class TimeLimit(Wrapper):
     def spec(self) -> Spec:
         inner = self.env.spec
         horizon = self.steps if inner.horizon is None else min(self.steps, inner.horizon)
-        return replace(inner, horizon=horizon, can_truncate=True)
+        # an inner environment that truncates where it likes still does so before the limit
+        exact = not inner.can_truncate or inner.truncates_at_horizon
+        return replace(inner, horizon=horizon, can_truncate=True, truncates_at_horizon=exact)
 
     def reset(self, key: jax.Array) -> tuple[Timed, TimeStep]:
         state, ts = self.env.reset(key)
@@ -77,20 +79,27 @@ class TimeLimit(Wrapper):
 
 @dataclass(frozen=True)
 class AgentId(Wrapper):
-    """Appends the agent's one-hot index to its observation vector [D] -> [D + A].
+    """Append the agent's index to its observation.
 
-    The index stands after the padding of smaller observations. Raises `UserError` for images.
+    Real vectors [D] become [D + A] with a one-hot index, after the padding of smaller observations. Discrete
+    observations become MultiDiscrete, with the index as one more entry. Raises `UserError` for images.
     """
 
     def validate(self) -> None:
-        shape = self.env.spec.obs_shape
-        if len(shape) != 1:
-            raise UserError(f"AgentId: env {self.env.spec.id!r} has observations {shape}: expected vectors")
+        spec = self.env.spec
+        if len(spec.obs_shape) != 1 and not isinstance(spec.observation, Discrete):
+            raise UserError(f"AgentId: env {spec.id!r} has observations {spec.obs_shape}: expected vectors")
 
     @property
     def spec(self) -> Spec:
-        inner = self.env.spec
-        return replace(inner, obs_shape=(inner.obs_shape[0] + inner.num_agents,), obs_sizes=())
+        inner, count = self.env.spec, self.env.spec.num_agents
+        space = inner.observation
+        if isinstance(space, (Discrete, MultiDiscrete)):
+            return _with_obs(inner, MultiDiscrete((*_sizes(space), count)))
+        width = inner.obs_shape[0]
+        bounds = zip((space.low, space.high), (0.0, 1.0)) if isinstance(space, Box) else ()
+        low, high = (_vector(b, width) + (ids,) * count for b, ids in bounds)
+        return _with_obs(inner, Box((width + count,), low, high, space.dtype))
 
     def reset(self, key: jax.Array) -> tuple[Any, TimeStep]:
         state, ts = self.env.reset(key)
@@ -101,8 +110,12 @@ class AgentId(Wrapper):
         return state, self._named(ts)
 
     def _named(self, ts: TimeStep) -> TimeStep:
-        ids = jnp.eye(ts.obs.shape[0], dtype=ts.obs.dtype)
-        return ts._replace(obs=jnp.concatenate([ts.obs, ids], -1))
+        count = ts.obs.shape[0]
+        if isinstance(self.env.spec.observation, (Discrete, MultiDiscrete)):
+            ids = jnp.arange(count, dtype=ts.obs.dtype)[:, None]
+        else:
+            ids = jnp.eye(count, dtype=ts.obs.dtype)
+        return ts._replace(obs=jnp.concatenate([ts.obs.reshape(count, -1), ids], -1))
 
 
 class Stacked(NamedTuple):
@@ -116,30 +129,46 @@ class Stacked(NamedTuple):
 class FrameStack(Wrapper):
     """The last `frames` observations joined along the last axis, oldest first: [..., C] -> [..., frames * C].
 
-    A reset repeats the first observation. The global state is passed on unstacked.
+    Discrete observations [] become MultiDiscrete [frames]. A reset repeats the first observation. The global state is
+    passed on unstacked.
     """
 
     frames: int = 4
 
     def validate(self) -> None:
         require_at_least(self, 1, "frames")
-        require(self, "env", len(self.env.spec.obs_shape) > 0, "observations with at least one axis")
+        require(self, "env", self._scalar or len(self.env.spec.obs_shape) > 0, "observations with at least one axis")
+
+    @property
+    def _scalar(self) -> bool:
+        return isinstance(self.env.spec.observation, Discrete)
 
     @property
     def spec(self) -> Spec:
         inner = self.env.spec
+        space, frames = inner.observation, self.frames
+        if isinstance(space, (Discrete, MultiDiscrete)):
+            return _with_obs(inner, MultiDiscrete(_sizes(space) * frames))
         *lead, channels = inner.obs_shape
-        return replace(inner, obs_shape=(*lead, channels * self.frames), obs_sizes=())
+        shape = (*lead, channels * frames)
+        if isinstance(space, Image):
+            return _with_obs(inner, Image(shape))
+        low, high = (_tiled(b, frames) for b in (space.low, space.high))
+        return _with_obs(inner, Box(shape, low, high, space.dtype))
 
     def reset(self, key: jax.Array) -> tuple[Stacked, TimeStep]:
         state, ts = self.env.reset(key)
-        frames = jnp.concatenate([ts.obs] * self.frames, -1)
+        frames = jnp.concatenate([self._last_axis(ts.obs)] * self.frames, -1)
         return Stacked(state, frames), ts._replace(obs=frames)
 
     def step(self, key: jax.Array, state: Stacked, action: Array) -> tuple[Stacked, TimeStep]:
         inner, ts = self.env.step(key, state.env, action)
-        frames = jnp.concatenate([state.frames[..., ts.obs.shape[-1] :], ts.obs], -1)
+        obs = self._last_axis(ts.obs)
+        frames = jnp.concatenate([state.frames[..., obs.shape[-1] :], obs], -1)
         return Stacked(inner, frames), ts._replace(obs=frames)
+
+    def _last_axis(self, obs: Array) -> Array:
+        return obs[..., None] if self._scalar else obs
 
     def frame(self, state: Stacked) -> np.ndarray:
         return self.env.frame(state.env)
@@ -170,3 +199,22 @@ class RewardClip(Wrapper):
     def step(self, key: jax.Array, state: Any, action: Array) -> tuple[Any, TimeStep]:
         state, ts = self.env.step(key, state, action)
         return state, ts._replace(reward=jnp.clip(ts.reward, self.low, self.high))
+
+
+def _with_obs(spec: Spec, space: ObsSpace) -> Spec:
+    return replace(spec, obs_shape=space.shape, obs_space=space, obs_sizes=())
+
+
+def _sizes(space: Discrete | MultiDiscrete) -> tuple[int, ...]:
+    return (space.n,) if isinstance(space, Discrete) else space.nvec
+
+
+def _vector(bound: float | tuple, width: int) -> tuple:
+    return bound if isinstance(bound, tuple) else (bound,) * width
+
+
+def _tiled(bound: float | tuple, times: int) -> float | tuple:
+    """The bound of `times` observations joined along their last axis."""
+    if not isinstance(bound, tuple):
+        return bound
+    return tuple(_tiled(b, times) for b in bound) if isinstance(bound[0], tuple) else bound * times

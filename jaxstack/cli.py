@@ -636,7 +636,7 @@ def _export(args: argparse.Namespace, _: list[str]) -> None:
     spec = make_env(learner.config).spec
     mask = spec.action_space.n if spec.has_action_mask else None  # pyright: ignore[reportAttributeAccessIssue]
     write = export.stablehlo if args.format == "stablehlo" else export.onnx
-    print(write(policy, (spec.num_agents, *spec.obs_shape), args.out, mask))
+    print(write(policy, (spec.num_agents, *spec.obs_shape), args.out, mask, obs_dtype=spec.observation.dtype))
 
 
 if __name__ == "__main__":

@@ -31,11 +31,13 @@ def stablehlo(
     path: str | Path,
     mask_size: int | None = None,
     platforms: Sequence[str] = PLATFORMS,
+    obs_dtype: Any = jnp.float32,
 ) -> Path:
     """Write `path` (`jax.export` bytes, one file for all `platforms`) and `path`.json with its signature.
 
-    obs_shape: [A, ...] of one environment; mask_size: n of the action mask, None for a policy without one. Read it with
-    `load_stablehlo`, or any runtime for StableHLO. Raises `UserError` for an unknown platform, a file that cannot be
+    obs_shape: [A, ...] of one environment; mask_size: n of the action mask, None for a policy without one; obs_dtype:
+    integers for observations that name categories, uint8 for images. Read it with `load_stablehlo`, or any runtime for
+    StableHLO. Raises `UserError` for an unknown platform, a file that cannot be
     written, or outputs that differ.
     """
     from jax import export
@@ -43,7 +45,7 @@ def stablehlo(
     for platform in platforms:
         if platform not in PLATFORMS:
             raise UserError(f"platform {platform!r}: expected some of {', '.join(PLATFORMS)}")
-    function, inputs = _function(policy), _inputs(policy, tuple(obs_shape), mask_size)
+    function, inputs = _function(policy), _inputs(policy, tuple(obs_shape), mask_size, obs_dtype)
     (batch,) = export.symbolic_shape("batch")
     shapes = [jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype) for x in inputs(1)]
     exported = export.export(jax.jit(function), platforms=tuple(platforms))(*shapes)
@@ -81,7 +83,13 @@ def load_stablehlo(path: str | Path) -> Callable[..., Sequence[Any]]:
     return jax.jit(exported.call)
 
 
-def onnx(policy: LoadedPolicy, obs_shape: Sequence[int], path: str | Path, mask_size: int | None = None) -> Path:
+def onnx(
+    policy: LoadedPolicy,
+    obs_shape: Sequence[int],
+    path: str | Path,
+    mask_size: int | None = None,
+    obs_dtype: Any = jnp.float32,
+) -> Path:
     """Write `path` through jax2onnx and run it with onnxruntime.
 
     Both packages must be installed; jax2onnx declares an older orbax than the runner's, which it does not need here
@@ -92,7 +100,7 @@ def onnx(policy: LoadedPolicy, obs_shape: Sequence[int], path: str | Path, mask_
         import onnxruntime  # pyright: ignore[reportMissingImports]
     except ImportError as e:
         raise UserError(f"ONNX needs jax2onnx and onnxruntime, see docs/export.md ({e.name} is missing)") from e
-    function, inputs = _function(policy), _inputs(policy, tuple(obs_shape), mask_size)
+    function, inputs = _function(policy), _inputs(policy, tuple(obs_shape), mask_size, obs_dtype)
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -122,13 +130,18 @@ def _function(policy: LoadedPolicy) -> Callable[..., tuple[Any, ...]]:
     return function
 
 
-def _inputs(policy: LoadedPolicy, obs_shape: tuple[int, ...], mask_size: int | None) -> Callable[[int], list[Any]]:
+def _inputs(
+    policy: LoadedPolicy, obs_shape: tuple[int, ...], mask_size: int | None, obs_dtype: Any
+) -> Callable[[int], list[Any]]:
     """batch -> random inputs."""
 
     def draw(batch: int) -> list[Any]:
         rng = np.random.default_rng(batch)
         carry = [jnp.zeros_like(x) for x in jax.tree.leaves(policy.init_carry(batch))]
-        out = [jnp.asarray(rng.normal(size=(batch, *obs_shape)), jnp.float32), jnp.asarray(rng.random(batch) < 0.3)]
+        obs = rng.normal(size=(batch, *obs_shape))
+        if jnp.issubdtype(obs_dtype, jnp.integer):
+            obs = np.abs(16 * obs)  # small whole numbers
+        out = [jnp.asarray(obs, obs_dtype), jnp.asarray(rng.random(batch) < 0.3)]
         out += [jnp.asarray(rng.normal(size=x.shape), x.dtype) for x in carry]
         if mask_size is not None:
             mask = rng.random((batch, obs_shape[0], mask_size)) < 0.7

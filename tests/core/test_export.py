@@ -15,6 +15,7 @@ CASES = {
     "feed-forward": ("ippo", dict(env="dispersion", hidden=(8,))),
     "generated weights": ("hypermarl", dict(env="dispersion", hidden=(8,), hyper_hidden=(4,))),
     "recurrent": ("ippo", dict(env="dispersion", hidden=(8,), gru=4)),
+    "categories": ("mappo", dict(env="jaxmarl/switch_riddle", hidden=(8,))),
     "continuous": ("ippo", dict(env="navigation", hidden=(8,), normalise_obs=True)),
 }
 
@@ -32,14 +33,19 @@ def obs_shape(policy):
     return (spec.num_agents, *spec.obs_shape)
 
 
+def obs_dtype(policy):
+    return envs.make(policy.learner.config.env).spec.observation.dtype
+
+
 def test_stablehlo_acts_like_the_policy(policy, tmp_path):
-    path = export.stablehlo(policy, obs_shape(policy), tmp_path / "policy.stablehlo")
+    dtype = obs_dtype(policy)
+    path = export.stablehlo(policy, obs_shape(policy), tmp_path / "policy.stablehlo", obs_dtype=dtype)
     run = export.load_stablehlo(path)
     signature = json.loads((tmp_path / "policy.stablehlo.json").read_text())
-    assert signature["inputs"][0]["shape"] == ["batch", *obs_shape(policy)]
+    assert signature["inputs"][0] == {"shape": ["batch", *obs_shape(policy)], "dtype": jnp.dtype(dtype).name}
     assert signature["platforms"] == ["cpu", "cuda", "tpu"]
     for batch in (2, 7):
-        obs = jax.random.normal(jax.random.key(batch), (batch, *obs_shape(policy)))
+        obs = jax.random.normal(jax.random.key(batch), (batch, *obs_shape(policy))).astype(dtype)
         first = jnp.arange(batch) % 2 == 0
         carry = policy.init_carry(batch)
         want_carry, want = policy.act(obs, carry, first=first)

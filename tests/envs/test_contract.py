@@ -1,13 +1,28 @@
 """One contract for every environment: native ones and a cheap set of adapters by default, all ids with `-m slow`."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxstack import envs
-from jaxstack.envs import vector
-from jaxstack.envs.base import Environment, Spec, TimeStep, action_limits, global_state, sample_action
+from jaxstack.core.errors import UserError
+from jaxstack.envs import jaxmarl_adapter, vector
+from jaxstack.envs.base import (
+    Box,
+    Discrete,
+    Environment,
+    Image,
+    MultiDiscrete,
+    Spec,
+    TimeStep,
+    action_limits,
+    global_state,
+    sample_action,
+)
+from jaxstack.nn.observations import inputs_of
 
 T = 30
 CHEAP = (
@@ -18,20 +33,33 @@ CHEAP = (
     "jaxmarl/overcooked/cramped_room",
     "gymnax/CartPole-v1",
     "gymnax/Pendulum-v1",
+    "gymnax/FrozenLake-misc",
 )
-SHORT = {"overcooked": {"max_steps": 20}, "gymnax": {"max_steps_in_episode": 20}, "brax": {"episode_length": 20}}
-"""Options that end an episode within T steps, by family."""
+SHORT = {
+    "dispersion": {"horizon": 12},
+    "navigation": {"horizon": 12},
+    "blind_particle_spread": {"horizon": 12},
+    "jaxmarl/MPE": {"max_steps": 12},
+    "jaxmarl/smax": {"max_steps": 12},
+    "jaxmarl/overcooked": {"max_steps": 12},
+    "jaxmarl/jaxnav": {"max_steps": 12},
+    "jaxmarl/coin_game": {"num_inner_steps": 6, "num_outer_steps": 2},
+    "jaxmarl/storm": {"num_inner_steps": 6, "num_outer_steps": 2},
+    **{f"jaxmarl/{id}": {"episode_length": 12} for id in jaxmarl_adapter.MABRAX},
+    "gymnax": {"max_steps_in_episode": 12},
+    "brax": {"episode_length": 12},
+}
+"""Options that end two episodes within T steps, by the start of an id."""
 
 
 def short(id: str) -> Environment:
-    parts = id.split("/")
-    family = parts[1] if len(parts) == 3 else parts[0]
-    return envs.make(id, **SHORT.get(family, {}))
+    return envs.make(id, **next((options for start, options in SHORT.items() if id.startswith(start)), {}))
 
 
 def check_dtypes(spec: Spec, ts: TimeStep, lead: tuple[int, ...]) -> None:
     a = spec.num_agents
     assert ts.obs.shape == (*lead, a, *spec.obs_shape)
+    check_kind(spec, np.asarray(ts.obs))
     assert ts.reward.shape == (*lead, a)
     assert ts.reward.dtype == jnp.float32
     for flag in (ts.terminated, ts.truncated):
@@ -46,6 +74,34 @@ def check_dtypes(spec: Spec, ts: TimeStep, lead: tuple[int, ...]) -> None:
         assert bool(ts.action_mask.any(-1).all()), "an agent without a legal action"
     assert (ts.state is not None) == (spec.state_shape is not None)
     assert global_state(spec, ts).shape == (*lead, spec.state_dim)
+
+
+def check_kind(spec: Spec, obs: np.ndarray) -> None:
+    """The observations are of the kind that the spec names."""
+    inputs_of(spec, obs.dtype)  # networks can read them
+    space = spec.observation
+    if isinstance(space, Image):
+        assert obs.dtype == np.uint8
+    elif isinstance(space, Box):
+        assert obs.dtype == space.dtype
+    else:
+        assert isinstance(space, (Discrete, MultiDiscrete))
+        assert obs.dtype == np.int32
+        assert bool((obs >= 0).all())
+        assert bool((obs < np.asarray(space.n if isinstance(space, Discrete) else space.nvec)).all())
+
+
+def check_promise(spec: Spec, terminated: np.ndarray, truncated: np.ndarray) -> None:
+    """Episodes of N environments with auto-reset, flags [T, N]: none is longer than the horizon, and what promises to
+    be truncated there is truncated nowhere else. Rollouts and pools count on it."""
+    age = np.zeros(terminated.shape[1], int)
+    for t in range(len(terminated)):
+        age += 1
+        if spec.horizon is not None:
+            assert bool((age <= spec.horizon).all()), f"an episode of {age.max()} steps, horizon {spec.horizon}"
+        if spec.truncates_at_horizon:
+            assert bool((age[truncated[t]] == spec.horizon).all()), f"truncated after {age[truncated[t]]} steps"
+        age[terminated[t] | truncated[t]] = 0
 
 
 def unroll(env: Environment):
@@ -110,9 +166,6 @@ def check(id: str) -> None:
         assert int(done.argmax()) + 1 <= spec.horizon
         if not np.any(steps.terminated):
             assert int(done.argmax()) + 1 == spec.horizon
-    end = int(done.argmax())
-    if spec.horizon is not None and steps.truncated[end]:  # learners count on it: see team_ppo.value_of_cut
-        assert end + 1 == spec.horizon
 
 
 def check_vector(id: str) -> None:
@@ -135,6 +188,7 @@ def check_vector(id: str) -> None:
     single, reset = jax.jit(env.step), jax.jit(env.reset)
     before, action, k_step, after, last = run(jax.random.key(4))
     done = np.asarray(last.terminated | last.truncated)
+    check_promise(env.spec, np.asarray(last.terminated), np.asarray(last.truncated))
     ends = [tuple(x) for x in np.argwhere(done)[:2]]
     for t, i in [(0, 1), *ends]:
         k_one, k_new = jax.random.split(jax.random.split(k_step[t], n)[i])
@@ -161,6 +215,22 @@ def test_contract(id: str):
 @pytest.mark.parametrize("id", CHEAP)
 def test_vector_contract(id: str):
     check_vector(id)
+
+
+def test_a_broken_promise_is_an_error():
+    spec = Spec("x", ("a",), (1,), Discrete(2), horizon=3, truncates_at_horizon=True)
+    never, cut = np.zeros((6, 1), bool), np.zeros((6, 1), bool)
+    cut[2::3] = True
+    check_promise(spec, never, cut)
+    with pytest.raises(AssertionError, match="truncated after"):
+        check_promise(spec, never, np.roll(cut, -1))
+    check_promise(replace(spec, truncates_at_horizon=False), never, np.roll(cut, -1))
+    with pytest.raises(AssertionError, match="an episode of 4 steps"):
+        check_promise(spec, never, never)
+    with pytest.raises(UserError, match="truncates_at_horizon"):
+        replace(spec, horizon=None)
+    with pytest.raises(UserError, match="obs_space has shape"):
+        replace(spec, obs_space=Discrete(4))
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import pytest
 from jaxstack import envs
 from jaxstack.core.errors import UnknownName, UserError
 from jaxstack.envs import gymnax_adapter
+from jaxstack.envs.base import Discrete
 
 
 def library(name: str):
@@ -110,3 +111,22 @@ def test_bad_names_and_options():
     state, _ = env.reset(jax.random.key(0))
     with pytest.raises(UserError, match="cannot be drawn"):
         env.frame(state)
+
+
+def test_options_of_constructors_are_reachable_and_checked():
+    lake = envs.make("gymnax/FrozenLake-misc", map_name="8x8", is_slippery=False, max_steps_in_episode=9)
+    assert lake.spec.observation == Discrete(64)
+    assert lake.spec.horizon == 9
+    state, ts = lake.reset(jax.random.key(0))
+    _, ts = lake.step(jax.random.key(1), state, jnp.array([2]))
+    assert ts.obs.tolist() == [1], "ice that is not slippery leads where one goes"
+    assert envs.make("gymnax/DeepSea-bsuite", size=5).spec.obs_shape == (5, 5)
+    assert envs.make("gymnax/FrozenLake-misc", desc=["SFG", "FFF"]).spec.observation == Discrete(6)
+    with pytest.raises(UserError, match="is_slippery='no': expected true or false"):
+        envs.make("gymnax/FrozenLake-misc", is_slippery="no")
+    with pytest.raises(UserError, match=r"size=2\.5: expected a whole number"):
+        envs.make("gymnax/DeepSea-bsuite", size=2.5)
+    with pytest.raises(UserError, match="max_steps_in_episode=0"):
+        envs.make("gymnax/CartPole-v1", max_steps_in_episode=0)
+    half = envs.make("gymnax/BernoulliBandit-misc", max_steps_in_episode=2.5)  # counts in fractions
+    assert half.spec.horizon == 3

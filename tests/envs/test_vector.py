@@ -14,6 +14,7 @@ from jaxstack.core.learner import Policy
 from jaxstack.core.metrics import on_host
 from jaxstack.envs import rollout, vector
 from jaxstack.envs.base import sample_action
+from jaxstack.envs.wrappers import TimeLimit
 
 N, T = 8, 40
 
@@ -199,6 +200,14 @@ def test_a_step_with_a_pool_costs_less_than_a_reset_in_every_step(id):
     assert flops("pool") < 0.8 * flops("exact")
 
 
+class Cut(Image):
+    """Never ends by itself, but may be cut at any step."""
+
+    @property
+    def spec(self):
+        return replace(super().spec, can_truncate=True)
+
+
 def test_pools_hold_what_a_rollout_can_use():
     fixed, early = envs.make("blind_particle_spread", horizon=50), envs.make("dispersion", horizon=50)
     size = lambda env, n, steps: envs.vectorise(env, n).rollout_pool_size(steps)
@@ -207,6 +216,8 @@ def test_pools_hold_what_a_rollout_can_use():
     assert size(early, 4, 10) == 8
     assert size(early, 4, 1) == 4  # at most one end for each step
     assert size(Image(), 3, 250) == 9  # no horizon: 100 is assumed
+    assert size(TimeLimit(Cut(), 50), 4, 200) == 32  # may be cut before the limit
+    assert size(TimeLimit(Image(), 50), 4, 200) == 16
     assert envs.vectorise(early, 4, pool_size=7).rollout_pool_size(200) == 7
     assert collect(envs.vectorise(fixed, 4), steps=100, rollouts=1)[1] == [0]
     with pytest.raises(UserError, match="num_envs=0"):
@@ -222,13 +233,32 @@ class Unbounded(Clock):
 
     @property
     def spec(self):
-        return replace(super().spec, horizon=None)
+        return replace(super().spec, horizon=None, truncates_at_horizon=False)
 
 
-@pytest.mark.parametrize("steps", [1, 5, 6, T])
-@pytest.mark.parametrize("env", [Clock((2, 4, 5)), Unbounded()])
-def test_cuts_alone_are_the_last_observations_of_cut_episodes(env, steps):
-    """From the middle of episodes, with a horizon (few rows) and without one (a row a step)."""
+class Liar(Clock):
+    """A clock that is cut after three steps and promises to be cut after six."""
+
+    @property
+    def spec(self):
+        return replace(super().spec, horizon=6, truncates_at_horizon=True)
+
+
+# those that promise their horizon need few rows; the others a row per step, also behind a time limit
+KEEPING = [
+    (Clock((2, 4, 5)), 5),
+    (Unbounded(), 1),
+    (Clock(), 1),
+    (TimeLimit(Clock((3,)), 50), 3),
+    (TimeLimit(Unbounded((3,)), 50), 1),
+    (TimeLimit(Unbounded((6,)), 4), 1),
+]
+
+
+@pytest.mark.parametrize("steps", [1, 5, T])
+@pytest.mark.parametrize(("env", "window"), KEEPING)
+def test_cuts_alone_are_the_last_observations_of_cut_episodes(env, window, steps):
+    """From the middle of episodes."""
     vec = envs.vectorise(env, N)
     play = jax.jit(partial(rollout.collect, vec, random_act(vec), num_steps=steps), static_argnames="finals")
     start = rollout.collect(
@@ -240,14 +270,26 @@ def test_cuts_alone_are_the_last_observations_of_cut_episodes(env, steps):
     assert short.steps.final_obs is None
     assert short.cuts.state is None
     jax.tree.map(np.testing.assert_array_equal, short.steps, whole.steps._replace(final_obs=None))
-    rows = -(-steps // 5) if env.spec.horizon else steps
-    assert short.cuts.step.shape == (rows, N)
+    assert short.cuts.step.shape == (-(-steps // window), N)
+    assert int(short.lost_cuts) == 0
     row, column = np.nonzero(short.cuts.step < steps)
     step = np.asarray(short.cuts.step)[row, column]
     cut = np.zeros((steps, N), bool)
     cut[step, column] = True
     np.testing.assert_array_equal(cut, whole.steps.truncated)
     np.testing.assert_array_equal(short.cuts.obs[row, column], whole.steps.final_obs[step, column])
+
+
+def test_cuts_without_a_row_are_counted_and_the_others_are_right():
+    """A row keeps its last cut; the environment broke its promise, see the contract test."""
+    vec = envs.vectorise(Liar((3,)), N)
+    start = vector.init(vec, jax.random.key(0))
+    play = jax.jit(partial(rollout.collect, vec, random_act(vec), num_steps=12), static_argnames="finals")
+    args = dict(key=jax.random.key(1), vs=start, carry=jnp.int32(0))
+    whole, short = play(**args), play(**args, finals="cuts")
+    np.testing.assert_array_equal(short.cuts.step, np.repeat([[5], [11]], N, 1))
+    np.testing.assert_array_equal(short.cuts.obs, whole.steps.final_obs[np.array([5, 11])])
+    assert int(short.lost_cuts) == int(whole.steps.truncated.sum()) - 2 * N == 2 * N
 
 
 def test_no_cuts_where_nothing_is_cut():

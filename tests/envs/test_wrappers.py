@@ -1,3 +1,4 @@
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -8,8 +9,27 @@ from toys import Clock, Image
 
 from jaxstack import envs
 from jaxstack.core.errors import UserError
-from jaxstack.envs.base import Discrete, Spec, first_step, global_state, sample_action
+from jaxstack.envs.base import (
+    Box,
+    Discrete,
+    MultiDiscrete,
+    Spec,
+    first_step,
+    global_state,
+    sample_action,
+)
+from jaxstack.envs.base import (
+    Image as Pixels,
+)
 from jaxstack.envs.wrappers import AgentId, FrameStack, RewardClip, RewardScale, TimeLimit
+
+
+class Pixel(Image):
+    """The same image of bytes."""
+
+    @property
+    def spec(self):
+        return replace(super().spec, obs_space=Pixels((2, 2, 1)))
 
 
 def play(env, steps, key=0):
@@ -76,6 +96,27 @@ def test_frame_stack_shifts_and_repeats_the_first():
     assert np.all(ts.obs == ts.obs[:, :, :1, :1])
     vectors = play(FrameStack(Clock(lengths=(5,)), 2), 3)
     np.testing.assert_array_equal(vectors.obs[:, 0, 1::2], [[0, 0], [0, 1], [1, 2], [2, 3]])
+
+
+def test_wrappers_keep_the_kind_of_an_observation():
+    lake = envs.make("gymnax/FrozenLake-misc")
+    stacked, named = FrameStack(lake, 3), AgentId(lake)
+    assert stacked.spec.observation == MultiDiscrete((16, 16, 16))
+    assert named.spec.observation == MultiDiscrete((16, 1))
+    assert FrameStack(named, 2).spec.observation == MultiDiscrete((16, 1, 16, 1))
+    ts, plain = play(stacked, 3), play(lake, 3)
+    np.testing.assert_array_equal(ts.obs[:, 0, -1], plain.obs[:, 0])
+    np.testing.assert_array_equal(ts.obs[1:, 0, 1], plain.obs[:-1, 0])
+    assert ts.obs.dtype == np.int32
+    np.testing.assert_array_equal(play(named, 3).obs[:, 0], np.stack([plain.obs[:, 0], 0 * plain.obs[:, 0]], -1))
+
+    pole = envs.make("gymnax/CartPole-v1")
+    seen = pole.spec.observation
+    assert isinstance(seen, Box)
+    assert FrameStack(pole, 2).spec.observation == Box((8,), seen.low * 2, seen.high * 2)
+    assert AgentId(pole).spec.observation == Box((5,), (*seen.low, 0.0), (*seen.high, 1.0))
+    assert FrameStack(Pixel(), 4).spec.observation == Pixels((2, 2, 4))
+    assert TimeLimit(lake, 7).spec.observation == Discrete(16)
 
 
 def test_rewards_are_scaled_and_clipped():

@@ -36,6 +36,8 @@ class Clock(Environment):
             obs_shape=(2,),
             action_space=Discrete(3),
             horizon=max(self.lengths),
+            # even lengths terminate, so that only the longest can be a cut
+            truncates_at_horizon=all(n % 2 == 0 or n == max(self.lengths) for n in self.lengths),
             has_action_mask=True,
         )
 
