@@ -23,14 +23,15 @@ Metrics = dict[str, Metric]
 
 
 class Init(Protocol):
-    """(key, hypers) -> state, for one seed."""
+    """(key, hypers) or (key, hypers, given) -> state, for one seed."""
 
-    def __call__(self, key: Key, hypers: Any, /) -> Any:
+    def __call__(self, key: Key, hypers: Any, /, *args: Any, **kwargs: Any) -> Any:
         """Make the state a run begins with.
 
         Args:
             key: the seed's key.
             hypers: like `Learner.hypers`, leaves float32 scalars.
+            args: this seed's row of `Learner.given`, where there is one.
 
         Returns:
             A pytree with the fields `hypers`, `params`, `key`, `step` and whatever else the learner needs.
@@ -131,6 +132,8 @@ class Learner(NamedTuple):
     eval_source: Callable[[Any], Source] | None = None
     """config -> the batches of one pass over a split, for `evaluate`."""
     predict: Predict | None = None
+    given: Any = None
+    """Arrays [S, ...], a row a seed, for `init`: weights to start from, a teacher, the states of earlier stages."""
 
 
 def as_hypers(hypers: Any) -> Any:

@@ -36,14 +36,15 @@ class Programs(NamedTuple):
     place: Callable[[Any], Any]
     """Put a restored (state, alive) where the programs expect it."""
     chunk: int
-    bind: Callable[[Sequence[int], Any], "Programs"]
-    """(seeds, hypers) -> the same executables for as many other rows."""
+    bind: Callable[[Sequence[int], Any, Any], "Programs"]
+    """(seeds, hypers, what is given to `init`) -> the same executables for as many other rows."""
     feed: Callable[[], Feed | None]
     """() -> where dispatches of batches come from, from where the source is; closed by who opens it."""
 
 
-def initial(learner: Learner, seeds: Sequence[int], hypers: Any) -> tuple[Any, guard.Alive]:
-    """States [S, ...] of `seeds`: seed s starts from `jax.random.key(s)`; leaves of `hypers` are scalars or [S].
+def initial(learner: Learner, seeds: Sequence[int], hypers: Any, given: Any = None) -> tuple[Any, guard.Alive]:
+    """States [S, ...] of `seeds`: seed s starts from `jax.random.key(s)`; leaves of `hypers` are scalars or [S], those
+    of `given` (default: the learner's) [S, ...].
 
     One seed after another on CPU: there the batched QR of orthogonal initialisers can wait for its own thread pool
     for ever, and a seed's start does not depend on how many run beside it.
@@ -56,7 +57,13 @@ def initial(learner: Learner, seeds: Sequence[int], hypers: Any) -> tuple[Any, g
     hypers = jax.tree.map(lambda x: jnp.broadcast_to(x, (count,)), hypers)
     keys = jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
     one = lambda args: learner.init(*args)
-    state = jax.lax.map(one, (keys, hypers)) if jax.default_backend() == "cpu" else jax.vmap(one)((keys, hypers))
+    given = learner.given if given is None else given
+    for path, x in jax.tree_util.tree_leaves_with_path(given):
+        if jnp.shape(x)[:1] != (count,):
+            where = jax.tree_util.keystr(path)
+            raise UserError(f"{learner.name}.given{where}: shape {jnp.shape(x)}, expected ({count}, ...), a row a seed")
+    args = (keys, hypers) if given is None else (keys, hypers, given)
+    state = jax.lax.map(one, args) if jax.default_backend() == "cpu" else jax.vmap(one)(args)
     return state, guard.start(count)
 
 
@@ -81,12 +88,13 @@ def build(
     environments of each (see devices.py).
     """
     # under jit it is traced once, for its shapes and its program
-    start = jax.jit(lambda seeds, hypers: initial(learner, seeds, hypers))
-    arguments = lambda seeds, hypers: (
+    start = jax.jit(lambda seeds, hypers, given: initial(learner, seeds, hypers, given))
+    arguments = lambda seeds, hypers, given: (
         np.asarray(seeds, np.uint32),
         jax.tree.map(np.asarray, as_hypers(learner.hypers if hypers is None else hypers)),
+        given,
     )
-    rows = arguments(seeds, hypers)
+    rows = arguments(seeds, hypers, learner.given)
     with book.clock():
         shapes = jax.eval_shape(start, *rows)
     place = layout(learner, shapes[0], devices, env_devices)
@@ -149,8 +157,8 @@ def build(
 
     initialise, measure = init(), evaluation and evaluation()
 
-    def bind(seeds: Sequence[int], hypers: Any) -> Programs:
-        rows = arguments(seeds, hypers)
+    def bind(seeds: Sequence[int], hypers: Any, given: Any) -> Programs:
+        rows = arguments(seeds, hypers, given)
 
         shared = (constants, draws(seeds))
 
@@ -167,7 +175,7 @@ def build(
             feed=lambda: None if data is None else Feed(data, seeds, chunk, checked),
         )
 
-    return bind(seeds, hypers)
+    return bind(seeds, hypers, learner.given)
 
 
 def convolves(function: Callable, *args: Any) -> bool:

@@ -8,7 +8,7 @@ checkpoints/    orbax, with checksums/ beside it
 damaged/        whatever was found damaged, or newer than the checkpoint that a resume went on from
 
 A run in groups of seeds (`split_seeds`) has a directory like this for each group, which its run.yaml names, and no
-metrics or checkpoints beside them.
+metrics or checkpoints beside them; a method in stages one for each stage.
 """
 
 import fcntl
@@ -248,11 +248,29 @@ def read_metrics(path: str | Path) -> Any:
         folders = [Path(path) / name for name in groups]
         begun = [folder for folder in folders if (folder / "metrics.jsonl").exists()]
         return by_step([read_metrics(folder) for folder in begun or folders[:1]])
+    if (Path(path) / "run.yaml").exists() and (stages := read_plan(path).get("stages")):
+        parts = []
+        for name in stages:
+            # of a stage in groups each has lines of its own
+            if not parts or any((Path(path) / name).rglob("metrics.jsonl")):
+                part = read_metrics(Path(path) / name)
+                part.insert(0, "stage", name.partition("_")[2])
+                parts.append(part)
+        return pd.concat(parts, ignore_index=True)
     file = Path(path) / "metrics.jsonl"
     if not file.exists() or not file.stat().st_size:
         raise UserError(f"run directory {path}: no metrics found (metrics.jsonl is missing or empty)")
     # pandas' default parser is off by an ulp now and then
     return pd.read_json(file, lines=True, precise_float=True)
+
+
+def read_rows(path: str | Path) -> list[Row]:
+    """The rows of a run's metrics.jsonl as they were written, or those of all its groups; damaged lines left out."""
+    if groups := read_plan(path).get("groups"):
+        return sorted((row for name in groups for row in read_rows(Path(path) / name)), key=lambda row: row["step"])
+    lines = (Path(path) / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    rows = [row for row in map(_parse, lines) if row is not None]
+    return [{k: math.nan if v is None else v for k, v in row.items()} for row in rows]
 
 
 def by_step(frames: Sequence[Any]) -> Any:

@@ -129,7 +129,9 @@ def train(
     seeds = check_seeds(seeds) if settings is None else _check_rows(seeds, settings)
     settings = None if settings is None else [int(i) for i in settings]
     data = _data(learner, data)
-    plan = {"agent": learner.name, "config": _config(learner), "seeds": seeds, "num_steps": num_steps} | (plan or {})
+    plan = {"agent": learner.name, "config": plain_config(learner), "seeds": seeds, "num_steps": num_steps} | (
+        plan or {}
+    )
     plan |= {"objective": list(learner.objective)}
     plan |= {} if settings is None else {"settings": settings}
     path = None if run_dir is None else Path(run_dir)
@@ -174,8 +176,8 @@ def resume(
     """
     options = config.replace(options, **changes)
     old = distributed.share(distributed.on_first(lambda: read_plan(run_dir)))
-    new = (plan or {}).get("config", _config(learner))
-    _same_config(run_dir, old["config"], new)
+    new = (plan or {}).get("config", plain_config(learner))
+    same_config(run_dir, old["config"], new)
     seeds = list(old["seeds"])
     num_steps = int(old["num_steps"] if num_steps is None else num_steps)
     data = _data(learner, data)
@@ -248,13 +250,21 @@ def evaluate(learner: Learner, state: Any, key: Key | None = None) -> dict[str, 
 
 def load_state(learner: Learner, run_dir: str | Path) -> Any:
     """The newest stored state [S, ...] of a run, for evaluation. Raises `UserError` when there is none."""
+    return stored(learner, run_dir)[0]
+
+
+def stored(learner: Learner, run_dir: str | Path) -> tuple[Any, np.ndarray]:
+    """The newest stored (state [S, ...], alive [S]) of a run. Raises `UserError` when there is none."""
     plan = read_plan(run_dir)
     if "groups" in plan:
-        return side_by_side([load_state(learner, Path(run_dir) / name) for name in plan["groups"]])
-    template = jax.eval_shape(lambda: program.initial(learner, plan["seeds"], None))
+        groups = [stored(learner, Path(run_dir) / name) for name in plan["groups"]]
+        return side_by_side([state for state, _ in groups]), np.concatenate([alive for _, alive in groups])
+    # shapes alone: rows of what is given are those of another number of seeds in a group
+    rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct((len(plan["seeds"]), *x.shape[1:]), x.dtype), learner.given)
+    template = jax.eval_shape(lambda given: program.initial(learner, plan["seeds"], None, given), rows)
     with contextlib.closing(Checkpoints(Path(run_dir) / "checkpoints", read_only=True)) as store:
-        _, (state, _), _, _ = store.restore(template)
-    return state
+        _, (state, alive), _, _ = store.restore(template)
+    return state, np.asarray(alive.failed_step) == 0
 
 
 def _create(job: Job) -> RunDir | None:
@@ -314,7 +324,7 @@ def _split(job: Job, count: int, resumed: bool = False) -> Result:
             for _, group in groups:
                 if job.data is not None:
                     job.data.restore(data)  # every group sees the same batches
-                bound = programs[len(group.seeds)].bind(group.seeds, group.hypers)
+                bound = programs[len(group.seeds)].bind(group.seeds, group.hypers, group.learner.given)
                 begun = resumed and distributed.share((Path(group.run_dir or "") / "run.yaml").exists())
                 results.append(_continued(group, bound) if begun else _fresh(group, bound))
         except Interrupted:
@@ -334,6 +344,7 @@ def _groups(job: Job, count: int) -> list[tuple[str, Job]]:
         part = slice(index[0], index[-1] + 1)
         take = lambda x, part=part: jnp.asarray(x)[part] if np.ndim(x) else x
         hypers = None if job.hypers is None else jax.tree.map(take, job.hypers)
+        learner = job.learner._replace(given=jax.tree.map(lambda x, part=part: x[part], job.learner.given))
         seeds, settings = job.seeds[part], job.settings
         plan = {k: v for k, v in job.plan.items() if k != "groups"} | {"seeds": seeds}
         name = f"seeds_{'_'.join(map(str, seeds))}"
@@ -341,7 +352,7 @@ def _groups(job: Job, count: int) -> list[tuple[str, Job]]:
             settings, name = settings[part], f"rows_{index[0]}_{index[-1]}"
             plan |= {"settings": settings}
         folder = None if job.run_dir is None else job.run_dir / name
-        group = job._replace(seeds=seeds, hypers=hypers, run_dir=folder, plan=plan, settings=settings)
+        group = job._replace(learner=learner, seeds=seeds, hypers=hypers, run_dir=folder, plan=plan, settings=settings)
         groups.append((name, group))
     return groups
 
@@ -545,11 +556,12 @@ def _rows(job: Job, start: int, metrics: dict, extra: dict, failed: np.ndarray) 
     return rows
 
 
-def _config(learner: Learner) -> dict[str, Any]:
+def plain_config(learner: Any) -> dict[str, Any]:
+    """The config of a learner, or of a method in stages, as plain dicts; empty where there is none."""
     return config.to_dict(learner.config) if dataclasses.is_dataclass(learner.config) else {}
 
 
-def _same_config(run_dir: str | Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+def same_config(run_dir: str | Path, old: dict[str, Any], new: dict[str, Any]) -> None:
     changed = [k for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
     if changed:
         what = ", ".join(f"{k}: {old.get(k)!r} -> {new.get(k)!r}" for k in changed)

@@ -20,17 +20,25 @@ class Interrupted(Exception):
 @contextlib.contextmanager
 def collected(caught: list[int], at_once: bool = False) -> Iterator[list[int]]:
     """Collect SIGINT and SIGTERM so that the chunk can finish; a second one, or with `at_once` the first, acts at once.
-    Main thread only."""
+    Who collects around it is told too. Main thread only."""
     if threading.current_thread() is not threading.main_thread():
         yield caught
         return
     old: dict[int, Any] = {}
 
-    def note(number: int, _: Any) -> None:
+    def collect(number: int) -> Any:
+        """Tell all who collect; returns the handler outside of them."""
         caught.append(number)
+        outer = getattr(old[number], "collect", None)
+        return old[number] if outer is None else outer(number)
+
+    def note(number: int, _: Any) -> None:
+        outside = collect(number)
         if at_once:
             raise Interrupted(number, COMPILING)
-        signal.signal(number, old[number])
+        signal.signal(number, outside)
+
+    note.collect = collect
 
     for s in (signal.SIGINT, signal.SIGTERM):
         old[s] = signal.signal(s, note)
