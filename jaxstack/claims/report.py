@@ -294,7 +294,7 @@ def generated(folder: Path, pages: Path) -> dict[Path, str]:
     for r in records(folder):
         by_method.setdefault(r["method"], []).append(r)
     out = {folder / "README.md": results_page(folder)}
-    for page in sorted(pages.glob("*.md")):
+    for page in sorted(p for p in pages.glob("*.md") if p.name != "README.md"):
         text = page.read_text(encoding="utf-8")
         before, begin, rest = text.partition(BEGIN)
         _, end, after = rest.partition(END)

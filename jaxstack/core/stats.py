@@ -8,7 +8,6 @@ truth in about 74% of cases with 3 runs, 84% with 5, 90% with 10 and 93% with 20
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,22 +16,55 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from jaxstack.core.association import (
+    Association,
+    Estimate,
+    Friedman,
+    Test,
+    benjamini_hochberg,
+    cluster_bootstrap,
+    friedman,
+    kendall,
+    pearson,
+    spearman,
+    wilcoxon,
+    wilson,
+)
 from jaxstack.core.errors import UserError
 
+__all__ = [
+    "Association",
+    "Difference",
+    "Estimate",
+    "Friedman",
+    "OptimalityGap",
+    "Profile",
+    "Ratio",
+    "Test",
+    "benjamini_hochberg",
+    "bootstrap",
+    "by_task",
+    "cluster_bootstrap",
+    "difference",
+    "estimate",
+    "friedman",
+    "improvement",
+    "iqm",
+    "iqm_by_task",
+    "kendall",
+    "mean",
+    "median",
+    "optimality_gap",
+    "pearson",
+    "profile",
+    "spearman",
+    "summary",
+    "table",
+    "wilcoxon",
+    "wilson",
+]
+
 RESAMPLES = 50_000
-
-
-class Estimate(NamedTuple):
-    """A point estimate and its interval; the ends are NaN where there is none."""
-
-    value: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        if math.isnan(self.low):
-            return f"{self.value:.3f} (no interval)"
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
 def table(scores: Any, name: str = "scores") -> Array:
@@ -171,20 +203,6 @@ def estimate(statistic: Callable[..., Array], *scores: Any, **options: Any) -> E
 def difference(x: Any, y: Any, statistic: Callable[[Array], Array] = mean, **options: Any) -> Estimate:
     """statistic(X) - statistic(Y) with its interval."""
     return estimate(Difference(statistic), x, y, **options)
-
-
-def wilson(successes: int, trials: int, confidence: float = 0.95) -> Estimate:
-    """Return the share of successes with Wilson's score interval (Wilson, 1927), right for small numbers and ends.
-
-    Raises:
-        UserError: `successes` outside [0, trials] or no trials.
-    """
-    if not 0 <= successes <= trials or trials < 1:
-        raise UserError(f"successes={successes}, trials={trials}: expected 0 <= successes <= trials, trials >= 1")
-    from scipy.stats import binomtest
-
-    interval = binomtest(int(successes), int(trials)).proportion_ci(confidence, method="wilson")
-    return Estimate(successes / trials, float(interval.low), float(interval.high))
 
 
 def summary(scores: Any, target: float = 1.0, **options: Any) -> dict[str, Estimate]:
