@@ -87,6 +87,7 @@ def dico_team(cfg: Config, shape: Shape, arch: Arch) -> TeamNet:
         log_std=lambda w: w["common"].get("log_std"),
         carry=common.carry,
         penalty=lambda params, extra: jnp.float32(0),
+        groups=common.groups,
     )
 
 

@@ -18,10 +18,11 @@ from jaxstack.agents.team_ppo import Batch, Hypers, PPOConfig, State, Task
 from jaxstack.core import losses, packing
 from jaxstack.core.config import require
 from jaxstack.core.learner import Key, Learner, Metrics
+from jaxstack.envs.base import Environment
 from jaxstack.nn import team
 from jaxstack.nn.distributions import TeamDistribution
 from jaxstack.nn.observations import reading
-from jaxstack.nn.team import TeamNet
+from jaxstack.nn.team import Shape, TeamNet
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Config(PPOConfig):
     def validate(self) -> None:
         super().validate()
         require(self, "gru", self.gru == 0, "0: HAPPO is feed-forward here")
+        require(self, "advantage_norm", self.advantage_norm == "group", "group: all agents have one joint advantage")
 
 
 def happo(config: Config = Config()) -> Learner:
@@ -39,8 +41,15 @@ def happo(config: Config = Config()) -> Learner:
     shape = team_ppo.team_shape(env, config, central=True)
     fits = shape.actions.kind != "continuous" or shape.actions.valid is None
     require(config, "env", fits, "equal numbers of action dimensions for all agents")
-    task = team_ppo.make_task(config, env, shape, team.separate(shape, config.arch))
+    task = make_task(config, env, shape)
     return team_ppo.make_learner("happo", task, sequential_update, init_optimisers)
+
+
+def make_task(config: Config, env: Environment, shape: Shape) -> Task:
+    """The task with a network for each agent. The joint advantage couples the agents by design, so that one scale for
+    all rewards keeps the team's objective what it is; the rest of an agent's statistics, its clip and its optimiser are
+    its own."""
+    return team_ppo.make_task(config, env, shape, team.separate(shape, config.arch))._replace(one_objective=True)
 
 
 def init_optimisers(task: Task, hypers: Hypers, params: Any) -> Any:

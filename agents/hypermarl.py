@@ -226,6 +226,7 @@ def hyper_team(cfg: Config, shape: Shape, arch: Arch) -> TeamNet:
         log_std=lambda w: w.get("log_std"),
         carry=lambda b: (initial_carry(arch.gru, b, count), initial_carry(arch.gru, b, copies)),
         penalty=lambda params, extra: jnp.float32(0),
+        groups=(0,) * count,
     )
 
 

@@ -87,6 +87,7 @@ def masked_team(cfg: Config, shape: Shape, arch: Arch) -> TeamNet:
         log_std=common.log_std,
         carry=common.carry,
         penalty=penalty,
+        groups=common.groups,
     )
 
 

@@ -3,6 +3,10 @@
 Proximal policy optimisation (Schulman et al., 2017) for teams (de Witt et al., 2020; Yu et al., 2022): T rollout steps
 of N environments and A agents, generalised advantages with bootstrapping at truncation, E epochs of M minibatches.
 A minibatch holds the same transitions for every agent, so samples stay grouped by agent. float32.
+
+Agents that share parameters are a group (`TeamNet.groups`). Each group is a learner of its own: the loss is a sum of
+means over each group's own samples, and advantages, values, observations and rewards are standardised, gradients
+clipped and metrics averaged a group. An agent's return ends when it leaves `agent_mask` (dies), without bootstrap.
 """
 
 import math
@@ -16,8 +20,9 @@ import optax
 from jaxtyping import Array
 
 from jaxstack import envs
-from jaxstack.core import devices, losses, packing, returns, running, shuffle
+from jaxstack.core import devices, groups, losses, packing, returns, running, shuffle
 from jaxstack.core.config import Config, require, require_at_least, require_positive, require_unit
+from jaxstack.core.groups import Groups
 from jaxstack.core.learner import Key, Learner, Metrics, Policy, as_hypers
 from jaxstack.envs import rollout, vector
 from jaxstack.envs.base import Environment, global_state
@@ -65,6 +70,10 @@ class PPOConfig(Config):
     """Learning rate to 0 linearly over total_steps."""
     clip_value: bool = True
     normalise_advantage: bool = True
+    advantage_norm: Literal["group", "agent"] = "group"
+    """Whose samples in a minibatch standardise an advantage. group: those of all agents that share parameters with the
+    agent, as in the released code of HyperMARL and of its baselines; agent: its own, so that agents with large rewards
+    do not drown the others. The same where no parameters are shared."""
     normalise_value: bool = False
     """The critic predicts standardised returns (running statistics)."""
     normalise_obs: bool = False
@@ -153,6 +162,20 @@ class Task(NamedTuple):
     vec: vector.VecEnv
     shape: Shape
     team: TeamNet
+    one_objective: bool = False
+    """All agents maximise the team's mean return: one scale for all rewards, whatever the groups."""
+
+    @property
+    def groups(self) -> Groups:
+        return self.team.groups
+
+    @property
+    def reward_groups(self) -> Groups:
+        return () if self.one_objective else self.groups
+
+    @property
+    def advantage_groups(self) -> Groups:
+        return tuple(range(self.shape.num_agents)) if self.cfg.advantage_norm == "agent" else self.groups
 
     @property
     def env(self) -> Environment:
@@ -193,7 +216,9 @@ def make_task(cfg: PPOConfig, env: Environment, shape: Shape, team: TeamNet) -> 
 
 def observe(task: Task, norm: Any, obs: Array) -> Array:
     """Standardise observations where the config asks for it; otherwise the team's networks read them as they are."""
-    return running.apply(norm, task.inputs.encode(obs)) if task.cfg.normalise_obs else obs
+    if not task.cfg.normalise_obs:
+        return obs
+    return running.apply(running.of_agents(norm, task.groups), task.inputs.encode(obs))
 
 
 def make_learner(
@@ -208,11 +233,12 @@ def make_learner(
         k_net, k_env, key = jax.random.split(key, 3)
         hypers = as_hypers(hypers)
         params = task.team.init(k_net)
-        obs_stats = running.init(task.inputs.shape) if cfg.normalise_obs else ()
-        reward = running.init_reward(cfg.num_envs, task.env.spec.num_agents) if cfg.normalise_reward else ()
-        norms = Norms(running.init(()) if cfg.normalise_value else (), obs_stats, reward)
+        spec = task.env.spec
+        obs_stats = running.init_groups(task.inputs.shape, task.groups) if cfg.normalise_obs else ()
+        reward = running.init_reward(cfg.num_envs, spec.num_agents, task.reward_groups) if cfg.normalise_reward else ()
+        norms = Norms(running.init_groups((), task.groups) if cfg.normalise_value else (), obs_stats, reward)
         vec = vector.init(task.vec, k_env)
-        opt = optimiser(cfg, hypers).init(params) if init_opt is None else init_opt(task, hypers, params)
+        opt = optimiser(cfg, hypers, task.groups).init(params) if init_opt is None else init_opt(task, hypers, params)
         carry = task.team.carry(cfg.num_envs)
         return State(hypers, params, task.team.init_extra(), opt, vec, carry, norms, key, jnp.int32(0))
 
@@ -236,8 +262,11 @@ def make_learner(
     )
 
 
-def optimiser(cfg: PPOConfig, hypers: Hypers) -> optax.GradientTransformation:
-    """Global-norm clipping, then Adam (eps 1e-5) with a learning rate that may fall linearly to zero, then stays."""
+def optimiser(cfg: PPOConfig, hypers: Hypers, of: Groups = ()) -> optax.GradientTransformation:
+    """Clipping by the gradient's norm, then Adam (eps 1e-5) with a learning rate that may fall linearly to zero, then
+    stays. With agents in several groups `of`, each group's gradient is clipped by its own norm; Adam's moments are
+    elementwise, so each group's are its own."""
+    several = groups.number(of) > 1
     steps = cfg.num_updates * cfg.num_epochs * cfg.num_minibatches
 
     def lr(count: Array) -> Array:
@@ -245,7 +274,7 @@ def optimiser(cfg: PPOConfig, hypers: Hypers) -> optax.GradientTransformation:
         return hypers.lr * jnp.maximum(1.0 - count / steps, 0.0) if cfg.anneal_lr else jnp.asarray(hypers.lr)
 
     return optax.chain(
-        optax.clip_by_global_norm(hypers.max_grad_norm),
+        (groups.clip_by_norms if several else optax.clip_by_global_norm)(hypers.max_grad_norm),
         optax.scale_by_adam(eps=1e-5),
         optax.scale_by_learning_rate(lr),
     )
@@ -263,9 +292,12 @@ def gather_batch(task: Task, s: State, key: Key) -> tuple[State, Batch, Metrics]
         "rollout/reused_starts": reused.astype(jnp.float32),
         "rollout/lost_cuts": lost_cuts.astype(jnp.float32),
     }
-    reward, reward_norm = steps.reward, s.norms.reward
+    alive, reward, reward_norm = steps.ts.agent_mask, steps.reward, s.norms.reward
+    # an agent that is gone after a step has no value there, whether the team goes on or not
+    terminated = steps.terminated[..., None] | ~steps.final_mask
+    done = steps.done[..., None] | ~steps.final_mask
     if cfg.normalise_reward:
-        reward_norm, reward = running.scale_reward(reward_norm, reward, steps.done, s.hypers.gamma)
+        reward_norm, reward = running.scale_reward(reward_norm, reward, done, s.hypers.gamma, alive, task.reward_groups)
 
     def critic_x(obs: Array, state: Array | None) -> Array:
         obs = observe(task, s.norms.obs, obs)
@@ -283,29 +315,30 @@ def gather_batch(task: Task, s: State, key: Key) -> tuple[State, Batch, Metrics]
     next_value = jnp.concatenate([value[1:], after])
     if cuts is not None:
         next_value = value_of_cut(task, weights, cuts, carries, next_value, critic_x)
-    value, next_value = running.unapply(s.norms.value, value), running.unapply(s.norms.value, next_value)
-    flag = lambda x: jnp.broadcast_to(x[..., None], reward.shape)
-    advantage, target = returns.gae(
-        reward, value, next_value, flag(steps.terminated), flag(steps.done), s.hypers.gamma, s.hypers.lam
-    )
+    own = running.of_agents(s.norms.value, task.groups)
+    value, next_value = running.unapply(own, value), running.unapply(own, next_value)
+    advantage, target = returns.gae(reward, value, next_value, terminated, done, s.hypers.gamma, s.hypers.lam)
     value_norm = s.norms.value
     if cfg.normalise_value:
-        value_norm = running.update(value_norm, target)
-        value, target = (running.apply(value_norm, x, clip=jnp.inf) for x in (value, target))
+        value_norm = running.update_groups(value_norm, target, alive, task.groups)
+        own = running.of_agents(value_norm, task.groups)
+        value, target = (running.apply(own, x, clip=jnp.inf) for x in (value, target))
     batch = Batch(
         obs=observe(task, s.norms.obs, steps.ts.obs),
         critic_x=x,
         first=steps.first,
         action=steps.action,
         action_mask=steps.ts.action_mask,
-        weight=steps.ts.agent_mask,
+        weight=alive,
         logp=steps.extras,
         value=value,
         advantage=advantage,
         target=target,
         start=carry0,
     )
-    obs_norm = running.update(s.norms.obs, task.inputs.encode(steps.ts.obs)) if cfg.normalise_obs else ()
+    obs_norm = s.norms.obs
+    if cfg.normalise_obs:
+        obs_norm = running.update_groups(obs_norm, task.inputs.encode(steps.ts.obs), alive, task.groups)
     norms = Norms(value_norm, obs_norm, reward_norm)
     return s._replace(vec=vec, carry=(actor_carry, critic_carry), norms=norms), batch, stats
 
@@ -344,12 +377,12 @@ def value_of_cut(
 
 def ppo_epochs(task: Task, s: State, batch: Batch, key: Key) -> tuple[State, Metrics]:
     """E epochs over M shuffled minibatches."""
-    tx = optimiser(task.cfg, s.hypers)
-    pack = packing.packing(s.params, batch.logp.size // task.cfg.num_minibatches)
+    count = groups.number(task.groups)
+    tx = optimiser(task.cfg, s.hypers, task.groups)
+    pack = packing.packing(s.params, batch.logp.size // task.cfg.num_minibatches, count)
     take = minibatches(task, batch)
     # before the epochs: the table of minibatches stands for these arrays from here on
-    residual = batch.target - batch.value
-    explained = 1.0 - residual.var() / jnp.maximum(batch.target.var(), 1e-8)
+    explained = losses.explained_variance(batch.value, batch.target, batch.weight, task.groups)
 
     def sgd(c: tuple, index: Array) -> tuple[tuple, Metrics]:
         packed, extra, opt = c
@@ -358,7 +391,7 @@ def ppo_epochs(task: Task, s: State, batch: Batch, key: Key) -> tuple[State, Met
         )
         grads = pack.pack(grads)
         updates, opt = tx.update(grads, opt, packed)
-        metrics["train/grad_norm"] = optax.global_norm(grads)
+        metrics["train/grad_norm"] = optax.global_norm(grads) if count == 1 else groups.norms(grads).mean()
         return (optax.apply_updates(packed, updates), extra, opt), metrics
 
     start = (pack.pack(s.params), s.extra, pack.pack_in(s.opt))
@@ -397,11 +430,15 @@ def samples(data: Any) -> Callable[[Array], Any]:
 
 
 def loss(task: Task, params: Any, extra: Any, hypers: Hypers, mb: Batch) -> tuple[Array, tuple[Any, Metrics]]:
-    """Clipped surrogate + value loss - entropy bonus, averaged over the samples of agents that could act."""
+    """Clipped surrogate + value loss - entropy bonus, averaged over the samples of agents that could act: over each
+    group's own, and summed over groups, so that a group's gradient is that of a learner of its own. Metrics are means
+    over groups."""
     cfg, team = task.cfg, task.team
     weights, extra = team.prepare(params, extra, mb.obs)
     dist, value = distribution_and_value(task, weights, mb)
-    advantage = losses.standardise(mb.advantage, mb.weight) if cfg.normalise_advantage else mb.advantage
+    advantage = mb.advantage
+    if cfg.normalise_advantage:
+        advantage = losses.standardise(advantage, mb.weight, groups=task.advantage_groups)
     logp = dist.log_prob(mb.action)
     log_ratio = logp - mb.logp
     ratio = jnp.exp(log_ratio)
@@ -416,11 +453,11 @@ def loss(task: Task, params: Any, extra: Any, hypers: Hypers, mb: Batch) -> tupl
         "train/kl": ratio - 1.0 - log_ratio,
         "train/clip_fraction": (jnp.abs(ratio - 1.0) > hypers.clip).astype(jnp.float32),
     }
-    means = losses.masked_means(terms, mb.weight)
-    total = means["loss/actor"] + hypers.vf_coef * means["loss/critic"] - hypers.ent_coef * means["train/entropy"]
-    total = total + team.penalty(params, extra)
-    metrics = {"loss/total": total} | means
-    return total, (extra, metrics)
+    means = losses.masked_means(terms, mb.weight, task.groups)
+    each = means["loss/actor"] + hypers.vf_coef * means["loss/critic"] - hypers.ent_coef * means["train/entropy"]
+    penalty = team.penalty(params, extra)
+    metrics = {"loss/total": each.mean() + penalty} | jax.tree.map(jnp.mean, means)
+    return each.sum() + penalty, (extra, metrics)
 
 
 def distribution(task: Task, weights: Any, mb: Batch, raw: Array | None = None) -> TeamDistribution:
@@ -452,7 +489,8 @@ def policy(task: Task) -> Policy:
     """Acting alone: generated weights are stored, so that no hypernetwork runs at execution."""
 
     def params(s: State) -> Any:
-        return {"weights": task.team.prepare(s.params, s.extra, None)[0], "obs_norm": s.norms.obs}
+        weights, _ = task.team.prepare(s.params, s.extra, None)
+        return {"weights": weights, "obs_norm": s.norms.obs}
 
     def act(p: Any, carry: Any, obs: Array, action_mask: Array | None, first: Array, key: Key | None):
         obs = observe(task, p["obs_norm"], obs)

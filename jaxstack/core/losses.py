@@ -1,7 +1,10 @@
-"""Loss terms per sample; reduce them with `masked_mean`."""
+"""Loss terms per sample; reduce them with `masked_mean`. `groups` names the group of each agent, see groups.py."""
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
+
+from jaxstack.core.groups import Groups, number, sums
 
 
 def ppo_clip(logp: Array, old_logp: Array, advantage: Array, clip: Array | float) -> Array:
@@ -29,17 +32,50 @@ def masked_mean(x: Array, weight: Array) -> Array:
     return (x * weight).sum() / jnp.maximum(weight.sum(), 1e-8)
 
 
-def masked_means(terms: dict[str, Array], weight: Array) -> dict[str, Array]:
-    """`masked_mean` of several terms of one shape, by one sum."""
+def masked_means(terms: dict[str, Array], weight: Array, groups: Groups = ()) -> dict[str, Array]:
+    """`masked_mean` of several terms of one shape, by one sum.
+
+    Args:
+        terms: Arrays of one shape; with several groups [..., A].
+        weight: What each entry counts, of a shape that broadcasts to theirs.
+        groups: The group of each agent.
+
+    Returns:
+        Scalars, or with several groups the means [G] over each group's own entries.
+    """
     stacked = jnp.stack([*terms.values()])
     weight = jnp.broadcast_to(weight, stacked.shape[1:]).astype(stacked.dtype)
-    axes = tuple(range(1, stacked.ndim))
-    means = (stacked * weight).sum(axes) / jnp.maximum(weight.sum(), 1e-8)
+    if number(groups) == 1:
+        axes = tuple(range(1, stacked.ndim))
+        means = (stacked * weight).sum(axes) / jnp.maximum(weight.sum(), 1e-8)
+    else:
+        axes = tuple(range(1, stacked.ndim - 1))
+        count = sums(weight.sum(tuple(a - 1 for a in axes)), groups)
+        means = sums((stacked * weight).sum(axes), groups) / jnp.maximum(count, 1e-8)
     return dict(zip(terms, means, strict=True))
 
 
-def standardise(x: Array, weight: Array, eps: float = 1e-8) -> Array:
-    """(x - mean) / (std + eps) with weighted moments over all axes."""
-    mean = masked_mean(x, weight)
-    std = jnp.sqrt(masked_mean(jnp.square(x - mean), weight))
-    return (x - mean) / (std + eps)
+def standardise(x: Array, weight: Array, eps: float = 1e-8, groups: Groups = ()) -> Array:
+    """(x - mean) / (std + eps) with weighted moments over all axes; of x [..., A] with several groups each agent with
+    those of its own group."""
+    mean, var = moments(x, weight, groups)
+    return (x - mean) / (jnp.sqrt(var) + eps)
+
+
+def explained_variance(value: Array, target: Array, weight: Array, groups: Groups = ()) -> Array:
+    """1 - Var[target - value] / Var[target] over the entries that count; the agents' mean, each with its own group's
+    variances [..., A]."""
+    left, whole = (moments(x, weight, groups)[1] for x in (target - value, target))
+    return (1.0 - left / jnp.maximum(whole, 1e-8)).mean()
+
+
+def moments(x: Array, weight: Array, groups: Groups = ()) -> tuple[Array, Array]:
+    """Weighted mean and variance over all axes; of x [..., A] with several groups [A], those of each agent's group."""
+
+    def mean(x: Array) -> Array:
+        if number(groups) == 1:
+            return masked_mean(x, weight)
+        return masked_means({"x": x}, weight, groups)["x"][np.asarray(groups)]
+
+    centre = mean(x)
+    return centre, mean(jnp.square(x - centre))

@@ -32,19 +32,22 @@ class Packed(NamedTuple):
     """A tree as one vector and the leaves that are not in it."""
 
     small: Array
-    """[P] float32, the small leaves one after another."""
+    """[P] float32, the small leaves one after another; [G, P] of parameters in groups, a row a group."""
     large: tuple[Any, ...]
     """The other leaves as they are: large ones, and those of other types."""
 
 
 class Packing(NamedTuple):
     """Packs trees of one structure. What works element by element, or through sums over all of them (Adam, a global
-    norm), gives the same on `Packed` as on the tree, up to the order of sums."""
+    norm; with groups, the norms of `groups.norms`), gives the same on `Packed` as on the tree, up to the order of
+    sums."""
 
     structure: Any
     shapes: tuple[tuple[int, ...], ...]
     packed: tuple[bool, ...]
     """Which leaves are in the vector."""
+    join: Callable[[list[Array]], Array]
+    """The vector of these leaves."""
     split: Callable[[Array], list[Array]]
     """The vector's leaves."""
 
@@ -52,7 +55,7 @@ class Packing(NamedTuple):
         """`tree` must have this structure and these shapes."""
         leaves = self.structure.flatten_up_to(tree)
         small, large = ([x for x, yes in zip(leaves, self.packed) if yes is which] for which in (True, False))
-        return Packed(ravel_pytree(small)[0], tuple(large))
+        return Packed(self.join(small), tuple(large))
 
     def unpack(self, packed: Packed) -> Any:
         """The tree again."""
@@ -72,13 +75,34 @@ class Packing(NamedTuple):
         return jax.tree.structure(tree) == self.structure and self.shapes == _shapes(jax.tree.leaves(tree))
 
 
-def packing(tree: Any, samples: int) -> Packing:
-    """How to pack trees like this one of arrays, for gradient steps on so many samples."""
+def packing(tree: Any, samples: int, groups: int = 1) -> Packing:
+    """How to pack trees like this one of arrays, for gradient steps on so many samples; with several `groups` every
+    leaf is [G, ...]."""
     leaves, structure = jax.tree.flatten(tree)
     largest = SMALL if samples >= FEW else TINY
     packed = tuple(x.dtype == jnp.float32 and x.size <= largest for x in leaves)
-    split = ravel_pytree([x for x, yes in zip(leaves, packed) if yes])[1]
-    return Packing(structure, _shapes(leaves), packed, split)
+    small = [x for x, yes in zip(leaves, packed) if yes]
+    if groups == 1:
+        join, split = lambda xs: ravel_pytree(xs)[0], ravel_pytree(small)[1]
+    else:
+        join, split = _rows_together(small, groups)
+    return Packing(structure, _shapes(leaves), packed, join, split)
+
+
+def _rows_together(
+    small: list[Array], groups: int
+) -> tuple[Callable[[list[Array]], Array], Callable[[Array], list[Array]]]:
+    """What puts leaves [G, ...] side by side in rows [G, P], and what takes them apart."""
+    shapes = _shapes(small)
+    ends = np.cumsum([int(np.prod(s[1:])) for s in shapes])[:-1]
+
+    def join(xs: list[Array]) -> Array:
+        return jnp.concatenate([jnp.zeros((groups, 0)), *(x.reshape(groups, -1) for x in xs)], axis=1)
+
+    def split(rows: Array) -> list[Array]:
+        return [x.reshape(s) for x, s in zip(jnp.split(rows, ends, axis=1), shapes)]
+
+    return join, split
 
 
 def _shapes(leaves: list[Any]) -> tuple[tuple[int, ...], ...]:

@@ -1,10 +1,14 @@
-"""Running statistics as pure state: () stands for "off" and passes data through."""
+"""Running statistics as pure state: () stands for "off" and passes data through. Agents in several groups (see
+groups.py) have statistics of each group, leaves [G, ...]; one group has no such axis."""
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
+
+from jaxstack.core.groups import Groups, members, number
 
 LARGEST = 1e9
 """Larger magnitudes enter statistics as this one. The square of 1.9e19 already overflows float32; this leaves room for
@@ -29,6 +33,29 @@ class RewardScale(NamedTuple):
 def init(shape: tuple[int, ...]) -> Running:
     """Mean 0, variance 1, count 0: the first batch decides alone."""
     return Running(jnp.zeros(shape), jnp.ones(shape), jnp.float32(0.0))
+
+
+def init_groups(shape: tuple[int, ...], groups: Groups) -> Running:
+    """`init` of each group."""
+    count = number(groups)
+    return init(shape) if count == 1 else jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), init(shape))
+
+
+def update_groups(stats: Running, x: Array, weight: Array, groups: Groups) -> Running:
+    """`update` with x [..., A, *shape] and weight [..., A] bool, each group from its own agents alone."""
+    if number(groups) == 1:
+        return update(stats, x, weight)
+    axis = weight.ndim - 1
+    index, real = members(groups)
+    own = lambda x: jnp.moveaxis(jnp.take(x, index, axis), axis, 0)  # [G, ..., M, ...]
+    counts = own(weight) & real.reshape(len(real), *[1] * axis, -1)
+    return jax.vmap(update)(stats, own(x), counts)
+
+
+def of_agents(stats: Running | tuple, groups: Groups) -> Running | tuple:
+    """The statistics of each agent's group [A, ...], for `apply` and `unapply` on [..., A, *shape]; those of one group
+    as they are."""
+    return stats if number(groups) == 1 else jax.tree.map(lambda x: x[np.asarray(groups)], stats)
 
 
 def update(stats: Running, x: Array, weight: Array | None = None) -> Running:
@@ -76,21 +103,37 @@ def unapply(stats: Running | tuple, x: Array) -> Array:
     return x * jnp.sqrt(stats.var + 1e-8) + stats.mean
 
 
-def init_reward(num_envs: int, num_agents: int) -> RewardScale:
-    return RewardScale(jnp.zeros((num_envs, num_agents)), init(()))
+def init_reward(num_envs: int, num_agents: int, groups: Groups = ()) -> RewardScale:
+    return RewardScale(jnp.zeros((num_envs, num_agents)), init_groups((), groups))
 
 
-def scale_reward(scale: RewardScale, reward: Array, done: Array, gamma: Array) -> tuple[RewardScale, Array]:
-    """Divide rewards [T, N, A] by the deviation of the running discounted return (Engstrom et al., 2020, code-level
-    optimisation 2); done [T, N] ends a return. A reward that is not finite enters neither the return nor its
-    statistics; returns are cut to `LARGEST`."""
+def scale_reward(
+    scale: RewardScale, reward: Array, done: Array, gamma: Array, weight: Array | None = None, groups: Groups = ()
+) -> tuple[RewardScale, Array]:
+    """Divide rewards by the deviation of the running discounted return (Engstrom et al., 2020, code-level
+    optimisation 2). A reward that is not finite enters neither the return nor its statistics; returns are cut to
+    `LARGEST`.
+
+    Args:
+        scale: The state so far.
+        reward: [T, N, A]
+        done: Where a return ends, [T, N] or [T, N, A].
+        gamma: Discount.
+        weight: [T, N, A] bool, which returns count; None: all.
+        groups: The group of each agent.
+
+    Returns:
+        The new state and the scaled rewards [T, N, A], clipped to +-10.
+    """
+    weight = jnp.ones(reward.shape, bool) if weight is None and number(groups) > 1 else weight
 
     def body(ret: Array, inputs: tuple[Array, Array]) -> tuple[Array, Array]:
         r, d = inputs
         ok = jnp.isfinite(r)
         ret = jnp.clip(ret * gamma + jnp.where(ok, r, 0.0), -LARGEST, LARGEST)
-        return jnp.where(d[:, None], 0.0, ret), jnp.where(ok, ret, jnp.nan)
+        return jnp.where(d, 0.0, ret), jnp.where(ok, ret, jnp.nan)
 
-    ret, history = jax.lax.scan(body, scale.ret, (reward, done))
-    stats = update(scale.stats, history)
-    return RewardScale(ret, stats), jnp.clip(reward * jax.lax.rsqrt(stats.var + 1e-8), -10.0, 10.0)
+    ret, history = jax.lax.scan(body, scale.ret, (reward, done.reshape(*reward.shape[:2], -1)))
+    stats = update(scale.stats, history) if weight is None else update_groups(scale.stats, history, weight, groups)
+    var = of_agents(stats, groups).var  # pyright: ignore[reportAttributeAccessIssue]
+    return RewardScale(ret, stats), jnp.clip(reward * jax.lax.rsqrt(var + 1e-8), -10.0, 10.0)

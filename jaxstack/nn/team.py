@@ -58,8 +58,9 @@ class TeamNet(NamedTuple):
     """B -> zero recurrent states (actor's, critic's)."""
     penalty: Callable[[Any, Any], Array]
     """(params, extra) -> scalar added to the loss."""
-    groups: tuple[int, ...] = ()
-    """Partial sharing: the parameter set of each agent."""
+    groups: tuple[int, ...]
+    """The parameter group of each agent: 0 for all where they share a network, 0, 1, ... where none do. With several
+    groups every leaf of the parameters is [G, ...], and nothing of one group reaches another: see core/groups.py."""
     both: Callable[[Any, Any, Array, Array], tuple[Array, Array]] | None = None
     """Where actor and critic have one torso: (weights, carry, obs, first) -> (raw, values), the torso run once."""
 
@@ -134,6 +135,7 @@ def shared(shape: Shape, arch: Arch, with_id: bool, with_obs: bool = True, commo
         log_std=lambda w: w.get("log_std"),
         carry=lambda b: (initial_carry(arch.gru, b, count), initial_carry(arch.gru, b, 1 if single else count)),
         penalty=lambda params, extra: jnp.float32(0),
+        groups=(0,) * count,
         both=both if common_torso else None,
     )
 
@@ -153,7 +155,7 @@ def separate(shape: Shape, arch: Arch, groups: tuple[int, ...] | None = None) ->
         prepare=prepare,
         **per_agent_functions(m, shape, arch),
         penalty=lambda params, extra: jnp.float32(0),
-        groups=() if groups is None else tuple(int(g) for g in groups),
+        groups=tuple(int(g) for g in index),
     )
 
 

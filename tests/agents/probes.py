@@ -25,11 +25,13 @@ class Probe(Environment):
     match    reward +1 if the action equals the cue in view, else -1 policy: the cue
     memory   the cue is seen one step before it must be repeated     policy: the last cue (needs memory)
     role     agent i must play action i % 2; all see the same        policy: the role (needs an identity)
+    pay      reward = action (0 or 1), one step; that of the last agent times `last`
     target   reward -(a - 0.5 * cue)^2, real-valued actions          policy: mean 0.5 * cue
     """
 
     kind: str = "match"
     count: int = 1
+    last: float = 1.0
 
     @property
     def spec(self) -> Spec:
@@ -46,8 +48,10 @@ class Probe(Environment):
 
     def _obs(self, s: ProbeState) -> jax.Array:
         cue = jnp.where((self.kind == "memory") & (s.t > 0), 0, 2 * s.cue - 1).astype(jnp.float32)
-        if self.kind in ("one", "delayed", "endless", "role", "action"):
-            cue = jnp.full(self.count, float(self.kind == "role"))  # zeros would hide all weights but the biases
+        if self.kind in ("one", "delayed", "endless", "role", "action", "pay"):
+            cue = jnp.full(
+                self.count, float(self.kind in ("role", "pay"))
+            )  # zeros would hide all weights but the biases
         t = jnp.broadcast_to(s.t if self.kind in ("delayed", "memory") else 0, (self.count,)).astype(jnp.float32)
         return jnp.stack([cue, t], -1)
 
@@ -65,6 +69,7 @@ class Probe(Environment):
             "delayed": lambda: ones * (state.t == 1),
             "endless": lambda: ones,
             "action": lambda: sign(action == 1),
+            "pay": lambda: action * ones.at[-1].set(self.last),
             "match": lambda: sign(action == state.cue),
             "memory": lambda: jnp.where(last, sign(action == state.cue), 0.0),
             "role": lambda: sign(action == jnp.arange(self.count) % 2),

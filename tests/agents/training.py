@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxstack import agents
-from jaxstack.agents import hypermarl, sharing, team_ppo
+from jaxstack.agents import happo, hypermarl, sharing, team_ppo
 from jaxstack.agents.dico import dico_team
 from jaxstack.agents.kaleidoscope import masked_team
 from jaxstack.core.metrics import Mean, on_host
@@ -59,12 +59,12 @@ def network(agent: str, config: Any) -> team_ppo.Task:
     env = team_ppo.make_env(config)
     central = agent in ("mappo", "happo") or getattr(config, "algorithm", "") == "mappo"
     shape = team_ppo.team_shape(env, config, central)
+    if agent == "happo":
+        return happo.make_task(config, env, shape)
     if agent == "hypermarl":
         net = hypermarl.hyper_team(config, shape, config.arch)
     elif agent in ("ippo", "mappo"):
         net = sharing.team_network(config, shape, env)
-    elif agent == "happo":
-        net = team.separate(shape, config.arch)
     elif agent == "dico":
         net = dico_team(config, shape, config.arch)
     elif agent == "kaleidoscope":

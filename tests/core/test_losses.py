@@ -75,3 +75,24 @@ def test_standardise_has_mean_zero_and_deviation_one_over_what_counts():
     np.testing.assert_allclose(out, (x - x[w].mean()) / x[w].std(), rtol=1e-4, atol=1e-5)
     same = losses.standardise(jnp.full(4, 3.0), jnp.ones(4))
     np.testing.assert_array_equal(same, 0.0)
+
+
+def test_groups_of_agents_have_moments_of_their_own():
+    rng = np.random.default_rng(3)
+    x, w, groups = rng.normal(5, 3, (40, 6, 4)).astype(np.float32), rng.random((40, 6, 4)) < 0.5, (0, 1, 0, 2)
+    means = losses.masked_means({"x": x, "y": 2.0 * x}, w, groups)
+    out = jax.jit(losses.standardise, static_argnames="groups")(x, w, groups=groups)
+    left = []
+    for g in range(3):
+        own = np.asarray(groups) == g
+        part, keep = x[:, :, own], w[:, :, own]
+        assert float(means["x"][g]) == pytest.approx(part[keep].mean(), rel=1e-5)
+        assert float(means["y"][g]) == pytest.approx(2 * part[keep].mean(), rel=1e-5)
+        want = losses.standardise(jnp.asarray(part), jnp.asarray(keep))
+        np.testing.assert_allclose(out[:, :, own], want, rtol=1e-4, atol=1e-5)
+        left += [1 - np.var(0.5 * part[keep]) / np.var(part[keep])] * own.sum()
+    np.testing.assert_allclose(losses.explained_variance(0.5 * x, x, w, groups), np.mean(left), rtol=1e-4)
+    grad = jax.grad(lambda x: losses.masked_means({"x": x}, w, groups)["x"].sum())(x)
+    np.testing.assert_allclose(grad[:, :, 1], w[:, :, 1] / w[:, :, 1].sum(), rtol=1e-5)
+    bad = losses.standardise(jnp.asarray(x).at[:, :, 1].set(jnp.nan), w, groups=groups)
+    np.testing.assert_array_equal(bad[:, :, ::2], out[:, :, ::2])

@@ -4,7 +4,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxstack.core import packing
+from jaxstack.core import groups, packing
 
 TREE = {
     "w": jnp.arange(6.0).reshape(2, 3),
@@ -51,6 +51,29 @@ def test_an_optimiser_takes_the_same_steps_on_packed_parameters(samples):
     close = lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-5, atol=1e-6)
     jax.tree.map(close, pack.unpack(packed), plain)
     jax.tree.map(close, pack.unpack_in(packed_opt), opt)
+
+
+def test_groups_are_clipped_and_packed_each_by_itself():
+    """Against one optimiser for each group on its own rows of the tree."""
+    params = {"a": jax.random.normal(jax.random.key(0), (3, 5, 7)), "b": [jnp.ones((3, 7)), jnp.ones((3, 64, 64))]}
+    chain = lambda clip: optax.chain(clip(0.5), optax.scale_by_adam(), optax.scale_by_learning_rate(1e-2))
+    tx, one = chain(groups.clip_by_norms), chain(optax.clip_by_global_norm)
+    size = jnp.array([1e-4, 1.0, 1e4])  # below and above the norm to which gradients are clipped
+    loss = lambda p, size: sum(jnp.sum((jnp.sin(x).reshape(len(x), -1) ** 2).sum(1) * size) for x in jax.tree.leaves(p))
+    grad = jax.jit(jax.grad(loss))
+    pack = packing.packing(params, 100, groups=3)
+    packed, opt = pack.pack(params), pack.pack_in(tx.init(params))
+    assert packed.small.shape == (3, 5 * 7 + 7)
+    jax.tree.map(np.testing.assert_array_equal, pack.unpack(packed), params)
+    plain, plain_opt = params, jax.vmap(one.init)(params)
+    for _ in range(3):
+        updates, opt = tx.update(pack.pack(grad(pack.unpack(packed), size)), opt, packed)
+        packed = optax.apply_updates(packed, updates)
+        updates, plain_opt = jax.vmap(one.update)(grad(plain, size), plain_opt, plain)
+        plain = optax.apply_updates(plain, updates)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-5, atol=1e-6), pack.unpack(packed), plain)
+    bad = groups.clip_by_norms(0.5).update({"x": jnp.array([[3.0, 4.0], [jnp.inf, 0.0]])}, optax.EmptyState())[0]["x"]
+    np.testing.assert_allclose(bad[0], [0.3, 0.4], rtol=1e-6)
 
 
 def test_rows_are_those_of_each_leaf_to_the_bit():

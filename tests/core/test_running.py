@@ -126,3 +126,28 @@ def test_returns_are_cut_too():
         running.init_reward(1, 1), jnp.full((5, 1, 1), running.LARGEST), jnp.zeros((5, 1), bool), jnp.float32(1.0)
     )
     assert float(scale.ret[0, 0]) == np.float32(running.LARGEST)
+
+
+def test_groups_have_the_statistics_of_their_own_agents():
+    rng = np.random.default_rng(2)
+    x, weight = rng.normal(size=(20, 5, 4, 2)).astype(np.float32), rng.random((20, 5, 4)) < 0.7
+    groups = (0, 1, 0, 2)
+    stats = running.init_groups((2,), groups)
+    for part in (slice(0, 8), slice(8, 20)):
+        stats = jax.jit(running.update_groups, static_argnums=3)(stats, x[part], weight[part], groups)
+    for g in range(3):
+        own = x[:, :, np.asarray(groups) == g][weight[:, :, np.asarray(groups) == g]]
+        np.testing.assert_allclose(stats.mean[g], own.mean(0), rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(stats.var[g], own.var(0), rtol=1e-4)
+        assert float(stats.count[g]) == len(own)
+    each = running.of_agents(stats, groups)
+    np.testing.assert_array_equal(each.mean, np.asarray(stats.mean)[list(groups)])
+    np.testing.assert_allclose(running.unapply(each, running.apply(each, x)), x, atol=1e-4)
+    poisoned = running.update_groups(stats, jnp.asarray(x).at[:, :, 1].set(jnp.inf), weight, groups)
+    clean = running.update_groups(stats, x, weight, groups)
+    for a, b in zip(poisoned, clean, strict=True):
+        np.testing.assert_array_equal(a[::2], b[::2])
+    assert running.of_agents((), groups) == ()
+    one = running.update(running.init((2,)), jnp.asarray(x), jnp.asarray(weight))
+    for a, b in zip(running.update_groups(running.init_groups((2,), (0,) * 4), x, weight, (0,) * 4), one, strict=True):
+        np.testing.assert_array_equal(a, b)
