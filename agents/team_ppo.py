@@ -258,6 +258,7 @@ def make_learner(
         evaluate=lambda state, key: evaluate(task, state, key),
         num_steps=cfg.num_updates,
         policy=policy(task),
+        unchecked=lambda s: (s.vec.env, s.vec.ts.info),  # what environments emit is checked instead, see rollout.checks
         over_envs=lambda s: (s.vec, s.carry, s.norms.reward.ret if cfg.normalise_reward else ()),
     )
 
@@ -288,7 +289,8 @@ def gather_batch(task: Task, s: State, key: Key) -> tuple[State, Batch, Metrics]
     act, draw = _actor(task, weights, s.norms.obs)
     played = rollout.collect(task.vec, act, key, s.vec, carry0[0], cfg.num_steps, draw, finals="cuts")
     vec, actor_carry, steps, cuts, reused, lost_cuts = played
-    stats = rollout.statistics(steps) | {
+    stats = rollout.statistics(steps) | rollout.checks(spec, played)
+    stats |= {
         "rollout/reused_starts": reused.astype(jnp.float32),
         "rollout/lost_cuts": lost_cuts.astype(jnp.float32),
     }

@@ -12,7 +12,7 @@ from jaxstack.core.errors import UserError
 from jaxstack.core.learner import Metrics, Policy
 from jaxstack.core.metrics import Mean, mean
 from jaxstack.envs import vector
-from jaxstack.envs.base import Environment, TimeStep, action_from, action_noise
+from jaxstack.envs.base import Environment, Spec, TimeStep, action_from, action_noise
 
 
 class Cuts(NamedTuple):
@@ -233,6 +233,28 @@ def statistics(steps: Step) -> Metrics:
         value = value.astype(jnp.float32)
         value = value.reshape(*done.shape, -1).mean(-1)
         out[f"rollout/{name}"] = mean(value, where=done)
+    return out
+
+
+def checks(spec: Spec, played: Rollout) -> Metrics:
+    """What the guard is told (see core/guard.py): whether all observations and rewards of each agent, and the global
+    states, are finite, those behind the last step and at cuts among them."""
+    steps, last, cuts = played.steps, played.vec.ts, played.cuts
+    sound = lambda x, axis: jnp.isfinite(x).all([i for i in range(x.ndim) if i != axis % x.ndim])
+    both = lambda *arrays: [x for x in arrays if x is not None and jnp.issubdtype(x.dtype, jnp.inexact)]
+    observed = both(steps.ts.obs, last.obs, steps.final_obs, None if cuts is None else cuts.obs)
+    by_agent = {
+        "observations": [sound(x, -1 - len(spec.obs_shape)) for x in observed],
+        "rewards": [sound(x, -1) for x in both(steps.reward)],
+    }
+    out: Metrics = {}
+    for what, found in by_agent.items():
+        for i, agent in enumerate(spec.agents if found else ()):
+            name = f"check/{what} of environment {spec.id}, agent {agent}"
+            out[name] = jnp.stack([x[i] for x in found]).all()
+    states = both(steps.ts.state, last.state, steps.final_state, None if cuts is None else cuts.state)
+    if states:
+        out[f"check/global states of environment {spec.id}"] = jnp.stack([jnp.isfinite(x).all() for x in states]).all()
     return out
 
 

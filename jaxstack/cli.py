@@ -40,7 +40,7 @@ all other options are those of `jaxstack train AGENT`, which its --help lists:
 
 DIR gets table.jsonl (a row a setting and seed), curves.jsonl, space.yaml, config.yaml, ledger.json, sweep.json, a
 figure and the runs. Settings are ranked by interquartile mean over seeds with 95% bootstrap intervals; one with a
-failed seed (loss or parameters not finite) ranks after all that have none.
+failed seed (numbers not finite) ranks after all that have none.
 """
 
 

@@ -50,7 +50,8 @@ class Step(Protocol):
             args: one batch of the training source, for a learner with a `source` or with `takes_batch`.
 
         Returns:
-            The new state, and metrics.
+            The new state, and metrics. Those of the group `check/...` are booleans that tell the guard whether the
+            inputs are sound, see guard.py.
         """
         ...
 
@@ -132,6 +133,8 @@ class Learner(NamedTuple):
     eval_source: Callable[[Any], Source] | None = None
     """config -> the batches of one pass over a split, for `evaluate`."""
     predict: Predict | None = None
+    unchecked: Callable[[Any], Any] | None = None
+    """state -> those parts of it that may hold numbers that are not finite, see guard.py: environment states."""
     given: Any = None
     """Arrays [S, ...], a row a seed, for `init`: weights to start from, a teacher, the states of earlier stages."""
 

@@ -40,6 +40,8 @@ class Programs(NamedTuple):
     """(seeds, hypers, what is given to `init`) -> the same executables for as many other rows."""
     feed: Callable[[], Feed | None]
     """() -> where dispatches of batches come from, from where the source is; closed by who opens it."""
+    causes: Sequence[str]
+    """What a number of `Alive.cause` says, see guard.py."""
 
 
 def initial(learner: Learner, seeds: Sequence[int], hypers: Any, given: Any = None) -> tuple[Any, guard.Alive]:
@@ -116,7 +118,8 @@ def build(
     # who draws: rows and augmentation depend on the seed and the step
     draws = lambda seeds: () if data is None else distributed.place_all(np.asarray(seeds, np.uint32), place.seeds)
     shared = (constants, draws(seeds))
-    body = jax.jit(_step_body(learner, data, guarded))  # traced once, however often it is asked for its shapes
+    causes: list[str] = []
+    body = jax.jit(_step_body(learner, data, guarded, causes))  # traced once, however often it is asked for its shapes
     zero = np.int32(0)
     if dispatch == "auto":
         with book.clock():
@@ -173,6 +176,7 @@ def build(
             chunk=chunk,
             bind=bind,
             feed=lambda: None if data is None else Feed(data, seeds, chunk, checked),
+            causes=causes,
         )
 
     return bind(seeds, hypers, learner.given)
@@ -257,9 +261,9 @@ def evaluating(
     return finish_split
 
 
-def _step_body(learner: Learner, data: Source | None, guarded: bool) -> Callable:
+def _step_body(learner: Learner, data: Source | None, guarded: bool, causes: list[str]) -> Callable:
     """(state, alive, number of the step, (constants, seeds), item) -> (state, alive, metrics), each with seed axis."""
-    step = guard.guarded(learner.step) if guarded else guard.unguarded(learner.step)
+    step = guard.guarded(learner.step, learner.unchecked, causes) if guarded else guard.unguarded(learner.step)
 
     def body(state: Any, alive: guard.Alive, number: Any, shared: Any, item: Any) -> tuple:
         if data is None:

@@ -48,7 +48,7 @@ class RunOptions(config.Config):
     max_compiles: int | None = None
     """A further compile is an error."""
     guard: bool = True
-    """Freeze seeds whose loss or parameters go non-finite."""
+    """Freeze seeds whose losses, state or inputs go non-finite, see guard.py."""
     devices: int = 1
     """Spread the seeds over this many devices, or groups of `env_devices`; over those of all hosts, see scaling.md."""
     env_devices: int = 1
@@ -96,6 +96,8 @@ class Job(NamedTuple):
     book: ledger.Ledger
     stop: list[int]
     """Signals that came."""
+    said: list[str]
+    """Why seeds were frozen, in the order in which it was seen."""
     settings: list[int] | None = None
     """Number of each row's setting: rows are then (setting, seed) pairs."""
 
@@ -138,7 +140,7 @@ def train(
     distributed.on_first(lambda: path and RunDir.check(path))
     cache.enable()
     book = ledger.Ledger(options.max_compiles)
-    job = Job(learner, num_steps, seeds, hypers, data, path, plan, options, sinks, book, [], settings)
+    job = Job(learner, num_steps, seeds, hypers, data, path, plan, options, sinks, book, [], [], settings)
     at_once = options.split_seeds if isinstance(options.split_seeds, int) else len(seeds)
     with contextlib.ExitStack() as stack:
         stack.enter_context(signals.collected(job.stop))
@@ -185,7 +187,7 @@ def resume(
     book = ledger.Ledger(options.max_compiles)
     hypers = _stored_hypers(learner, old) if hypers is None else hypers
     job = Job(
-        learner, num_steps, seeds, hypers, data, Path(run_dir), old, options, sinks, book, [], old.get("settings")
+        learner, num_steps, seeds, hypers, data, Path(run_dir), old, options, sinks, book, [], [], old.get("settings")
     )
     with contextlib.ExitStack() as stack:
         stack.enter_context(signals.collected(job.stop))
@@ -422,9 +424,9 @@ def _loop(
             progress.update(step, rows, count, seconds)
             for s in np.flatnonzero((failed > 0) & (before == 0)):
                 row = "" if job.settings is None else f"setting {job.settings[s]}, "
-                progress.say(
-                    f"{row}seed {job.seeds[s]}: loss or parameters not finite at step {failed[s]}; frozen before it"
-                )
+                why = f"{programs.causes[np.asarray(distributed.fetch(alive.cause))[s]]} not finite"
+                job.said.append(why)
+                progress.say(f"{row}seed {job.seeds[s]}: {why} at step {failed[s]}; frozen before it")
             stop = _agreed(job)
             if job.run_dir is not None and (_due(step, total, options.checkpoint_every) or stop or failed.all()):
                 _save(job, run, store, step, state, alive, rows, None if feed is None else feed.state())
@@ -522,7 +524,8 @@ def _some_alive(result: Result, job: Job) -> Result:
     if not result.alive.any() and job.settings is None:
         first = int(result.metrics.groupby("seed").step.max().min())
         kept = "" if result.run_dir is None else f"; the last good states are in {result.run_dir}"
-        raise UserError(f"{job.learner.name}: loss or parameters not finite in every seed, first at step {first}{kept}")
+        why = "; ".join(dict.fromkeys(job.said)) or "numbers are not finite"
+        raise UserError(f"{job.learner.name}: {why} in every seed, first at step {first}{kept}")
     return result
 
 

@@ -31,8 +31,8 @@ RESAMPLES = 10_000
 
 
 class Sweep(NamedTuple):
-    """What was swept and what came out, for one row (setting, seed) each. Failed rows (loss or parameters not finite)
-    have `alive` False and no final metrics; every summary counts them apart."""
+    """What was swept and what came out, for one row (setting, seed) each. Failed rows (numbers not finite, see
+    guard.py) have `alive` False and no final metrics; every summary counts them apart."""
 
     space: dict[str, spaces.Dimension]
     seeds: list[int]

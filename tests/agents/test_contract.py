@@ -60,7 +60,7 @@ def test_step_keeps_the_state_and_returns_named_scalars(name):
     assert any(jax.tree.leaves(changed))
     for key, value in on_host(metrics).items():
         group, _, rest = key.partition("/")
-        assert group in ("rollout", "train", "loss")
+        assert group in ("rollout", "train", "loss", "check")
         assert rest
         assert value.shape == ()
         assert np.isfinite(value), key

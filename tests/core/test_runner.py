@@ -15,6 +15,7 @@ from toy_learners import Hypers, ToyConfig, assert_same, numbers, regression
 from jaxstack.core import guard, program
 from jaxstack.core.errors import UserError
 from jaxstack.core.ledger import Ledger
+from jaxstack.core.metrics import Mean
 from jaxstack.core.rundir import read_metrics, read_plan
 from jaxstack.core.runner import Interrupted, RunOptions, load_state, resume, train
 from jaxstack.core.signals import collected
@@ -134,7 +135,7 @@ def test_a_bad_seed_is_frozen_in_its_last_good_state_and_others_go_on(capsys):
     short = train(LEARNER, 3, [0, 1, 2], hypers=Hypers(poison=jnp.array((-1.0, 4.0, -1.0))), progress=False)
     assert_same(jax.tree.map(lambda x: x[1], got.state), jax.tree.map(lambda x: x[1], short.state))
     assert got.metrics.query("seed == 1").step.tolist() == [1, 2, 3, 4]
-    assert capsys.readouterr().out.count("seed 1: loss or parameters not finite at step 4") == 1
+    assert capsys.readouterr().out.count("seed 1: loss/total is not finite at step 4") == 1
 
 
 def test_rows_of_a_frozen_seed_do_not_depend_on_the_chunk():
@@ -148,19 +149,36 @@ def test_without_guard_a_bad_seed_runs_on():
 
 
 def test_all_seeds_dead_stops_with_an_error_and_keeps_the_state(tmp_path):
-    with pytest.raises(UserError, match="not finite in every seed, first at step 2"):
+    with pytest.raises(UserError, match="loss/total is not finite in every seed, first at step 2"):
         poisoned(2, seeds=(0, 1), steps=(3.0, 2.0), run_dir=tmp_path / "r")
     assert json.loads((tmp_path / "r" / "run.json").read_text())["status"] == "failed"
     assert [p.name for p in (tmp_path / "r" / "checkpoints").iterdir()] == ["4"]
 
 
-def test_guard_looks_at_parameters_and_losses():
-    state = LEARNER.init(jax.random.key(0), Hypers())
-    check = lambda params, **metrics: bool(guard.finite(state._replace(params=params), metrics))
-    assert check({"w": jnp.ones(2), "n": jnp.arange(2)})
-    assert not check({"w": jnp.array([1.0, jnp.inf])})
-    assert not check({}, **{"loss/x": jnp.nan * jnp.ones(())})
-    assert check({}, **{"train/x": jnp.nan * jnp.ones(())})
+def test_the_guard_looks_at_the_whole_state_losses_and_what_it_is_told():
+    bad, good = jnp.array([1.0, jnp.inf]), jnp.ones(2)
+
+    def failing(old, metrics=None, **changes):
+        found = guard.checks(old, old._replace(**changes), metrics or {}, unchecked=lambda s: s.key)
+        return [name for name, ok in found.items() if not ok]
+
+    state = LEARNER.init(jax.random.key(0), Hypers())._replace(params={"w": good}, opt=(good, good), key=good)
+    assert failing(state, params={"w": good + 1}, step=state.step + 1, opt=(good + 1, good + 1)) == []
+    assert failing(state, params={"w": bad}) == ["state.params['w'] is"]
+    assert failing(state, opt=(good, bad)) == ["state.opt[1] is"]
+    assert failing(state, opt=(jnp.full(guard.LARGE, jnp.inf), good)) == []  # a large buffer
+    assert failing(state, key=bad) == []  # may hold anything
+    # not finite from the start on: a best value so far, but never parameters
+    state = state._replace(params={"w": bad}, opt=(bad, good))
+    assert failing(state, params={"w": bad + 1}, opt=(bad + 1, good)) == ["state.params['w'] is"]
+    state = state._replace(params={"w": good})
+    metrics = {
+        "loss/x": jnp.float32(jnp.nan),
+        "train/x": jnp.float32(jnp.nan),
+        "loss/y": Mean(jnp.float32(jnp.inf), good[0]),
+    }
+    metrics |= {"check/rewards of X": jnp.bool_(False), "check/observations of X": jnp.array([True, True])}
+    assert failing(state, metrics) == ["rewards of X are", "loss/x is", "loss/y is"]
 
 
 def test_the_guard_rolls_back_all_but_large_buffers():
@@ -173,9 +191,9 @@ def test_the_guard_rolls_back_all_but_large_buffers():
         opt = (*(x + 1 for x in s.opt[:3]), jax.random.key(2))
         return s._replace(params={"w": s.params["w"] + 1}, opt=opt), {"loss/x": jnp.float32(jnp.nan)}
 
-    alive = guard.Alive(jnp.bool_(True), jnp.int32(0))
-    new, alive, _ = jax.jit(guard.guarded(step))(state, alive, 5)
-    assert (bool(alive.ok), int(alive.failed_step)) == (False, 5)
+    alive, causes = jax.tree.map(lambda x: x[0], guard.start(1)), []
+    new, alive, _ = jax.jit(guard.guarded(step, None, causes))(state, alive, 5)
+    assert (bool(alive.ok), int(alive.failed_step), causes[alive.cause]) == (False, 5, "loss/x is")
     assert [float(x[0]) for x in (new.params["w"], *new.opt[:3])] == [0.0, 0.0, 1.0, 0.0]
     assert_same(new.opt[3], state.opt[3])
 

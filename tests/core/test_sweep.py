@@ -156,7 +156,7 @@ def test_failed_rows_are_frozen_and_shown(capsys):
     assert got.table.alive.tolist() == (got.table.poison == -1).tolist()
     assert got.table[~got.table.alive][["loss/total", "eval/return", "train/w0"]].isna().all(axis=None)
     assert set(got.table[~got.table.alive].step) == {3}
-    assert capsys.readouterr().out.count("setting 2, seed 1: loss or parameters not finite at step 3") == 1
+    assert capsys.readouterr().out.count("setting 2, seed 1: loss/total is not finite at step 3") == 1
     summary = got.summary("eval/return")
     assert summary.runs.tolist() == [2, 2, 0, 0]
     assert summary.failed.tolist() == [0, 0, 2, 2]
