@@ -132,7 +132,7 @@ def _list_all(folder: Path) -> int:
                 checks = f"{sum(not c.report for c in plan.checks)} checks"
                 table.add_row(method, scale, str(plan.seeds), minutes, "not run", checks, "-")
                 continue
-            verdict = "holds" if r["holds"] else "DOES NOT HOLD"
+            verdict = report.verdict(r) if r["holds"] else report.verdict(r).upper()
             # the record is of other checks when the claim was changed after its run
             same = [c["check"] for c in r["checks"]] == [c.describe() for c in plan.checks]
             name = f"{method}-{scale}.json{'' if same else ' (of other checks: run it again)'}"

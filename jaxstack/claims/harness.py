@@ -18,6 +18,7 @@ from jaxstack.claims.judging import Check, Row, Verdict, judge
 from jaxstack.claims.store import Store, Tuning, digest, metrics_of
 from jaxstack.core import rundir
 from jaxstack.core.errors import UserError
+from jaxstack.core.signals import Interrupted
 
 __all__ = [
     "Check",
@@ -140,34 +141,12 @@ def run_claim(
     marks = [digest(e.run, e.tune) for e in plan.experiments]  # before anything runs: globals may change
     with Store(folder, fresh) as store:
         store.session(run)
-        results = []
-        for experiment, mark in zip(plan.experiments, marks):
-            selected = not only or experiment.name in only
-            missing = [n for n in (*plan.needs, *experiment.needs) if n not in data]
-            why = {}
-            for arm in experiment.arms:
-                wanted = selected and (not arms or arm in arms)
-                if wanted and fresh:
-                    store.drop(experiment.name, arm)
-                old = store.arms.get((experiment.name, arm))
-                if old is not None and old.digest != mark and not keep_rows:
-                    if not wanted or missing:
-                        why[arm] = "the stored rows are of other code"
-                        continue
-                    say(f"{experiment.name}: {arm}: runs again, its code changed (--keep-rows keeps its rows)")
-                    store.drop(experiment.name, arm)
-                elif _complete(old, seeds):
-                    continue
-                if not wanted:
-                    why[arm] = "not selected"
-                elif missing:
-                    why[arm] = f"data missing: {', '.join(f'--data {n}=DIR' for n in missing)}"
-                else:
-                    paths = {n: data[n] for n in (*plan.needs, *experiment.needs)}
-                    # the mark of kept rows stays: the arm is one
-                    own = old.digest if old is not None and keep_rows and not fresh else mark
-                    _run_arm(store, experiment, arm, own, tuple(range(seeds)), paths, say)
-            results.append(report.Ran(experiment.name, experiment.arms, why, mark))
+        options = _Options(set(only), set(arms), data, fresh, keep_rows, tuple(range(seeds)), say)
+        try:
+            results = [_run(store, plan, e, mark, options) for e, mark in zip(plan.experiments, marks)]
+        except (KeyboardInterrupt, Interrupted):
+            say(f"stopped; the same command goes on, finished rows are in {store.path}")
+            raise
         rows = _rows(store, results, seeds)
         partial = bool(only or arms) and any(r.why for r in results)
         verdicts = [_judge(c, rows, results) for c in plan.checks]
@@ -234,8 +213,42 @@ def _check_selection(plan: Scale, only: Sequence[str], arms: Sequence[str], data
             raise UserError(f"--data {name}={path}: found no such folder, expected one")
 
 
-def _complete(arm: Any, seeds: int) -> bool:
-    return arm is not None and set(range(seeds)) <= set(arm.rows)
+class _Options(NamedTuple):
+    only: set[str]
+    arms: set[str]
+    data: dict[str, Path]
+    fresh: bool
+    keep_rows: bool
+    seeds: tuple[int, ...]
+    say: Callable[[str], None]
+
+
+def _run(store: Store, plan: Scale, experiment: Experiment, mark: str, o: _Options) -> report.Ran:
+    """Run the arms of an experiment that are selected, can run, and have no complete rows of the present code."""
+    needs = tuple(dict.fromkeys((*plan.needs, *experiment.needs)))
+    missing = [n for n in needs if n not in o.data]
+    why = {}
+    for arm in experiment.arms:
+        key = (experiment.name, arm)
+        wanted = (not o.only or experiment.name in o.only) and (not o.arms or arm in o.arms)
+        if wanted and o.fresh and not missing:
+            store.drop(*key)
+        old = store.arms.get(key)
+        stale = old is not None and old.digest != mark and not o.keep_rows
+        if old is not None and not stale and set(o.seeds) <= set(old.rows):
+            continue
+        if not wanted:
+            why[arm] = "the stored rows are of other code" if stale else "not selected"
+        elif missing:
+            why[arm] = f"data missing: {', '.join(f'--data {n}=DIR' for n in missing)}"
+        else:
+            if stale:
+                o.say(f"{experiment.name}: {arm}: runs again, its code changed (--keep-rows keeps its rows)")
+                store.drop(*key)
+            # rows that are kept and new ones are of one arm: they share its mark
+            own = mark if old is None or stale else old.digest
+            _run_arm(store, experiment, arm, own, o.seeds, {n: o.data[n] for n in needs}, o.say)
+    return report.Ran(experiment.name, experiment.arms, why, mark)
 
 
 def _run_arm(

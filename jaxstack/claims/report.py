@@ -88,6 +88,9 @@ def _experiment(r: Ran, store: Any) -> dict[str, Any]:
     tuning = "none: every arm runs with the settings of the claim" if not budgets else "; ".join(sorted(budgets))
     if len(budgets) > 1:
         tuning = f"UNEQUAL: {tuning}"
+    untuned = [name for name, a in arms.items() if a["status"] == "run" and "tuning" not in a]
+    if budgets and untuned:
+        tuning += f"; nothing to tune: {', '.join(untuned)}"
     status = "not run" if len(r.why) == len(r.arms) else "partial" if r.why else "run"
     return {"name": r.name, "status": status, "tuning": tuning, "arms": arms}
 
@@ -180,8 +183,15 @@ def show(console: Any, content: dict[str, Any], path: Path) -> None:
         if other := [name for name, a in e["arms"].items() if a.get("other_code")]:
             say(f"rows of other code: {e['name']}: {', '.join(other)}")
     say(f"{content['paper']}. {content['scope']}")
-    verdict = "The claim holds" if content["holds"] else "The claim does NOT hold"
-    say(f"{verdict} at this scale: {summary(content['counts'])} ({content['seconds']:.0f} s): {path}")
+    what = f"{summary(content['counts'])} ({content['seconds']:.0f} s): {path}"
+    say(f"The claim {verdict(content).upper()} at this scale: {what}")
+
+
+def verdict(content: dict[str, Any]) -> str:
+    """ "holds", "does not hold", or "holds where it was run" when checks that decide were not run."""
+    if not content["holds"]:
+        return "does not hold" if content["counts"].get("fails") else "was not decided"
+    return "holds where it was run" if content["counts"].get("not run") else "holds"
 
 
 def summary(n: dict[str, int]) -> str:
@@ -225,7 +235,7 @@ def results_page(folder: Path) -> str:
         missing = ", ".join(e["name"] for e in r["experiments"] if e["status"] != "run") or "-"
         lines.append(
             f"| [{r['method']}](../methods/{r['method']}.md) | {r['scale']} | {r['seeds']} | {r['seconds'] / 60:.1f} | "
-            f"[{'holds' if r['holds'] else 'does not hold'}]({name}.json) | {summary(r['counts'])} | {missing} |"
+            f"[{verdict(r)}]({name}.json) | {summary(r['counts'])} | {missing} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -238,7 +248,7 @@ def page_results(found: Iterable[dict[str, Any]], results: str = "../results") -
         run = r["run"]
         versions = run.get("versions", {})
         lines += [
-            f"### Scale `{r['scale']}`: {'holds' if r['holds'] else 'does not hold'}",
+            f"### Scale `{r['scale']}`: {verdict(r)}",
             "",
             f"{summary(r['counts'])}; {r['seeds']} seeds, {r['seconds'] / 60:.1f} minutes on {run.get('device')} "
             f"({run.get('cores')} cores), jax {versions.get('jax')}; [record]({results}/{name}.json).",

@@ -5,12 +5,14 @@ import json
 import math
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from jaxstack import cli
 from jaxstack.claims import CLAIMS, report, store
 from jaxstack.claims.harness import Check, Claim, Curve, Experiment, Scale, Tuning, judge, problems, run_claim
 from jaxstack.core.errors import UserError
+from jaxstack.core.sweep import Sweep, choice
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -169,13 +171,14 @@ def test_a_claim_is_recorded_whether_it_holds_or_not(run, tmp_path, level, holds
         assert (tmp_path / "out" / name).stat().st_size > 3000
 
 
-def test_a_killed_claim_goes_on_without_running_finished_seeds_again(run, tmp_path):
+def test_a_killed_claim_goes_on_without_running_finished_seeds_again(run, tmp_path, capsys):
     claim = toy()
     killed = lambda arm, seeds: constant(arm, seeds, stop_after=2 if arm == "low" else None)
     small = claim.scales["small"]
     stopped = claim._replace(scales={"small": small._replace(experiments=(small.experiments[0]._replace(run=killed),))})
     with pytest.raises(KeyboardInterrupt):
         run(stopped, keep_rows=True)
+    assert "stopped; the same command goes on" in capsys.readouterr().out
     assert CALLS.list == [("high", 0), ("high", 1), ("high", 2), ("low", 0), ("low", 1)]
     file = tmp_path / "work" / "toy-small" / "rows.jsonl"
     file.write_bytes(file.read_bytes() + b'{"kind": "row", "exper')  # killed while it wrote a line
@@ -247,12 +250,14 @@ def test_missing_data_leave_an_experiment_out_and_say_so(run, tmp_path):
     assert statuses(record) == ["holds", "not run"]
     assert record["experiments"][1]["status"] == "not run"
     assert "not run: graphs (data missing: --data webkb=DIR)" in out
-    assert "1 of 1 checks hold, 1 not run" in out
+    assert "The claim HOLDS WHERE IT WAS RUN at this scale: 1 of 1 checks hold, 1 not run" in out
     (tmp_path / "webkb").mkdir()
     (tmp_path / "webkb" / "a").touch()
-    holds, record, _ = run(claim, data={"webkb": tmp_path / "webkb"})
-    assert holds
-    assert statuses(record) == ["holds", "holds"]
+    for options in (dict(data={"webkb": tmp_path / "webkb"}), {}):  # later its rows are there without the data
+        holds, record, _ = run(claim, **options)
+        assert holds
+        assert statuses(record) == ["holds", "holds"]
+    assert statuses(run(claim, fresh=True)[1]) == ["holds", "holds"]  # what cannot run again is not forgotten
 
 
 def test_a_check_that_reports_decides_nothing_and_none_run_is_no_success(run):
@@ -260,6 +265,7 @@ def test_a_check_that_reports_decides_nothing_and_none_run_is_no_success(run):
     assert not holds
     assert statuses(record) == ["not run"]
     assert record["checks"][0]["note"] == "not selected"
+    assert "The claim WAS NOT DECIDED at this scale" in out
     assert "Only a part of the claim was run" in out
     holds, record, out = run(toy(checks=(Check("e", "low", "score", "at_least", 9.0, report=True),)))
     assert holds
@@ -309,6 +315,17 @@ def test_tuning_chooses_by_the_mean_and_fails_if_all_failed():
     assert Tuning(settings, ((math.nan,), (1.0,), (1.0,)), (9,), "r").chosen == {"lr": 2}
     with pytest.raises(UserError, match="found no finite r"):
         _ = Tuning(settings, ((math.inf,),) * 3, (9,), "r").chosen
+
+
+def test_tuning_of_a_sweep():
+    rows = [(0, 1e-3, 7, True, 2.0), (0, 1e-3, 8, True, 4.0), (1, 1e-2, 7, True, 9.0), (1, 1e-2, 8, False, 9.0)]
+    table = pd.DataFrame(rows, columns=["setting", "lr", "seed", "alive", "eval/return"])
+    tuning = Tuning.of(Sweep({"lr": choice(1e-3, 1e-2)}, [7, 8], table, None, []), "eval/return", steps=5)
+    assert tuning.settings == ({"lr": 1e-3}, {"lr": 1e-2})
+    assert tuning.scores[0] == (2.0, 4.0)
+    assert math.isnan(tuning.scores[1][1])
+    assert tuning.chosen == {"lr": 1e-3}  # the other has a failed seed
+    assert tuning.budget == "2 settings x 2 seeds x 5 steps"
 
 
 def test_rows_that_break_the_promise_are_refused(run):
