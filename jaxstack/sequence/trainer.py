@@ -20,6 +20,7 @@ from jaxstack.core.config import require, require_at_least, require_positive, re
 from jaxstack.core.errors import UserError, unknown
 from jaxstack.core.learner import Key, Learner, Metrics, as_hypers
 from jaxstack.core.registry import Registry
+from jaxstack.nn import optimisers
 from jaxstack.sequence import parallel, tasks
 from jaxstack.sequence.model import SequenceModel, cast, check_tokens, decay_mask, reinitialise
 from jaxstack.sequence.tasks import Batch, Task
@@ -162,20 +163,19 @@ def make_model(config: Config, task: Task) -> SequenceModel:
 
 def learning_rate(config: Config, hypers: Hypers, step: Any) -> Array:
     """Linear warm-up to `lr`, then a cosine (Loshchilov and Hutter, 2017) to `min_lr` at `num_updates`; step from 0."""
-    rise = round(config.warmup * config.num_updates)
-    warm = (step + 1) / max(rise, 1)
-    progress = jnp.clip((step - rise) / max(config.num_updates - rise, 1), 0.0, 1.0)
-    cosine = hypers.min_lr + (hypers.lr - hypers.min_lr) * 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
-    return jnp.where(step < rise, hypers.lr * warm, cosine)
+    options = dict(min_lr=hypers.min_lr, warmup=config.warmup)
+    return optimisers.learning_rate("cosine", step, config.num_updates, hypers.lr, **options)
 
 
 def optimiser(config: Config, hypers: Hypers) -> optax.GradientTransformation:
     """AdamW on clipped gradients, built anew inside each step from traced hyperparameters."""
-    return optax.chain(
-        optax.clip_by_global_norm(hypers.max_grad_norm),
-        optax.scale_by_adam(hypers.b1, hypers.b2),
-        optax.add_decayed_weights(hypers.weight_decay, mask=decay_mask),
-        optax.scale_by_learning_rate(lambda step: learning_rate(config, hypers, step)),
+    return optimisers.adamw(
+        lambda step: learning_rate(config, hypers, step),
+        b1=hypers.b1,
+        b2=hypers.b2,
+        weight_decay=hypers.weight_decay,
+        max_grad_norm=hypers.max_grad_norm,
+        mask=decay_mask,
     )
 
 
