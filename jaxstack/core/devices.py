@@ -15,6 +15,7 @@ states: spread seeds first.
 
 import contextlib
 import os
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -107,6 +108,27 @@ def split(x: Any, axis: int, what: str) -> Any:
     spec = [PartitionSpec.UNCONSTRAINED] * x.ndim
     spec[axis] = ENV
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
+
+
+def rows_over(count: int) -> Callable[[Any], Any]:
+    """Inside a step: batch -> the same, its rows spread over `count` devices that work on one seed together. XLA
+    partitions what is computed from them; means over the batch, also those of BatchNorm, stay means over all of it.
+
+    Raises:
+        UserError: for more devices than there are, or, when called, a batch that they do not divide.
+    """
+    if count == 1:
+        return lambda batch: batch
+    if not 1 <= count <= jax.device_count():
+        raise UserError(f"data_parallel={count}: expected 1 to {jax.device_count()}, what this machine has")
+    mesh = Mesh(np.asarray(jax.devices()[:count]), ("data",), axis_types=(AxisType.Auto,))
+
+    def spread(x: Any) -> Any:
+        if x.shape[0] % count:
+            raise UserError(f"data_parallel={count}: expected a divisor of the {x.shape[0]} rows of a batch")
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec("data")))
+
+    return lambda batch: jax.tree.map(spread, batch)
 
 
 def environments(learner: Learner, state: Any) -> int:

@@ -256,11 +256,14 @@ def load_state(learner: Learner, run_dir: str | Path) -> Any:
 
 
 def stored(learner: Learner, run_dir: str | Path) -> tuple[Any, np.ndarray]:
-    """The newest stored (state [S, ...], alive [S]) of a run. Raises `UserError` when there is none."""
+    """The newest stored (state [S, ...], alive [S]) of a run, of its last stage where it has stages. Raises `UserError`
+    when there is none."""
     plan = read_plan(run_dir)
     if "groups" in plan:
         groups = [stored(learner, Path(run_dir) / name) for name in plan["groups"]]
         return side_by_side([state for state, _ in groups]), np.concatenate([alive for _, alive in groups])
+    if "stages" in plan:
+        return stored(learner, Path(run_dir) / plan["stages"][-1])
     # shapes alone: rows of what is given are those of another number of seeds in a group
     rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct((len(plan["seeds"]), *x.shape[1:]), x.dtype), learner.given)
     template = jax.eval_shape(lambda given: program.initial(learner, plan["seeds"], None, given), rows)

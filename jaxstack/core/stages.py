@@ -45,13 +45,14 @@ class Staged(NamedTuple):
 
 class Result(NamedTuple):
     """A finished method: `state` [S, ...] of its last stage, `metrics` as a pandas frame with a column `stage`, seeds
-    `alive` [S] in all stages, and the states of all stages by name."""
+    `alive` [S] in all stages, the states of all stages by name, and the last stage's learner."""
 
     state: Any
     metrics: Any
     alive: np.ndarray
     run_dir: Path | None
     states: dict[str, Any]
+    learner: Learner
 
 
 def train(
@@ -116,6 +117,18 @@ def resume(
     return _run(method, old, Path(run_dir), run, options, sinks)
 
 
+def last(method: Staged, run_dir: str | Path) -> Learner:
+    """The learner of the last stage of a stored run, whose state `runner.load_state` then reads.
+
+    Raises:
+        UserError: where a stage has no checkpoint yet.
+    """
+    names, states = read_plan(run_dir)["stages"], {}
+    for stage, folder in zip(method.stages[:-1], names[:-1], strict=True):
+        states[stage.name] = runner.load_state(stage.make(dict(states)), Path(run_dir) / folder)
+    return method.stages[-1].make(states)
+
+
 def _names(method: Staged) -> list[str]:
     """The stages' folders, in order."""
     names = [stage.name for stage in method.stages]
@@ -165,7 +178,7 @@ def _run(
             alive &= lives
         if run is not None:
             run.status("finished" if alive.any() else "failed")
-    return Result(state, pd.concat(frames, ignore_index=True), alive, path, states)
+    return Result(state, pd.concat(frames, ignore_index=True), alive, path, states, learner)
 
 
 def _stage(

@@ -26,7 +26,7 @@ def digits(split: Split, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
         from sklearn.datasets import load_digits
     except ImportError as e:
         raise UserError("digits: scikit-learn is missing; pip install 'jaxstack[data]'") from e
-    x, y = load_digits(return_X_y=True)
+    x, y = (np.asarray(part) for part in load_digits(return_X_y=True))
     order = np.random.default_rng(seed).permutation(len(x))
     low, high = (round(share * len(x)) for share in SHARES[split])
     rows = order[low:high]

@@ -137,7 +137,7 @@ class SplitData(_OnDevice):
     def __init__(self, arrays: Any, batch_size: int):
         super().__init__(arrays, batch_size, most=0)
         self.batch_size = min(batch_size, self.count)
-        self.batches = -(-self.count // self.batch_size)
+        self.batches: int | None = -(-self.count // self.batch_size)
 
     def item(self, seeds: Sequence[int]) -> np.ndarray:
         return np.zeros((), np.int32)

@@ -62,6 +62,8 @@ class Config(configs.Config):
     shift: int = 1
     """Training images are moved by up to so many pixels."""
     batch_size: int = 64
+    data_parallel: int = 1
+    """Devices that share a batch's rows."""
     num_updates: int = 400
     eval_split: Literal["valid", "test"] = "valid"
     split_seed: int = 0
@@ -69,7 +71,9 @@ class Config(configs.Config):
     hypers: Hypers = Hypers()
 
     def validate(self) -> None:
-        require_at_least(self, 1, "batch_size", "num_updates")
+        require_at_least(self, 1, "batch_size", "num_updates", "data_parallel")
+        rows = f"a divisor of batch_size={self.batch_size}"
+        require(self, "data_parallel", self.batch_size % self.data_parallel == 0, rows)
         require_at_least(self, 0, "shift", "split_seed", "hypers.lr", "hypers.min_lr", "hypers.weight_decay")
         require_unit(self, "dropout", "warmup", "hypers.momentum", "hypers.b1", "hypers.b2", "hypers.ema_decay")
         require_unit(self, "hypers.label_smoothing")
@@ -137,6 +141,7 @@ def classifier(config: Config = Config(), /, **changes: Any) -> Learner:
         num_steps=config.num_updates,
         hypers=config.hypers,
         ema=config.ema,
+        data_parallel=config.data_parallel,
         config=config,
         name="classifier",
         batch_size=config.batch_size,

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
+from jaxstack.core.devices import rows_over
 from jaxstack.core.errors import UserError
 from jaxstack.core.learner import Key, Learner, Metrics, as_hypers
 from jaxstack.core.metrics import mean
@@ -167,6 +168,7 @@ def supervised(
     ema: bool = False,
     teacher: Callable[[Any, Any], Any] | None = None,
     teachers: Any = None,
+    data_parallel: int = 1,
     config: Any = None,
     name: str = "supervised",
     batch_size: int = 1,
@@ -187,6 +189,7 @@ def supervised(
         ema: keep averages of weights and statistics, which evaluation and prediction then use.
         teacher: (variables, inputs) -> outputs, e.g. `Model.apply`, for a loss of distillation.
         teachers: the teacher's variables, leaves [S, ...], one for each seed; they are part of the state.
+        data_parallel: devices that share the rows of a batch.
         config: the method's config, given to the sources.
         name: of the method.
         batch_size: examples a step, the unit of progress.
@@ -195,12 +198,13 @@ def supervised(
         objective: see `Learner`.
 
     Raises:
-        UserError: for a teacher without variables, or an unknown optimiser.
+        UserError: for a teacher without variables, an unknown optimiser, or more devices than there are.
     """
     if (teacher is None) != (teachers is None):
         raise UserError("teacher, teachers: expected both, the function and its variables [S, ...], or neither")
     metrics = {} if metrics is None else dict(metrics)
     optimiser.make(hypers, num_steps)
+    spread = rows_over(data_parallel)
 
     def init(key: Key, given: Any, taught: Any = ()) -> State:
         given = as_hypers(given)
@@ -218,7 +222,7 @@ def supervised(
 
     def step(s: State, batch: Any) -> tuple[State, Metrics]:
         key, k_drop = jax.random.split(s.key)
-        inputs, targets = batch
+        inputs, targets = spread(batch)
         targets = wanted(s, inputs, targets)
 
         def total(params: Any) -> tuple[Array, tuple[Any, Any]]:

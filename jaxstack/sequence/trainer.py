@@ -163,8 +163,8 @@ def make_model(config: Config, task: Task) -> SequenceModel:
 
 def learning_rate(config: Config, hypers: Hypers, step: Any) -> Array:
     """Linear warm-up to `lr`, then a cosine (Loshchilov and Hutter, 2017) to `min_lr` at `num_updates`; step from 0."""
-    options = dict(min_lr=hypers.min_lr, warmup=config.warmup)
-    return optimisers.learning_rate("cosine", step, config.num_updates, hypers.lr, **options)
+    peak, low = hypers.lr, hypers.min_lr
+    return optimisers.learning_rate("cosine", step, config.num_updates, peak, min_lr=low, warmup=config.warmup)
 
 
 def optimiser(config: Config, hypers: Hypers) -> optax.GradientTransformation:

@@ -104,6 +104,7 @@ def test_a_run_that_was_stopped_anywhere_goes_on_in_the_right_stage(whole, tmp_p
         whole.metrics[["stage", "step", "seed", "loss/total"]]
     )
     assert_same(stages.resume(METHOD, run, **OPTIONS).state, whole.state)  # a finished run reads its states
+    assert_same(runner.load_state(stages.last(METHOD, run), run), whole.state)
 
 
 def test_groups_of_seeds_get_their_own_rows_of_what_is_given(whole, tmp_path):

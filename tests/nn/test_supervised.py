@@ -1,4 +1,6 @@
+import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -247,12 +249,43 @@ def test_the_convolutional_network_trains_step_by_step():
     assert kernel.shape == (1, 3, 3, 1, 4)
 
 
+TWO_DEVICES = """
+import jax
+import numpy as np
+from jaxstack.core import runner
+from jaxstack.nn.classifier import classifier
+
+make = lambda n: classifier(num_updates=3, features=(8,), batch_size=16, data_parallel=n, dropout=0.0)
+one, two = (runner.train(make(n), progress=False, eval_every=-1) for n in (1, 2))
+np.testing.assert_allclose(two.metrics["loss/train"], one.metrics["loss/train"], rtol=1e-4)
+for x, y in zip(jax.tree.leaves(two.state.stats), jax.tree.leaves(one.state.stats)):
+    np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6)
+learner = make(2)
+state = learner.init(jax.random.key(0), learner.hypers)
+batch = np.zeros((16, 8, 8, 1), np.uint8), np.zeros(16, np.int32)
+two = runner.train(make(1), seeds=2, devices=2, progress=False)  # a seed a device, batches with them
+one = runner.train(make(1), seeds=2, progress=False)
+for name in ("loss/train", "eval/loss", "eval/accuracy"):
+    np.testing.assert_allclose(two.metrics[name].dropna(), one.metrics[name].dropna(), rtol=1e-4)
+assert "all-reduce" in jax.jit(learner.step).lower(state, batch).compile().as_text()
+"""
+
+
+def test_devices_that_share_a_batch_give_the_same_result():
+    # two devices need a process of its own
+    flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=2"
+    command = [sys.executable, "-c", TWO_DEVICES]
+    done = subprocess.run(command, env=os.environ | {"XLA_FLAGS": flags}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         (dict(shift=8), "shift=8: expected less than the 8 pixels"),
         (dict(features=()), r"features=\(\): expected widths >= 1"),
         (dict(dropout=1.5), r"dropout=1.5: expected a number in \[0, 1\]"),
+        (dict(data_parallel=3), "data_parallel=3: expected a divisor of batch_size=64"),
         (dict(model="vit"), "'vit'"),
     ],
 )
