@@ -58,3 +58,27 @@ def test_animations_hold_all_frames(tmp_path):
     assert "data:image/gif;base64," in page
     with pytest.raises(UserError, match="gif"):
         plots.animation(frames, tmp_path / "a.avi")
+
+
+def test_panels_of_arms_and_curves(tmp_path, monkeypatch):
+    """What is drawn: failed runs are counted and left out, axes have the scale and name that were asked for."""
+    drawn = {}
+    monkeypatch.setattr(plots, "_write", lambda figure, path: drawn.setdefault(str(path), figure) and path)
+    nan = float("nan")
+    plots.arm_panels([("e", "score", {"a": [1.0, 2.0, nan], "b": [nan], "c": [3.0, 3.5]})], "arms", lambda a: a == "a")
+    (axes,) = drawn["arms"].axes
+    assert [t.get_text() for t in axes.get_yticklabels()] == ["c", "b (1 failed)", "a (1 failed)"]  # the first on top
+    points = [line for line in axes.lines if line.get_marker() == "o"]
+    assert [list(line.get_xdata()) for line in points] == [[3.0, 3.5], [1.0, 2.0]]
+    assert [line.get_color() for line in points] == [plots.COLOURS[6], plots.COLOURS[0]]
+    table = {"a": ([1, 2, 4], [[1.0, 2.0, nan], [2.0, 3.0, 4.0]])}
+    panels = [("e", "score", "time", scale, table) for scale in ("linear", "log", "log2")]
+    plots.curve_panels(panels, "curves")
+    for axes, scale in zip(drawn["curves"].axes, ("linear", "log", "log")):
+        assert (axes.get_xlabel(), axes.get_ylabel(), axes.get_xscale()) == ("time", "score", scale)
+        assert list(axes.lines[0].get_xdata()) == [1, 2]  # a seed lacks the third point
+        np.testing.assert_allclose(axes.lines[0].get_ydata(), [1.5, 2.5])
+    with pytest.raises(UserError, match="scale='cubic'"):
+        plots.curve_panels([("e", "score", "time", "cubic", table)], "x")
+    with pytest.raises(UserError, match="found time 0 on a logarithmic axis"):
+        plots.curve_panels([("e", "score", "time", "log", {"a": ([0, 1], [[1.0, 2.0]] * 2)})], "x")
