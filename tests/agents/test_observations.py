@@ -9,6 +9,7 @@ import pytest
 
 from jaxstack import agents, envs
 from jaxstack.agents import AGENTS, crossplay, seps, team_ppo
+from jaxstack.core import running
 from jaxstack.core.bundle import load_policy, save_policy
 from jaxstack.core.errors import UserError
 from jaxstack.core.metrics import on_host
