@@ -75,7 +75,9 @@ def sequential_update(task: Task, s: State, batch: Batch, key: Key) -> tuple[Sta
         return (put(params, new), put(opt, new_opt), factor), metrics
 
     inputs = (jax.random.permutation(k_order, count), jax.random.split(k_agents, count))
-    (params, opt, factor), metrics = jax.lax.scan(one_agent, (s.params, s.opt, jnp.ones(batch.first.shape)), inputs)
+    (params, opt, factor), metrics = jax.lax.scan(
+        one_agent, (s.params, s.opt, jnp.ones(batch.first.shape, jnp.float32)), inputs
+    )
     metrics = jax.tree.map(jnp.mean, metrics) | {"train/factor": factor.mean()}
     return s._replace(params=params, opt=opt), metrics
 

@@ -168,7 +168,7 @@ def hyper_team(cfg: Config, shape: Shape, arch: Arch) -> TeamNet:
 
     def embeddings(params: Any) -> tuple[Array, Array]:
         if cfg.embedding == "one_hot":
-            return jnp.eye(count), jnp.eye(count)
+            return jnp.eye(count, dtype=jnp.float32), jnp.eye(count, dtype=jnp.float32)
         return params["embedding"], params.get("critic_embedding", params["embedding"])
 
     def init(key: Array) -> Any:
@@ -180,13 +180,13 @@ def hyper_team(cfg: Config, shape: Shape, arch: Arch) -> TeamNet:
                 params["critic_embedding"] = orthogonal(2**0.5)(k_critic, (count, cfg.embedding_dim))
         ea, ec = embeddings(params)
         if per_sample:
-            ea = _with_input(ea, jnp.zeros((1, 1, count, int(np.prod(shape.obs_shape)))))
-            ec = _with_input(ec, jnp.zeros((1, 1, count, int(np.prod(shape.critic_shape)))))
+            ea = _with_input(ea, jnp.zeros((1, 1, count, int(np.prod(shape.obs_shape))), jnp.float32))
+            ec = _with_input(ec, jnp.zeros((1, 1, count, int(np.prod(shape.critic_shape))), jnp.float32))
         params["actor"] = actor_net.init(k_actor_net, ea)
         params["critic"] = critic_net.init(k_critic_net, ec)
         params |= _init_torsos(mods, shape, k_torso, k_torso2)
         if shape.actions.kind == "continuous":
-            params["log_std"] = jnp.zeros(shape.actions.params)
+            params["log_std"] = jnp.zeros(shape.actions.params, jnp.float32)
         return params
 
     def prepare(params: Any, extra: Any, obs: Array | None) -> tuple[Any, Any]:
@@ -246,7 +246,7 @@ def _init_torsos(mods: Modules, shape: Shape, k_actor: Array, k_critic: Array) -
         ("critic_torso", mods.critic_torso, shape.critic_shape, k_critic),
     ):
         carry, first = initial_carry(torso.gru, 1, 1), jnp.zeros((1, 1), bool)
-        out[name] = torso.init(key, carry, jnp.zeros((1, 1, 1, *size)), first)
+        out[name] = torso.init(key, carry, jnp.zeros((1, 1, 1, *size), jnp.float32), first)
     return out
 
 

@@ -54,8 +54,10 @@ def masked_team(cfg: Config, shape: Shape, arch: Arch) -> TeamNet:
         leaves, tree = jax.tree.flatten(params["actor_head"])
         keys = jax.random.split(k_mask, len(leaves))
         # agents must start a little apart: equal masks get equal gradients; biases start at 0 and are not masked
-        noise = [cfg.start_threshold + jax.random.normal(k, (count, *x.shape)) for k, x in zip(keys, leaves)]
-        noise = [n if n.ndim > 2 else jnp.zeros((count, 0)) for n in noise]
+        noise = [
+            cfg.start_threshold + jax.random.normal(k, (count, *x.shape), jnp.float32) for k, x in zip(keys, leaves)
+        ]
+        noise = [n if n.ndim > 2 else jnp.zeros((count, 0), jnp.float32) for n in noise]
         return params | {"thresholds": jax.tree.unflatten(tree, noise)}
 
     def masked(params: Any) -> Any:
@@ -98,7 +100,7 @@ def mask_diversity(weights: Any) -> Array:
     count = flat.shape[0]
     # sum over pairs of |x_i - x_j| from the sorted values: no [A, A, P] array
     ranked = jnp.sort(flat, axis=0)
-    factors = 2.0 * jnp.arange(count) - (count - 1)
+    factors = 2.0 * jnp.arange(count, dtype=jnp.float32) - (count - 1)
     pairs = (ranked * factors[:, None]).sum(0)
     return 2.0 * pairs.mean() / max(count * (count - 1), 1)
 

@@ -74,7 +74,7 @@ def codes(data: tuple[Array, Array, Array, Array], count: int, key: Array, optio
     target = jnp.concatenate([nxt, reward[:, None]], -1)
     k_init, k_run = jax.random.split(key)
     keys = jax.random.split(k_init, 5)
-    dense = lambda k, m, n: jax.random.normal(k, (m, n)) / jnp.sqrt(m)
+    dense = lambda k, m, n: jax.random.normal(k, (m, n), jnp.float32) / m**0.5
     inputs = options.code + obs.shape[1] + action.shape[1]
     params = {
         "in": dense(keys[0], count, options.hidden),
@@ -88,7 +88,7 @@ def codes(data: tuple[Array, Array, Array, Array], count: int, key: Array, optio
     def loss(params: dict[str, Array], index: Array, key: Array) -> Array:
         h = jax.nn.relu(params["in"][agent[index]])
         mean, logvar = h @ params["mean"], h @ params["logvar"]
-        z = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
+        z = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape, jnp.float32)
         h = jax.nn.relu(jnp.concatenate([z, obs[index], action[index]], -1) @ params["hidden"])
         out = h @ params["out"]
         kl = -0.5 * (1 + logvar - jnp.square(mean) - jnp.exp(logvar)).sum(-1)

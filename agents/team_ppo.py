@@ -368,7 +368,7 @@ def value_of_cut(
     """`next_value` [T, N, A] with the values of the TRUE next inputs where an episode was cut by its time limit (behind
     it stands the next episode's first value)."""
     length, count = next_value.shape[:2]
-    index = (cuts.step * count + jnp.arange(count)).reshape(-1)  # beyond the end where nothing was cut
+    index = (cuts.step * count + jnp.arange(count, dtype=jnp.int32)).reshape(-1)  # beyond the end where nothing was cut
     before = jax.tree.map(lambda x: x.reshape(length * count, *x.shape[2:]).at[index].get(mode="clip"), carries)
     flat = lambda x: None if x is None else x.reshape(1, -1, *x.shape[2:])
     x, never = critic_x(flat(cuts.obs), flat(cuts.state)), jnp.zeros((1, index.size), bool)

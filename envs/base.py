@@ -6,6 +6,7 @@ the largest size; `obs_sizes` and `action_sizes` say what is real. An environmen
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -72,6 +73,13 @@ class Image:
         return jnp.uint8
 
 
+def stated(dtype: Any) -> np.dtype:
+    """The type of at most 32 bits that stands for `dtype`, whether or not JAX is set to 64 bits."""
+    dtype = jnp.dtype(dtype)
+    short = {"float64": "float32", "int64": "int32", "uint64": "uint32"}
+    return np.dtype(short.get(dtype.name, dtype))
+
+
 def box_like(shape: tuple[int, ...], space: Any, dtype: Any) -> Box:
     """Observations of `shape` and `dtype` with the bounds of a library's space, where it has some.
 
@@ -83,7 +91,7 @@ def box_like(shape: tuple[int, ...], space: Any, dtype: Any) -> Box:
         same = bound.size > 0 and bool((bound == bound.reshape(-1)[0]).all())
         each = len(shape) == 1 and bound.shape == shape and not same
         bounds.append(tuple(bound.tolist()) if each else float(extreme(bound)))
-    return Box(shape, *bounds, jnp.dtype(dtype))
+    return Box(shape, *bounds, stated(dtype))
 
 
 Space = Discrete | MultiDiscrete | Box
@@ -202,6 +210,41 @@ def first_step(spec: Spec, obs: Array, **fields: Any) -> TimeStep:
     return TimeStep(**(base | fields))
 
 
+def like(new: Any, old: Any) -> Any:
+    """Give a library's state after a step the types of the state before it. Some libraries return Python numbers, or
+    wider types where JAX is set to 64 bits, which a scan would refuse."""
+
+    def one(x: Any, y: Any) -> Array:
+        dtype = y.dtype if hasattr(y, "dtype") else jnp.result_type(y)
+        return x if getattr(x, "dtype", None) == dtype else jnp.asarray(x, dtype)
+
+    return jax.tree.map(one, new, old)
+
+
+def runs(env: Any) -> Any:
+    """Return a library's environment, once its spec could be made and, where JAX is set to 64 bits, its step be traced.
+
+    Raises:
+        UserError: where the library fails with 64 bits, with its message in one line.
+    """
+    wide = jax.config.jax_enable_x64
+
+    def play(key: jax.Array) -> Any:
+        state, ts = env.reset(key)
+        return env.step(key, state, sample_action(env.spec, key, ts))
+
+    try:
+        _ = env.spec
+        if wide:
+            jax.eval_shape(play, jax.random.key(0))
+    except (TypeError, ValueError, AttributeError) as e:
+        if not wide:
+            raise
+        found = " ".join(str(e).split())[:200]
+        raise UserError(f"{env.name}: JAX_ENABLE_X64 found on, expected off, as the library fails: {found}") from e
+    return env
+
+
 def global_state(spec: Spec, ts: TimeStep) -> Array:
     """[..., state_dim] float32: the environment's global state, or all observations side by side."""
     if ts.state is not None:
@@ -214,7 +257,9 @@ def global_state(spec: Spec, ts: TimeStep) -> Array:
 def action_noise(spec: Spec, key: jax.Array, lead: tuple[int, ...] = ()) -> Array:
     """What `action_from` needs for actions of `lead`: numbers in [0, 1), [*lead, A] or [*lead, A, k]. For all steps of
     a rollout at once they cost a fraction of what they cost step by step."""
-    return in_rows(jax.random.uniform, key, (*lead, spec.num_agents, *spec.action_space.shape))
+    return in_rows(
+        partial(jax.random.uniform, dtype=jnp.float32), key, (*lead, spec.num_agents, *spec.action_space.shape)
+    )
 
 
 def action_from(spec: Spec, noise: Array, action_mask: Array | None = None) -> Array:
@@ -223,7 +268,7 @@ def action_from(spec: Spec, noise: Array, action_mask: Array | None = None) -> A
     if isinstance(space, Discrete):
         if action_mask is not None:
             # one number for an agent: noise for every action would be several times dearer
-            place = jnp.cumsum(action_mask, axis=-1)
+            place = jnp.cumsum(action_mask, axis=-1, dtype=jnp.int32)
             skip = (noise * place[..., -1]).astype(jnp.int32)
             return jnp.sum(place <= skip[..., None], axis=-1, dtype=jnp.int32)
         return (noise * np.asarray(spec.action_sizes or space.n)).astype(jnp.int32)

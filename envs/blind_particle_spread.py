@@ -82,9 +82,9 @@ class BlindParticleSpread(Config, Environment):
     def reset(self, key: jax.Array) -> tuple[State, TimeStep]:
         k_pos, k_landmark = jax.random.split(key)
         count = sum(self.sizes)
-        pos = jax.random.uniform(k_pos, (count, 2), minval=-1.0, maxval=1.0)
-        landmarks = jax.random.uniform(k_landmark, (len(self.sizes), 2), minval=-3.0, maxval=3.0)
-        state = State(pos, jnp.zeros((count, 2)), landmarks, jnp.int32(0))
+        pos = jax.random.uniform(k_pos, (count, 2), jnp.float32, minval=-1.0, maxval=1.0)
+        landmarks = jax.random.uniform(k_landmark, (len(self.sizes), 2), jnp.float32, minval=-3.0, maxval=3.0)
+        state = State(pos, jnp.zeros((count, 2), jnp.float32), landmarks, jnp.int32(0))
         return state, self._see(state)
 
     def step(self, key: jax.Array, state: State, action: Array) -> tuple[State, TimeStep]:
@@ -98,7 +98,7 @@ class BlindParticleSpread(Config, Environment):
     def _see(self, state: State) -> TimeStep:
         rel = (state.landmarks[None] - state.pos[:, None]).reshape(len(self.group_of), -1)
         obs = jnp.concatenate([state.vel, state.pos, rel], -1)
-        obs = jnp.take_along_axis(obs, jnp.asarray(self.orders[self.group_of]), axis=-1)
+        obs = jnp.take_along_axis(obs, jnp.asarray(self.orders[self.group_of], jnp.int32), axis=-1)
         return first_step(self.spec, obs)
 
     def frame(self, state: State) -> np.ndarray:

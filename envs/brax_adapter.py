@@ -16,7 +16,7 @@ from jaxtyping import Array
 from jaxstack.core.config import check_options, options_of
 from jaxstack.core.errors import UserError, unknown
 from jaxstack.envs import brax_fast
-from jaxstack.envs.base import Box, Environment, Spec, TimeStep, first_step
+from jaxstack.envs.base import Box, Environment, Spec, TimeStep, first_step, like, runs
 
 IDS: tuple[str, ...] = (
     "ant",
@@ -62,16 +62,17 @@ class Brax(Environment):
 
     def reset(self, key: jax.Array) -> tuple[State, TimeStep]:
         lib_state = self.lib.reset(key)
-        return State(lib_state, jnp.int32(0)), first_step(self.spec, lib_state.obs[None])
+        return State(lib_state, jnp.int32(0)), first_step(self.spec, lib_state.obs[None].astype(jnp.float32))
 
     def step(self, key: jax.Array, state: State, action: Array) -> tuple[State, TimeStep]:
         # a copy: some tasks write into the metrics of the state that they are given
         lib_state = self.lib.step(jax.tree.map(lambda x: x, state.lib), jnp.clip(action[0], -1.0, 1.0))
-        # some tasks return Python numbers: keep the types of the state
-        lib_state = jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), lib_state, state.lib)
+        lib_state = like(lib_state, state.lib)
         t = state.t + 1
         done = lib_state.done.astype(bool)
-        ts = first_step(self.spec, lib_state.obs[None], reward=lib_state.reward[None].astype(jnp.float32))
+        ts = first_step(
+            self.spec, lib_state.obs[None].astype(jnp.float32), reward=lib_state.reward[None].astype(jnp.float32)
+        )
         return State(lib_state, t), ts._replace(terminated=done, truncated=(t >= self.episode_length) & ~done)
 
     def frame(self, state: State) -> np.ndarray:
@@ -94,8 +95,7 @@ def make(rest: str, backend: str = "spring", episode_length: int = 1000, **optio
     if episode_length < 1:
         raise UserError(f"{owner}: episode_length={episode_length}: expected at least 1")
     env = Brax(rest, backend, episode_length, tuple(sorted(checked.items())))
-    _ = env.spec
-    return env
+    return runs(env)
 
 
 @lru_cache(maxsize=16)

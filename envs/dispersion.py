@@ -64,8 +64,8 @@ class Dispersion(Config, Environment):
         )
 
     def reset(self, key: jax.Array) -> tuple[State, TimeStep]:
-        food = jax.random.uniform(key, (self.foods, 2), minval=-1.0, maxval=1.0)
-        zeros = jnp.zeros((self.num_agents, 2))
+        food = jax.random.uniform(key, (self.foods, 2), jnp.float32, minval=-1.0, maxval=1.0)
+        zeros = jnp.zeros((self.num_agents, 2), jnp.float32)
         state = State(zeros, zeros, food, jnp.zeros(self.foods, bool), jnp.int32(0))
         return state, self._see(state)
 
@@ -73,11 +73,11 @@ class Dispersion(Config, Environment):
         if self.continuous:
             force = jnp.clip(action, -1.0, 1.0)
         else:
-            force = jnp.asarray([0.0, -1.0, 1.0])[jnp.stack([action // 3, action % 3], -1)]
+            force = jnp.asarray([0.0, -1.0, 1.0], jnp.float32)[jnp.stack([action // 3, action % 3], -1)]
         vel = 0.75 * state.vel + 0.1 * force
         pos = jnp.clip(state.pos + 0.1 * vel, -1.0, 1.0)
         on = (distances(pos, state.food) < AGENT_RADIUS + FOOD_RADIUS) & ~state.eaten
-        count = on.sum(0)
+        count = on.sum(0, dtype=jnp.float32)
         if self.share_reward:
             reward = jnp.broadcast_to((count > 0).sum().astype(jnp.float32), (self.num_agents,))
         else:

@@ -16,7 +16,7 @@ from jaxtyping import Array
 
 from jaxstack.core.config import check_options, options_of
 from jaxstack.core.errors import UserError, unknown
-from jaxstack.envs.base import Box, Discrete, Environment, Spec, TimeStep, box_like, first_step
+from jaxstack.envs.base import Box, Discrete, Environment, Spec, TimeStep, box_like, first_step, like, runs
 
 IDS: tuple[str, ...] = (
     "CartPole-v1",
@@ -68,20 +68,23 @@ class Gymnax(Environment):
     def reset(self, key: jax.Array) -> tuple[State, TimeStep]:
         lib, params = _library(self.name, self.options)
         obs, state = lib.reset_env(key, params)
-        return State(state), first_step(self.spec, jnp.asarray(obs)[None])
+        return State(state), first_step(self.spec, self._obs(obs))
 
     def step(self, key: jax.Array, state: State, action: Array) -> tuple[State, TimeStep]:
         lib, params = _library(self.name, self.options)
         act = action[0]
         if isinstance(self.spec.action_space, Box):
             space = self.spec.action_space
-            act = jnp.clip(act, np.asarray(space.low), np.asarray(space.high))
+            act = jnp.clip(act, *np.asarray((space.low, space.high), np.float32))
             act = act.reshape(lib.action_space(params).shape)
         obs, new, reward, terminated, _ = lib.step_env(key, state.lib, act, params)
         terminated = jnp.asarray(terminated, bool).reshape(())
         truncated = jnp.asarray(lib.is_truncated(new, params), bool).reshape(()) & ~terminated
-        ts = first_step(self.spec, jnp.asarray(obs)[None], terminated=terminated, truncated=truncated)
-        return State(new), ts._replace(reward=jnp.asarray(reward, jnp.float32).reshape(1))
+        ts = first_step(self.spec, self._obs(obs), terminated=terminated, truncated=truncated)
+        return State(like(new, state.lib)), ts._replace(reward=jnp.asarray(reward, jnp.float32).reshape(1))
+
+    def _obs(self, obs: Any) -> Array:
+        return jnp.asarray(obs, self.spec.observation.dtype)[None]
 
     def frame(self, state: State) -> np.ndarray:
         from jaxstack.envs import render2d
@@ -115,8 +118,7 @@ def make(rest: str, **options: Any) -> Gymnax:
         constructor, fields = _known(rest)
         options = check_options(options, fields | constructor, f"environment 'gymnax/{rest}'")
     env = Gymnax(rest, tuple(sorted(options.items())))
-    _ = env.spec  # builds the library's environment now, outside of any trace
-    return env
+    return runs(env)  # builds the library's environment now, outside of any trace
 
 
 @lru_cache(maxsize=64)

@@ -32,6 +32,9 @@ from jaxstack.envs.base import (
     action_limits,
     box_like,
     first_step,
+    like,
+    runs,
+    stated,
 )
 
 MPE = [
@@ -289,6 +292,7 @@ class JaxMARL(Environment):
         lib, family, spec = self.lib, self.family, self.spec
         with _quiet(self.name):
             obs, lib_state, rewards, dones, info = lib.step_env(key, state.lib, self._actions(action))
+        lib_state = like(lib_state, state.lib)
         t = state.t + 1
         terminated = jnp.bool_(False)
         if self.name == "switch_riddle":
@@ -326,7 +330,8 @@ class JaxMARL(Environment):
         return super().frame(state)
 
     def _obs(self, obs: Any) -> Array:
-        return _stack(_per_agent(obs, self.spec.agents), self.spec.obs_shape)
+        rows = _stack(_per_agent(obs, self.spec.agents), self.spec.obs_shape)
+        return rows.astype(stated(rows.dtype))
 
     def _facts(self, lib_state: Any, info: dict) -> dict[str, Any]:
         lib, family = self.lib, self.family
@@ -345,7 +350,7 @@ class JaxMARL(Environment):
     def _actions(self, action: Array) -> Any:
         lib, spec = self.lib, self.spec
         if isinstance(spec.action_space, Box):
-            low, high = np.asarray(spec.action_space.low), np.asarray(spec.action_space.high)
+            low, high = np.asarray((spec.action_space.low, spec.action_space.high), np.float32)
             action = jnp.clip(action, low, high)
             sizes = spec.action_sizes or (spec.action_space.shape[0],) * spec.num_agents
             return {a: action[i, : sizes[i]] for i, a in enumerate(lib.agents)}
@@ -361,8 +366,7 @@ def make(rest: str, **options: Any) -> JaxMARL:
     checked = check_options(options, _known(rest), f"environment 'jaxmarl/{rest}'") if options else {}
     shaped = checked.pop("shaped_reward", 0.0)
     env = JaxMARL(rest, tuple(sorted(checked.items())), shaped)
-    _ = env.spec  # builds the library's environment now, outside of any trace
-    return env
+    return runs(env)  # builds the library's environment now, outside of any trace
 
 
 @lru_cache(maxsize=64)

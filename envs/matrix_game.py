@@ -63,14 +63,15 @@ class MatrixGame(Config, Environment):
         return state, self._see(state)
 
     def step(self, key: jax.Array, state: State, action: Array) -> tuple[State, TimeStep]:
-        same = (action[:, None] == action[None]).sum(-1)
+        same = (action[:, None] == action[None]).sum(-1, dtype=jnp.float32)
         reward = 1.0 / same if self.kind == "specialisation" else same / self.num_agents
         state = State(action.astype(jnp.int32), state.t + 1)
         ts = self._see(state)
         return state, ts._replace(reward=reward.astype(jnp.float32), terminated=state.t >= self.horizon)
 
     def _see(self, state: State) -> TimeStep:
-        seen = jax.nn.one_hot(state.last, self.actions).reshape(-1) if self.temporal else jnp.ones(1)
+        one_hot = jax.nn.one_hot(state.last, self.actions, dtype=jnp.float32).reshape(-1)
+        seen = one_hot if self.temporal else jnp.ones(1, jnp.float32)
         obs = jnp.broadcast_to(seen, (self.num_agents, seen.size))
         return first_step(self.spec, obs, state=seen)
 

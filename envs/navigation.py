@@ -80,7 +80,7 @@ class Navigation(Config, Environment):
         count = self.num_agents
         places = _spawn(key, 2 * count)
         pos, goals = places[:count], places[count:]
-        state = State(pos, jnp.zeros((count, 2)), goals[self.goal_of], jnp.int32(0))
+        state = State(pos, jnp.zeros((count, 2), jnp.float32), goals[self.goal_of], jnp.int32(0))
         return state, self._see(state)
 
     def step(self, key: jax.Array, state: State, action: Array) -> tuple[State, TimeStep]:
@@ -97,7 +97,7 @@ class Navigation(Config, Environment):
         reward = reward + jnp.where((now < GOAL_RADIUS).all(), 0.01, 0.0)
         if self.collisions:
             near = distances(pos, pos) - 2 * AGENT_RADIUS <= 0.005
-            reward = reward - (near.sum(-1) - 1.0)
+            reward = reward - (near.sum(-1, dtype=jnp.float32) - 1.0)
         done = (now < AGENT_RADIUS).all()
         state = State(pos, vel, state.goal, state.t + 1)
         ts = self._see(state)
@@ -150,14 +150,14 @@ def _spawn(key: jax.Array, count: int) -> Array:
 
         def blocked(c: tuple[Array, Array]) -> Array:
             near = jnp.linalg.norm(places - c[1], axis=-1) < MIN_SPAWN_DISTANCE
-            return (near & (jnp.arange(count) < i)).any()
+            return (near & (jnp.arange(count, dtype=jnp.int32) < i)).any()
 
         def again(c: tuple[Array, Array]) -> tuple[Array, Array]:
             key, sub = jax.random.split(c[0])
-            return key, jax.random.uniform(sub, (2,), minval=-1.0, maxval=1.0)
+            return key, jax.random.uniform(sub, (2,), jnp.float32, minval=-1.0, maxval=1.0)
 
-        _, point = jax.lax.while_loop(blocked, again, again((key, jnp.zeros(2))))
+        _, point = jax.lax.while_loop(blocked, again, again((key, jnp.zeros(2, jnp.float32))))
         return places.at[i].set(point), None
 
     keys = jax.random.split(key, count)
-    return jax.lax.scan(place, jnp.zeros((count, 2)), (jnp.arange(count), keys))[0]
+    return jax.lax.scan(place, jnp.zeros((count, 2), jnp.float32), (jnp.arange(count, dtype=jnp.int32), keys))[0]

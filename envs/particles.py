@@ -10,7 +10,7 @@ MOVES = ((0.0, 0.0), (-1.0, 0.0), (1.0, 0.0), (0.0, -1.0), (0.0, 1.0))
 
 def moves(action: Array) -> Array:
     """[A] action in 0..4 -> [A, 2] unit force."""
-    return jnp.asarray(MOVES)[action]
+    return jnp.asarray(MOVES, jnp.float32)[action]
 
 
 def contact_force(pos: Array, min_dist: float, stiffness: float = 100.0, margin: float = 1e-3) -> Array:

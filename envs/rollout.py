@@ -296,7 +296,14 @@ def episodes(
         return (vs, carry, alive, total, length, info), None
 
     n = vec.num_envs
-    start = (vs, carry, jnp.ones(n, bool), jnp.zeros((n, vec.env.spec.num_agents)), jnp.zeros(n, jnp.int32), vs.ts.info)
+    start = (
+        vs,
+        carry,
+        jnp.ones(n, bool),
+        jnp.zeros((n, vec.env.spec.num_agents), jnp.float32),
+        jnp.zeros(n, jnp.int32),
+        vs.ts.info,
+    )
     (_, _, alive, total, length, info), _ = jax.lax.scan(body, start, (draw(k_act, num_steps), k_env))
     return Episodes(total, length, ~alive, info)
 

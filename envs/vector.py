@@ -91,7 +91,7 @@ def start(vec: VecEnv, keys: jax.Array) -> VecState:
     """The same from their keys [N]."""
     env, ts = jax.vmap(vec.env.reset)(keys)
     n, a = vec.num_envs, vec.env.spec.num_agents
-    return VecState(env, ts, jnp.ones(n, bool), jnp.zeros((n, a)), jnp.zeros(n, jnp.int32))
+    return VecState(env, ts, jnp.ones(n, bool), jnp.zeros((n, a), jnp.float32), jnp.zeros(n, jnp.int32))
 
 
 def rollout_keys(
@@ -169,7 +169,7 @@ def step(
     if pool is None:
         fresh_env, fresh_ts = jax.vmap(vec.env.reset)(k_reset)
     else:
-        order = pool.used + jnp.cumsum(done) - 1
+        order = pool.used + jnp.cumsum(done, dtype=jnp.int32) - 1
         # past the end of the pool the oldest starts are used again
         index = jnp.where(done, order % pool.size, 0)
         fresh_env, fresh_ts = jax.tree.map(lambda x: x if len(x) == 1 else x[index], (pool.env, pool.ts))

@@ -32,7 +32,7 @@ class RewardScale(NamedTuple):
 
 def init(shape: tuple[int, ...]) -> Running:
     """Mean 0, variance 1, count 0: the first batch decides alone."""
-    return Running(jnp.zeros(shape), jnp.ones(shape), jnp.float32(0.0))
+    return Running(jnp.zeros(shape, jnp.float32), jnp.ones(shape, jnp.float32), jnp.float32(0.0))
 
 
 def init_groups(shape: tuple[int, ...], groups: Groups) -> Running:
@@ -104,7 +104,7 @@ def unapply(stats: Running | tuple, x: Array) -> Array:
 
 
 def init_reward(num_envs: int, num_agents: int, groups: Groups = ()) -> RewardScale:
-    return RewardScale(jnp.zeros((num_envs, num_agents)), init_groups((), groups))
+    return RewardScale(jnp.zeros((num_envs, num_agents), jnp.float32), init_groups((), groups))
 
 
 def scale_reward(

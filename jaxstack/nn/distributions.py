@@ -4,6 +4,7 @@
 actions whose log-probability and entropy leave out padded choices and dimensions of agents that have fewer.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import distrax
@@ -41,7 +42,7 @@ class Actions(NamedTuple):
         Drawing the noise of a whole rollout at once costs a fraction of drawing it step by step.
         """
         draw = jax.random.normal if self.kind == "continuous" else jax.random.gumbel
-        return in_rows(draw, key, (*shape, self.params))
+        return in_rows(partial(draw, dtype=jnp.float32), key, (*shape, self.params))
 
     def distribution(self, raw: Array, log_std: Array | None, action_mask: Array | None = None) -> "TeamDistribution":
         """raw [..., A, params]; log_std [k] or [A, k] (continuous); action_mask [..., A, n] or None."""
@@ -65,7 +66,9 @@ class MultiCategorical:
         self.lead, self.squeeze = logits[0].shape[:-1], squeeze
 
     def sample(self, key: Array) -> Array:
-        return self.sample_from(jax.random.gumbel(key, (*self.lead, sum(x.shape[-1] for x in self.logits))))
+        return self.sample_from(
+            jax.random.gumbel(key, (*self.lead, sum(x.shape[-1] for x in self.logits)), jnp.float32)
+        )
 
     def sample_from(self, noise: Array) -> Array:
         """A sample made from standard Gumbel noise [..., A, params], see `Actions.noise`."""
@@ -93,7 +96,7 @@ class MultiCategorical:
 
 
 def _chosen(x: Array, action: Array) -> Array:
-    return action[:, None] == jnp.arange(x.shape[-1])
+    return action[:, None] == jnp.arange(x.shape[-1], dtype=jnp.int32)
 
 
 # Derivatives by their closed forms: what a gradient passes back is elementwise, where that of log_softmax sums again
@@ -133,7 +136,7 @@ class Normal:
         self.valid = valid
 
     def sample(self, key: Array) -> Array:
-        return self.sample_from(jax.random.normal(key, self.mean.shape))
+        return self.sample_from(jax.random.normal(key, self.mean.shape, jnp.float32))
 
     def sample_from(self, noise: Array) -> Array:
         """A sample made from standard normal noise [..., A, k], see `Actions.noise`."""

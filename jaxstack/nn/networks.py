@@ -74,8 +74,8 @@ class FewRows(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """x [..., D] -> [..., features]."""
-        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
-        bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros_init(), (self.features,), jnp.float32)
         return _few_rows(x, kernel, bias) if x.ndim == 2 and len(x) <= FEW else x @ kernel + bias
 
 
@@ -148,4 +148,4 @@ class Torso(nn.Module):
 
 def initial_carry(gru: int, *batch: int) -> Array | tuple:
     """Zeros [*batch, gru], or () for feed-forward networks."""
-    return jnp.zeros((*batch, gru)) if gru else ()
+    return jnp.zeros((*batch, gru), jnp.float32) if gru else ()

@@ -23,10 +23,10 @@ class GRU(nn.Module):
     def __call__(self, h: Array, x: Array, first: Array) -> tuple[Array, Array]:
         """h [B, ..., H], x [T, B, ..., D], first [T, B] bool -> (h after the last step, outputs [T, B, ..., H])."""
         f = self.features
-        wi = self.param("input", nn.initializers.lecun_normal(), (x.shape[-1], 3 * f))
-        bi = self.param("input_bias", nn.initializers.zeros_init(), (3 * f,))
-        wh = self.param("recurrent", _orthogonal_blocks, (f, 3 * f))
-        bn = self.param("candidate_bias", nn.initializers.zeros_init(), (f,))
+        wi = self.param("input", nn.initializers.lecun_normal(), (x.shape[-1], 3 * f), jnp.float32)
+        bi = self.param("input_bias", nn.initializers.zeros_init(), (3 * f,), jnp.float32)
+        wh = self.param("recurrent", _orthogonal_blocks, (f, 3 * f), jnp.float32)
+        bn = self.param("candidate_bias", nn.initializers.zeros_init(), (f,), jnp.float32)
         keep = 1.0 - first.astype(x.dtype).reshape(*first.shape, *[1] * (x.ndim - first.ndim))
         gates = x.reshape(-1, x.shape[-1]) @ wi + bi  # one row a sample: see networks.MLP
         return gru_scan(h, gates.reshape(*x.shape[:-1], 3 * f), keep, wh, bn)

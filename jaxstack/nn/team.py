@@ -100,7 +100,7 @@ def shared(shape: Shape, arch: Arch, with_id: bool, with_obs: bool = True, commo
         if not with_id:
             return x
         x = x.reshape(*x.shape[: x.ndim - ndim], -1)
-        eye = jnp.broadcast_to(jnp.eye(count), (*x.shape[:-1], count))
+        eye = jnp.broadcast_to(jnp.eye(count, dtype=jnp.float32), (*x.shape[:-1], count))
         return jnp.concatenate([x.astype(jnp.float32), eye], -1) if with_obs else eye
 
     if with_id:
@@ -209,8 +209,8 @@ def init_modules(
 
     def dummy(size: tuple[int, ...]) -> Array:
         if not num_ids:
-            return jnp.zeros((*lead, *size))
-        return jnp.zeros((*lead, (int(np.prod(size)) if with_obs else 0) + num_ids))
+            return jnp.zeros((*lead, *size), jnp.float32)
+        return jnp.zeros((*lead, (int(np.prod(size)) if with_obs else 0) + num_ids), jnp.float32)
 
     out: dict[str, Any] = {}
     for k, (kt, kh), torso, head, size in (
@@ -223,5 +223,5 @@ def init_modules(
         out[f"{k}_torso"] = params
         out[f"{k}_head"] = head.init(kh, features)
     if shape.actions.kind == "continuous":
-        out["log_std"] = jnp.zeros(shape.actions.params)
+        out["log_std"] = jnp.zeros(shape.actions.params, jnp.float32)
     return out
