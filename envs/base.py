@@ -5,9 +5,10 @@ the largest size; `obs_sizes` and `action_sizes` say what is real. An environmen
 `jaxstack.envs.vector`, so that the true last observation exists and is kept.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, NamedTuple
+from functools import lru_cache, partial, wraps
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,8 @@ from jaxtyping import Array, Bool, Float
 
 from jaxstack.core.errors import UserError
 from jaxstack.core.noise import in_rows
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,17 @@ def stated(dtype: Any) -> np.dtype:
     dtype = jnp.dtype(dtype)
     short = {"float64": "float32", "int64": "int32", "uint64": "uint32"}
     return np.dtype(short.get(dtype.name, dtype))
+
+
+def cached(size: int) -> Callable[[F], F]:
+    """Cache what a function returns, apart for programs of 32 and of 64 bits: what is made under `JAX_ENABLE_X64` holds
+    arrays and programs of 64 bits."""
+
+    def wrap(function: F) -> F:
+        stored = lru_cache(size)(lambda wide, *args: function(*args))
+        return wraps(function)(lambda *args: stored(bool(jax.config.jax_enable_x64), *args))  # pyright: ignore[reportReturnType]
+
+    return wrap
 
 
 def box_like(shape: tuple[int, ...], space: Any, dtype: Any) -> Box:

@@ -5,7 +5,6 @@ Only the physics environments are used, without brax's wrappers: its auto-reset 
 
 import warnings
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -16,7 +15,7 @@ from jaxtyping import Array
 from jaxstack.core.config import check_options, options_of
 from jaxstack.core.errors import UserError, unknown
 from jaxstack.envs import brax_fast
-from jaxstack.envs.base import Box, Environment, Spec, TimeStep, first_step, like, runs
+from jaxstack.envs.base import Box, Environment, Spec, TimeStep, cached, first_step, like, runs
 
 IDS: tuple[str, ...] = (
     "ant",
@@ -98,7 +97,7 @@ def make(rest: str, backend: str = "spring", episode_length: int = 1000, **optio
     return runs(env)
 
 
-@lru_cache(maxsize=16)
+@cached(16)
 def _library(name: str, backend: str, options: tuple[tuple[str, Any], ...]) -> Any:
     with warnings.catch_warnings(), jax.ensure_compile_time_eval():
         warnings.simplefilter("ignore")
@@ -107,7 +106,7 @@ def _library(name: str, backend: str, options: tuple[tuple[str, Any], ...]) -> A
         return brax_fast.faster(brax_envs.get_environment(name, backend=backend, **dict(options)))
 
 
-@lru_cache(maxsize=16)
+@cached(16)
 def _spec(env: Brax) -> Spec:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

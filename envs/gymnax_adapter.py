@@ -6,7 +6,6 @@ Only `step_env` is used: no reset in every step, and the last observation is kep
 import typing
 import warnings
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +15,7 @@ from jaxtyping import Array
 
 from jaxstack.core.config import check_options, options_of
 from jaxstack.core.errors import UserError, unknown
-from jaxstack.envs.base import Box, Discrete, Environment, Spec, TimeStep, box_like, first_step, like, runs
+from jaxstack.envs.base import Box, Discrete, Environment, Spec, TimeStep, box_like, cached, first_step, like, runs
 
 IDS: tuple[str, ...] = (
     "CartPole-v1",
@@ -121,14 +120,14 @@ def make(rest: str, **options: Any) -> Gymnax:
     return runs(env)  # builds the library's environment now, outside of any trace
 
 
-@lru_cache(maxsize=64)
+@cached(64)
 def _known(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """The options of an environment's constructor and the fields of its parameters, with their types."""
     lib, params = _library(name, ())
     return options_of(type(lib)), typing.get_type_hints(type(params))
 
 
-@lru_cache(maxsize=64)
+@cached(64)
 def _library(name: str, options: tuple[tuple[str, Any], ...]) -> tuple[Any, Any]:
     constructor = _known(name)[0] if options else ()
     with warnings.catch_warnings(), jax.ensure_compile_time_eval():
@@ -139,7 +138,7 @@ def _library(name: str, options: tuple[tuple[str, Any], ...]) -> tuple[Any, Any]
         return lib, params.replace(**{k: v for k, v in options if k not in constructor})
 
 
-@lru_cache(maxsize=64)
+@cached(64)
 def _spec(env: Gymnax) -> Spec:
     lib, params = _library(env.name, env.options)
     obs, _ = jax.eval_shape(lambda k: lib.reset_env(k, params), jax.random.key(0))

@@ -10,7 +10,6 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
@@ -31,6 +30,7 @@ from jaxstack.envs.base import (
     TimeStep,
     action_limits,
     box_like,
+    cached,
     first_step,
     like,
     runs,
@@ -369,7 +369,7 @@ def make(rest: str, **options: Any) -> JaxMARL:
     return runs(env)  # builds the library's environment now, outside of any trace
 
 
-@lru_cache(maxsize=64)
+@cached(64)
 def _known(name: str) -> dict[str, Any]:
     """The options of an environment with their types. The library would ignore some misspelt ones."""
     from jaxmarl.environments.multi_agent_env import MultiAgentEnv
@@ -384,7 +384,7 @@ def _known(name: str) -> dict[str, Any]:
     return {k: hint for k, hint in known.items() if k not in taken}
 
 
-@lru_cache(maxsize=64)
+@cached(64)
 def _library(name: str, options: tuple[tuple[str, Any], ...]) -> tuple[Any, Family]:
     """Ours: the library's environment, with methods in a form that runs faster where there is one."""
     lib, family = library(name, options)
@@ -440,7 +440,7 @@ def _streams_kept() -> Iterator[None]:
             setattr(sys, name, stream)
 
 
-@lru_cache(maxsize=64)
+@cached(64)
 def _spec(env: JaxMARL) -> Spec:
     lib, family = _library(env.name, env.options)
     agents = tuple(str(a) for a in lib.agents)

@@ -6,7 +6,6 @@ every step, as most libraries do, and is the reference. Start states are never u
 episodes end than the pool holds, which `reused` counts.
 """
 
-import functools
 import math
 from typing import Any, Literal, NamedTuple
 
@@ -16,7 +15,7 @@ from jax.extend.core import Literal as Constant
 from jaxtyping import Array
 
 from jaxstack.core.errors import UserError
-from jaxstack.envs.base import Environment, TimeStep
+from jaxstack.envs.base import Environment, TimeStep, cached
 
 AutoReset = Literal["pool", "exact"]
 
@@ -117,7 +116,7 @@ def make_pool(vec: VecEnv, keys: jax.Array) -> Pool | None:
     return Pool(env, ts, jnp.int32(0))
 
 
-@functools.lru_cache(maxsize=256)
+@cached(256)
 def _reset_program(env: Environment) -> tuple[Any, tuple[Any, TimeStep]]:
     """The program of `reset` and the shapes of its outputs (state, TimeStep)."""
     return jax.make_jaxpr(env.reset, return_shape=True)(jax.random.key(0))
@@ -128,7 +127,7 @@ def start_shapes(env: Environment) -> tuple[Any, TimeStep]:
     return _reset_program(env)[1]
 
 
-@functools.lru_cache(maxsize=256)
+@cached(256)
 def random_parts(env: Environment) -> tuple[Any, TimeStep]:
     """Which leaves of a start (state, TimeStep) depend on the key of `reset`: bools, read off its program."""
     program, shapes = _reset_program(env)

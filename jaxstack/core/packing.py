@@ -97,7 +97,7 @@ def _rows_together(
     ends = np.cumsum([int(np.prod(s[1:])) for s in shapes])[:-1]
 
     def join(xs: list[Array]) -> Array:
-        return jnp.concatenate([jnp.zeros((groups, 0)), *(x.reshape(groups, -1) for x in xs)], axis=1)
+        return jnp.concatenate([jnp.zeros((groups, 0), jnp.float32), *(x.reshape(groups, -1) for x in xs)], axis=1)
 
     def split(rows: Array) -> list[Array]:
         return [x.reshape(s) for x, s in zip(jnp.split(rows, ends, axis=1), shapes)]

@@ -36,6 +36,8 @@ def types(tree):
 @pytest.mark.parametrize("name", CASES)
 def test_an_update_and_an_evaluation_keep_their_types(name):
     agent, options = CASES[name]
+    if "/" in options["env"]:
+        envs.make(options["env"])  # modules of libraries hold arrays, made when they are imported: for tests to come
     with jax.enable_x64():
         one = agents.make(agent, **TINY, **options)
         state = jax.eval_shape(one.init, jax.random.key(0), one.hypers)
