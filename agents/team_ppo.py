@@ -363,7 +363,7 @@ def values(task: Task, weights: Any, carry: Any, x: Array, first: Array) -> tupl
 
 
 def value_of_cut(
-    task: Task, weights: Any, cuts: rollout.Cuts, carries: Any, next_value: Array, critic_x: Callable
+    task: Task, weights: Any, cuts: rollout.TruncatedFinals, carries: Any, next_value: Array, critic_x: Callable
 ) -> Array:
     """`next_value` [T, N, A] with the values of the TRUE next inputs where an episode was cut by its time limit (behind
     it stands the next episode's first value)."""

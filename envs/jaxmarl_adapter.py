@@ -511,9 +511,10 @@ def _key(obs: dict, index: int, agent: str) -> Any:
 
 @contextlib.contextmanager
 def _quiet(name: str) -> Iterator[None]:
-    """jaxnav's lidar writes the integer 1 into a boolean array: exact, but jax warns about it while tracing."""
+    """jaxnav's lidar and STORM's own step (where options rule out the faster form) write the integer 1 into a boolean
+    array: exact, but jax warns about it while tracing."""
     with warnings.catch_warnings():
-        if name == "jaxnav":
+        if name == "jaxnav" or name.startswith("storm"):
             warnings.filterwarnings("ignore", message="scatter inputs have incompatible types", category=FutureWarning)
         yield
 

@@ -15,7 +15,7 @@ from jaxstack.envs import vector
 from jaxstack.envs.base import Environment, Spec, TimeStep, action_from, action_noise
 
 
-class Cuts(NamedTuple):
+class TruncatedFinals(NamedTuple):
     """The true next observations of episodes that were cut (truncated) in a rollout of T steps.
 
     An environment that promises to truncate at its horizon H and nowhere else is cut at most once within H steps, so
@@ -47,7 +47,7 @@ class Step(NamedTuple):
     terminated: Array
     truncated: Array
     final_obs: Array | None
-    """[N, A, *obs_shape] true next observation, also at episode ends; None in rollouts that keep `Cuts` alone."""
+    """[N, A, *obs_shape] true next observation, also at episode ends; None in rollouts that keep `TruncatedFinals`."""
     final_state: Array | None
     """Likewise the global state, where the environment has one."""
     final_mask: Array
@@ -71,7 +71,7 @@ class Rollout(NamedTuple):
     """The policy's, likewise."""
     steps: Step
     """Leaves [T, N, ...]."""
-    cuts: Cuts | None
+    cuts: TruncatedFinals | None
     reused: Array
     """How many start states were used twice."""
     lost_cuts: Array
@@ -113,8 +113,9 @@ def collect(
 ) -> Rollout:
     """T steps; `draw` makes the random numbers that `act` gets, by default a key a step.
 
-    The true next observations stand in the steps (finals="every"), or only those of cut episodes are kept, as `Cuts`
-    ("cuts"; None where an environment never truncates): what values bootstrap from, in a fraction of the memory.
+    The true next observations stand in the steps (finals="every"), or only those of cut episodes are kept, as
+    `TruncatedFinals` ("cuts"; None where an environment never truncates): what values bootstrap from, in a
+    fraction of the memory.
     Raises `UserError` for another choice.
     """
     if finals not in ("every", "cuts"):
@@ -168,7 +169,7 @@ def collect(
     vs = vs._replace(episode_return=so_far[..., :-1], episode_length=so_far[..., -1].astype(jnp.int32))
     if kept is None:
         return Rollout(vs, carry, steps, None, vector.reused(vec, pool), jnp.int32(0))
-    cuts = Cuts(_cut_steps(steps.truncated, window), *kept)
+    cuts = TruncatedFinals(_cut_steps(steps.truncated, window), *kept)
     lost = jnp.sum(steps.truncated, dtype=jnp.int32) - jnp.sum(cuts.step < num_steps, dtype=jnp.int32)
     return Rollout(vs, carry, steps, cuts, vector.reused(vec, pool), lost)
 
