@@ -109,7 +109,7 @@ def evaluate_many(
     environment's name, `Episodes` with leaves [K, N, ...]. Raises `UserError` for a learner without policy or an
     environment whose agents, observations or actions are others than the learner's.
     """
-    policy, own = _policy(learner), _own_env(learner)
+    policy, own = _policy(learner), learner.env
     key = jax.random.key(0) if key is None else key
     count = _members(states, episodes, at_once)
     found = {}
@@ -145,7 +145,7 @@ def cross_play(
     only the actions of their own agents are played. Raises `UserError` for a learner without policy, a team of one, or
     slots that are no agents.
     """
-    policy, own = _policy(learner), _own_env(learner)
+    policy, own = _policy(learner), learner.env
     env = next(iter(_named(None if env is None else [env], own).values()))
     _same_task(learner, own, "env", env)
     agents = env.spec.num_agents
@@ -206,16 +206,10 @@ def _policy(learner: Learner) -> Policy:
     return learner.policy
 
 
-def _own_env(learner: Learner) -> Environment | None:
-    """The environment of the learner's config, None where it names none."""
-    cfg = learner.config
-    return envs.make(cfg.env, **envs.parse_options(cfg.env_args)) if hasattr(cfg, "env") else None
-
-
 def _named(environments: Any, own: Environment | None) -> dict[str, Environment]:
     if environments is None:
         if own is None:
-            raise UserError("environments: expected at least one, as the learner's config names none")
+            raise UserError("environments: expected at least one, as the learner has none")
         return {own.spec.id: own}
     if isinstance(environments, Mapping):
         return dict(environments)

@@ -258,6 +258,7 @@ def make_learner(
         evaluate=lambda state, key: evaluate(task, state, key),
         num_steps=cfg.num_updates,
         policy=policy(task),
+        env=task.env,
         unchecked=lambda s: (s.vec.env, s.vec.ts.info),  # what environments emit is checked instead, see rollout.checks
         over_envs=lambda s: (s.vec, s.carry, s.norms.reward.ret if cfg.normalise_reward else ()),
     )

@@ -10,7 +10,7 @@ from typing import Any
 from jaxstack.core import config
 from jaxstack.core import options as texts
 from jaxstack.core.errors import unknown
-from jaxstack.core.registry import Registry
+from jaxstack.core.registry import Registry, own
 from jaxstack.envs.base import Box, Discrete, Environment, Image, MultiDiscrete, Spec, TimeStep
 from jaxstack.envs.vector import VecEnv, VecState, vectorise
 
@@ -52,14 +52,14 @@ FAMILIES = Registry(
 
 
 def make(id: str, **options: Any) -> Environment:
-    """The environment `id`; options go to its constructor.
+    """The environment `id`, or `module:attribute` of one's own; options go to its constructor.
 
     Raises `UnknownName` (with the nearest ids) or `UserError` for an option that the environment does not take.
     """
     family, _, rest = id.partition("/")
     if rest:
         return FAMILIES.load(family)(rest, **options) if family in FAMILIES else _unknown(id)
-    if id not in NATIVE:
+    if id not in NATIVE and not own(id):
         return _unknown(id)
     factory = NATIVE.load(id)
     return factory(**config.check_options(options, config.options_of(factory), f"environment {id!r}"))

@@ -13,9 +13,10 @@ _EXPORTS: dict[str, tuple[str, str | None]] = {
     "Learner": ("jaxstack.core.learner", "Learner"),
     "train": ("jaxstack.core.runner", "train"),
     "sweep": ("jaxstack.core.sweep", "sweep"),
-    "load_policy": ("jaxstack.core.bundle", "load_policy"),
+    "load_policy": ("jaxstack.learners", "load_policy"),
     "make_env": ("jaxstack.envs", "make"),
     "make_agent": ("jaxstack.agents", "make"),
+    "make_learner": ("jaxstack.learners", "make"),
     "UserError": ("jaxstack.core.errors", "UserError"),
     "agents": ("jaxstack.agents", None),
     "core": ("jaxstack.core", None),
@@ -26,14 +27,25 @@ _EXPORTS: dict[str, tuple[str, str | None]] = {
 
 if TYPE_CHECKING:
     from jaxstack.agents import make as make_agent
-    from jaxstack.core.bundle import load_policy
     from jaxstack.core.errors import UserError
     from jaxstack.core.learner import Learner
     from jaxstack.core.runner import train
     from jaxstack.core.sweep import sweep
     from jaxstack.envs import make as make_env
+    from jaxstack.learners import load_policy
+    from jaxstack.learners import make as make_learner
 
-__all__ = ["Learner", "UserError", "__version__", "load_policy", "make_agent", "make_env", "sweep", "train"]
+__all__ = [
+    "Learner",
+    "UserError",
+    "__version__",
+    "load_policy",
+    "make_agent",
+    "make_env",
+    "make_learner",
+    "sweep",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

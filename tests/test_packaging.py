@@ -13,7 +13,8 @@ ROOT = Path(__file__).resolve().parent.parent
 NEEDED = (
     "jaxstack/__init__.py",
     "jaxstack/py.typed",
-    "jaxstack/cli.py",
+    "jaxstack/cli/__init__.py",
+    "jaxstack/methods.py",
     "jaxstack/core/runner.py",
     "jaxstack/envs/__init__.py",
     "jaxstack/envs/dispersion.py",

@@ -37,11 +37,11 @@ def test_links_lead_to_files():
 @pytest.mark.parametrize("line", [x for b in blocks("bash") for x in b.splitlines() if x.startswith("jaxstack ")])
 def test_commands_exist_with_their_options(line, capsys):
     words = line.split("#")[0].split()
-    args, rest = cli._parser().parse_known_args(words[1:])
+    args, rest = cli.parser().parse_known_args(words[1:])
     assert args.command == words[1]
     if args.command == "train":
         with pytest.raises(SystemExit) as e:
-            cli.main(["train", args.agent, "--help"])
+            cli.main(["train", args.learner, "--help"])
         assert e.value.code == 0
         text = capsys.readouterr().out
         assert all(option in text for option in rest if option.startswith("--"))

@@ -5,6 +5,7 @@ shapes, versions). `load_policy` gives something to call; nothing is unpickled.
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,10 +65,11 @@ def save_policy(path: str | Path, learner: Learner, state: Any) -> Path:
     return path
 
 
-def load_policy(path: str | Path) -> LoadedPolicy:
-    """Rebuild the policy from a bundle. Raises `UserError` naming the file that is missing, corrupt or does not fit."""
-    from importlib import import_module
+def load_policy(path: str | Path, make: Callable[[str, Any, str], Learner]) -> LoadedPolicy:
+    """Rebuild the policy from a bundle; `make(name, fields, source)` makes the learner from what the file says.
 
+    Raises `UserError` naming the file that is missing, corrupt or does not fit.
+    """
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
@@ -87,8 +89,7 @@ def load_policy(path: str | Path) -> LoadedPolicy:
         tensors = load_file(str(array_file))
     except (SafetensorError, OSError, ValueError) as e:
         raise UserError(f"{array_file}: cannot be read ({e})") from e
-    agents = import_module("jaxstack.agents")
-    learner = agents.make(agent, configs.from_dict(agents.config_class(agent), fields, str(spec_file)))
+    learner = make(agent, fields, str(spec_file))
     template = jax.eval_shape(lambda k: _policy(learner).params(learner.init(k)), jax.random.key(0))
 
     def leaf(where: Any, like: Any) -> Any:

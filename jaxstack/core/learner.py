@@ -117,6 +117,8 @@ class Learner(NamedTuple):
     """Environment steps, examples or tokens that one `step` consumes: the unit of progress."""
     evaluate: Evaluate | None = None
     policy: Policy | None = None
+    env: Any = None
+    """The environment that `policy` acts in, an `envs.base.Environment`."""
     takes_batch: bool = False
     """Batches come from the source that the runner is given; implied by `source`."""
     check_data: Callable[[Any], None] | None = None

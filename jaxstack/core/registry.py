@@ -10,17 +10,24 @@ from jaxstack.core.errors import UserError, unknown
 class Registry(Mapping[str, str]):
     """A table `name -> "module:attribute"`; nothing is imported until `load`.
 
-    Names can be added at run time: `registry.add("mine", "my_package.mine:mine")`.
+    A name of the form `module:attribute` stands for itself. Names can be added at run time:
+    `registry.add("mine", "my_package.mine:mine")`, which adds them to the registry `within`, too.
     """
 
-    def __init__(self, kind: str, table: Mapping[str, str]):
+    def __init__(self, kind: str, table: Mapping[str, str], within: "Registry | None" = None):
         self.kind = kind
         self._table = dict(table)
+        self._within = within
 
     def __getitem__(self, name: str) -> str:
-        if name not in self._table:
-            raise unknown(self.kind, name, self._table)
-        return self._table[name]
+        if name in self._table:
+            return self._table[name]
+        if own(name):
+            return name
+        raise unknown(self.kind, name, self._table)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._table
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._table)
@@ -30,13 +37,35 @@ class Registry(Mapping[str, str]):
 
     def add(self, name: str, target: str) -> None:
         """Register `name`; raises `UserError` if it is taken by another target or not of the form module:attribute."""
-        if target.count(":") != 1:
+        if not own(target):
             raise UserError(f"{self.kind} {name!r}: target {target!r} must have the form 'module:attribute'")
         if self._table.get(name, target) != target:
             raise UserError(f"{self.kind} {name!r} is already registered as {self._table[name]!r}")
+        if self._within is not None:
+            self._within.add(name, target)
         self._table[name] = target
 
     def load(self, name: str) -> Any:
-        """The object behind `name`; raises `UnknownName` with the nearest names."""
-        module, attribute = self[name].split(":")
-        return getattr(import_module(module), attribute)
+        """The object behind `name`. Raises `UnknownName` with the nearest names, `UserError` where a user's module or
+        its attribute is not found."""
+        module, _, attribute = self[name].partition(":")
+        found = self.module(name)
+        if not hasattr(found, attribute):
+            raise unknown(f"attribute of module {module}", attribute, [n for n in vars(found) if n[0] != "_"])
+        return getattr(found, attribute)
+
+    def module(self, name: str) -> Any:
+        """The module that holds the object behind `name`; raises as `load` does."""
+        module = self[name].partition(":")[0]
+        try:
+            return import_module(module)
+        except ModuleNotFoundError as e:
+            if name in self._table or e.name is None or not f"{module}.".startswith(f"{e.name}."):
+                raise
+            raise UserError(f"{self.kind} {name!r}: no module named {e.name!r} is found") from e
+
+
+def own(name: str) -> bool:
+    """Whether `name` has the form `module:attribute`."""
+    module, colon, attribute = name.partition(":")
+    return bool(colon) and attribute.isidentifier() and all(part.isidentifier() for part in module.split("."))

@@ -10,10 +10,11 @@ import pytest
 from training import make
 
 from jaxstack.agents import AGENTS
-from jaxstack.core.bundle import load_policy, save_policy
+from jaxstack.core.bundle import save_policy
 from jaxstack.core.learner import as_hypers, with_hypers
 from jaxstack.core.metrics import on_host
 from jaxstack.core.runner import resume, train
+from jaxstack.learners import load_policy
 
 TINY = dict(num_envs=4, num_steps=4, hidden=(8,), total_steps=160, eval_episodes=4, anneal_lr=True)
 VARIANTS = {name: (name, {}) for name in AGENTS} | {

@@ -8,6 +8,7 @@ import pytest
 from jaxstack import agents
 from jaxstack.core import bundle
 from jaxstack.core.errors import UserError
+from jaxstack.learners import load_policy
 
 SMALL = dict(env="matrix_game", num_envs=4, num_steps=4, num_minibatches=1, total_steps=16, hidden=(8,))
 
@@ -21,7 +22,7 @@ def saved(tmp_path_factory):
 
 def test_a_loaded_policy_acts_like_the_learner(saved):
     learner, state, path = saved
-    policy = bundle.load_policy(path)
+    policy = load_policy(path)
     obs = jax.random.normal(jax.random.key(0), (5, 4, 16))
     first = jnp.zeros(5, bool)
     for key in (None, jax.random.key(1)):
@@ -63,4 +64,4 @@ def test_damage_is_named(saved, tmp_path, damage):
         else:
             arrays.write_bytes(arrays.read_bytes()[:-20])
     with pytest.raises(UserError, match=expected):
-        bundle.load_policy(tmp_path)
+        load_policy(tmp_path)

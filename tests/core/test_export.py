@@ -10,6 +10,7 @@ import pytest
 from jaxstack import agents, envs
 from jaxstack.core import bundle, export
 from jaxstack.core.errors import UserError
+from jaxstack.learners import load_policy
 
 CASES = {
     "feed-forward": ("ippo", dict(env="dispersion", hidden=(8,))),
@@ -25,7 +26,7 @@ def policy(request, tmp_path_factory):
     agent, options = CASES[request.param]
     learner = agents.make(agent, **options, num_envs=2, num_steps=4, num_minibatches=1, total_steps=8)
     path = tmp_path_factory.mktemp("policy")
-    return bundle.load_policy(bundle.save_policy(path, learner, jax.jit(learner.init)(jax.random.key(0))))
+    return load_policy(bundle.save_policy(path, learner, jax.jit(learner.init)(jax.random.key(0))))
 
 
 def obs_shape(policy):
@@ -58,7 +59,7 @@ def test_stablehlo_acts_like_the_policy(policy, tmp_path):
 def test_masked_actions_are_never_taken(tmp_path):
     learner = agents.make("ippo", env="dispersion", hidden=(8,), num_minibatches=1, num_envs=2, num_steps=4)
     path = bundle.save_policy(tmp_path / "p", learner, jax.jit(learner.init)(jax.random.key(0)))
-    policy = bundle.load_policy(path)
+    policy = load_policy(path)
     count = envs.make("dispersion").spec.action_space.n
     run = export.load_stablehlo(export.stablehlo(policy, obs_shape(policy), tmp_path / "x", mask_size=count))
     mask = jnp.zeros((3, 4, count), bool).at[..., 2].set(True)

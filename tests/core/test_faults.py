@@ -16,11 +16,13 @@ import pytest
 from toy_learners import Hypers, assert_same, regression
 
 from jaxstack import agents, cli
+from jaxstack.cli import runs
 from jaxstack.core import bundle, checkpoint, export, program
 from jaxstack.core.checkpoint import Checkpoints
 from jaxstack.core.errors import UserError
 from jaxstack.core.rundir import RunDir, read_plan
 from jaxstack.core.runner import Interrupted, load_state, resume, train
+from jaxstack.learners import load_policy
 
 LEARNER = regression()
 SMALL = "--num-envs 2 --num-steps 4 --num-minibatches 1 --num-epochs 1 --eval-every -1 --dispatch scan".split()
@@ -252,7 +254,7 @@ def test_a_full_disk_is_one_error_and_the_run_goes_on_once_there_is_space(what, 
         assert "Traceback" not in log.read_text()
         # which of the two meets the full disk first depends on the machine; `left` makes it likely to be `what`
         assert "metrics.jsonl: cannot be written (" in errors[0] or " could not be saved (" in errors[0]
-        learner, _ = cli._load(str(run))
+        learner, _ = runs.load(str(run))
         saved = int(load_state(learner, run).step[0])
         assert saved > 0
         assert saved % every == 0
@@ -279,7 +281,7 @@ def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path, capsys, m
     assert "in use by another process" in capsys.readouterr().err
     assert cli.main(argv) == 2
     assert "holds a run already" in capsys.readouterr().err
-    assert cli._load(str(run))[0].name == "ppo"
+    assert runs.load(str(run))[0].name == "ppo"
     child.kill()
     assert children.finish(child) == -9
     RunDir.open(run).close()
@@ -374,7 +376,7 @@ def policies(tmp_path_factory):
     learner = agents.make("ippo", env="matrix_game", hidden=(8,), num_envs=2, num_steps=4, num_minibatches=1)
     init = jax.jit(learner.init)
     save = lambda seed: bundle.save_policy(tmp_path_factory.mktemp("policy"), learner, init(jax.random.key(seed)))
-    return [bundle.load_policy(save(seed)) for seed in (0, 1)]
+    return [load_policy(save(seed)) for seed in (0, 1)]
 
 
 def test_an_export_that_is_another_policy_or_damaged_is_refused(policies, tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from toy_learners import assert_same
 
-from jaxstack import cli
+from jaxstack.cli import runs
 from jaxstack.core.runner import load_state
 
 KILLS = int(os.environ.get("JAXSTACK_SOAK_KILLS", "20")) // 4
@@ -60,5 +60,5 @@ def test_a_run_killed_at_random_moments_ends_as_an_undisturbed_one(agent, seeds,
     assert children.run(["resume", path], log) == 0, log.read_text()
     what = f"killed {np.round(delays, 3).tolist()} s after the first chunk began:\n{log.read_text()}"
     assert (path / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes(), what
-    learner, _ = cli._load(str(path))
+    learner, _ = runs.load(str(path))
     assert_same(load_state(learner, path), load_state(learner, tmp_path / "whole"))

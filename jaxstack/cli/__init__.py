@@ -1,0 +1,83 @@
+"""The `jaxstack` command. Thin: it parses, calls the library and maps errors to exit codes.
+
+0 done; 1 a claim failed; 2 wrong input (one line says what); 130/143 interrupted, everything saved.
+A file per group of commands, each with `add_commands(parser)`; what they need is imported when a command runs.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from jaxstack.cli import claims, exporting, figures, listing, scores, training
+from jaxstack.cli.parsing import Commands
+from jaxstack.cli.training import plan
+
+__all__ = ["main", "parser", "plan"]
+
+DESCRIPTION = """\
+Train agents and sequence models in JAX, whole runs and all seeds in one program.
+
+  jaxstack list                                   methods, learners, environments, claims
+  jaxstack info hypermarl                         a learner's options, or an environment's facts
+  jaxstack train hypermarl --env dispersion       train; `jaxstack train hypermarl --help` lists options
+  jaxstack sweep ippo --sweep lr=1e-4,1e-3        settings x seeds in one program; `jaxstack sweep --help` tells more
+  jaxstack resume RUN                             go on where a run stopped, bitwise identical
+  jaxstack evaluate RUN --episodes 256            fresh episodes with the trained policy, of many runs, in many tasks
+  jaxstack crossplay RUN                          how well agents do with partners of other seeds
+  jaxstack plot RUN RUN ...                       learning curves with intervals
+  jaxstack render RUN --out episode.gif           watch an episode
+  jaxstack export RUN DIR                         the policy for other programs
+  jaxstack reproduce hypermarl                    check a paper's claim by experiment
+
+Where a learner, environment or claim is named, module:attribute names one of your own:
+  jaxstack train my_agent:my_agent --env my_env:MyEnv
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in argv
+    argv = [a for a in argv if a != "--debug"]
+    whole = parser()
+    args, rest = whole.parse_known_args(argv)
+    if args.command is None:
+        whole.print_help()
+        return 2
+    if rest and not args.takes_options:
+        whole.error(f"unrecognised arguments: {' '.join(rest)}; see `jaxstack {args.command} --help`")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # where a user's own modules are
+    from jaxstack.core.errors import UserError
+
+    try:
+        return args.run(args, rest) or 0
+    except UserError as e:
+        if debug:
+            raise
+        print(f"jaxstack: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("jaxstack: interrupted", file=sys.stderr)
+        return 130
+    except Exception as e:
+        signum = getattr(e, "signum", None)
+        if debug or signum is None:
+            raise
+        print(f"jaxstack: {e}", file=sys.stderr)
+        return 128 + signum
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    whole = argparse.ArgumentParser(
+        "jaxstack",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="--debug shows the traceback of an error.",
+    )
+    commands = Commands(whole.add_subparsers(dest="command", metavar="COMMAND", title="commands"))
+    for group in (listing, training, scores, figures, exporting, claims):
+        group.add_commands(commands)
+    return whole

@@ -1,0 +1,5 @@
+import sys
+
+from jaxstack.cli import main
+
+sys.exit(main())

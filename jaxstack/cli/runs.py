@@ -1,0 +1,83 @@
+"""Stored runs for the commands that read them."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+
+class Member(NamedTuple):
+    """One row of a run: a learner that was trained."""
+
+    run: str
+    """As the user typed it."""
+    setting: str
+    """"setting 0 (lr=0.001)", empty in a run of one setting."""
+    seed: int
+
+
+def load(run_dir: str) -> tuple[Any, dict[str, Any]]:
+    """The learner and plan of a stored run. Raises `UserError`."""
+    from jaxstack import learners
+    from jaxstack.core import distributed
+    from jaxstack.core.rundir import read_plan
+
+    plan = distributed.share(distributed.on_first(lambda: read_plan(run_dir)))
+    return learners.from_plain(plan["agent"], plan["config"], f"{run_dir}/run.yaml: config"), plan
+
+
+def members(run_dir: str, plan: dict[str, Any]) -> list[Member]:
+    """The rows of a run."""
+    from jaxstack.core import rundir
+
+    return [Member(run_dir, name, seed) for name, seed in zip(rundir.setting_names(plan), plan["seeds"])]
+
+
+def groups(run_dirs: Sequence[str]) -> list[tuple[Any, list[Member], Any]]:
+    """(learner, members, states [K, ...]) of the runs whose learner and config are equal, but for the hyperparameters,
+    which do not act."""
+    from jaxstack.core import config, runner
+
+    found: dict[str, list[tuple[Any, list[Member], Any]]] = {}
+    for run_dir in {Path(r).absolute(): r for r in run_dirs}.values():
+        learner, plan = load(run_dir)
+        key = repr((plan["agent"], config.to_dict(learner.config) | {"hypers": None}))
+        found.setdefault(key, []).append((learner, members(run_dir, plan), runner.load_state(learner, run_dir)))
+    return [
+        (g[0][0], [m for _, own, _ in g for m in own], runner.side_by_side([state for _, _, state in g]))
+        for g in found.values()
+    ]
+
+
+def one_row(args: argparse.Namespace) -> tuple[Any, Any]:
+    """(learner, state without an axis of seeds) of the row that `--setting` and `--train-seed` choose. Raises
+    `UserError`."""
+    import jax
+
+    from jaxstack.core import runner
+    from jaxstack.core.errors import UserError
+
+    learner, plan = load(args.run_dir)
+    needs_policy(learner, args.command)
+    seeds, settings = plan["seeds"], plan.get("settings")
+    rows = range(len(seeds))
+    if args.setting is not None:
+        if settings is None or args.setting not in settings:
+            has = "no settings" if settings is None else f"settings {', '.join(map(str, dict.fromkeys(settings)))}"
+            raise UserError(f"--setting {args.setting}: expected one of the run's, which has {has}")
+        rows = [i for i in rows if settings[i] == args.setting]
+    elif settings is not None and len({*settings}) > 1:
+        raise UserError(f"--setting: expected one of {', '.join(map(str, dict.fromkeys(settings)))}, as it is a sweep")
+    seed = seeds[rows[0]] if args.train_seed is None else args.train_seed
+    if seed not in (own := [seeds[i] for i in rows]):
+        raise UserError(f"--train-seed {seed}: expected one of the run's seeds {own}")
+    row = rows[own.index(seed)]
+    return learner, jax.tree.map(lambda x: x[row], runner.load_state(learner, args.run_dir))
+
+
+def needs_policy(learner: Any, what: str) -> None:
+    """Raise `UserError` for a learner that does not act in an environment."""
+    from jaxstack.core.errors import UserError
+
+    if learner.policy is None or learner.env is None:
+        raise UserError(f"{learner.name} has no policy: {what} needs one")

@@ -1,0 +1,252 @@
+"""`jaxstack train`, `jaxstack resume` and `jaxstack sweep`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxstack.cli import runs
+from jaxstack.cli.parsing import Commands, join, process_flags, whole
+
+SWEEP = """\
+what to sweep, each name once:
+  --sweep lr=1e-4,3e-4,1e-3             these values
+  --sweep ent_coef=uniform:0:0.05       numbers between the two
+  --sweep lr=log_uniform:1e-5:1e-2      likewise, uniform in the logarithm
+  --sweep hidden=[64],[64,64]           an option that is no hyperparameter: a program for each value
+Lists alone give their full product. With a random name, --num settings are drawn (a list gives one of its values).
+Hyperparameters (`jaxstack info LEARNER` lists them) share one compiled program, whatever their number and values.
+
+all other options are those of `jaxstack train LEARNER`, which its --help lists:
+  jaxstack sweep ippo --env dispersion --sweep lr=1e-4,3e-4,1e-3 --seeds 0 1 2 --out lr
+  jaxstack sweep hypermarl --env dispersion --sweep lr=log_uniform:1e-5:1e-2 --sweep ent_coef=uniform:0:0.05 \\
+      --num 16 --seeds 0 1 2 --total-steps 200000 --split-seeds auto --out random
+
+DIR gets table.jsonl (a row a setting and seed), curves.jsonl, space.yaml, config.yaml, ledger.json, sweep.json, a
+figure and the runs. Settings are ranked by interquartile mean over seeds with 95% bootstrap intervals; one with a
+failed seed (numbers not finite) ranks after all that have none.
+"""
+
+
+def add_commands(commands: Commands) -> None:
+    """Add the commands of this file."""
+    train = "Train a learner; `jaxstack train LEARNER --help` lists its options."
+    p = commands.add("train", _train, train, takes_options=True, add_help=False, allow_abbrev=False)
+    p.add_argument("learner", nargs="?")
+    process_flags(p)
+    p = commands.add("resume", _resume, "Continue an interrupted run, bitwise identical to one that had not stopped.")
+    p.add_argument("run_dir", metavar="RUN")
+    p.add_argument("--devices", type=whole, help="spread the seeds over so many devices; default: as the run began")
+    p.add_argument("--env-devices", type=whole, help="devices that share a seed's environments; default: likewise")
+    process_flags(p)
+    raw = argparse.RawDescriptionHelpFormatter
+    many = "Train a learner with many settings and seeds at once."
+    p = commands.add("sweep", _sweep, many, takes_options=True, epilog=SWEEP, formatter_class=raw, allow_abbrev=False)
+    p.add_argument("learner", metavar="LEARNER")
+    p.add_argument("--sweep", action="append", default=[], metavar="NAME=VALUES", help="see below; may be repeated")
+    p.add_argument("--num", type=whole, help="settings to draw at random")
+    p.add_argument("--search-seed", type=whole, default=0, help="of the draws")
+    p.add_argument("--metric", help="what settings are ranked by; default: the learner's objective")
+    p.add_argument("--smallest", action="store_true", help="the smallest metric is the best one")
+    p.add_argument("--out", metavar="DIR", help="default: runs/sweep-LEARNER-TIME")
+
+
+def _train(args: argparse.Namespace, rest: list[str]) -> None:
+    if args.learner is None or args.learner in ("-h", "--help"):
+        _train_usage()
+        return
+    from jaxstack.core import config, devices, distributed, runner
+
+    several = not {"-h", "--help"} & set(rest) and join(args)
+    learner, job = plan(args.learner, rest, show_devices=not several and devices.show)
+    run_dir = Path(job.run_dir or f"runs/{_file_name(args.learner)}-{_now()}")
+    stored = {"config": config.to_dict(job.config), "options": config.to_dict(job.run)}
+    sinks = _sinks(job, run_dir, stored) if distributed.is_first() else []
+    result = runner.train(learner, None, job.seeds, run_dir=run_dir, plan=stored, options=job.run, sinks=sinks)
+    _report(learner, result, {"seeds": job.seeds})
+
+
+def plan(name: str, argv: Sequence[str], show_devices: Any = None) -> tuple[Any, Any]:
+    """What `jaxstack train NAME argv` would run: (learner, job with config, run options, seeds, run_dir and sinks).
+
+    Args:
+        name: of a learner, or `module:factory`.
+        argv: its options.
+        show_devices: called with the number of devices that the job needs before anything touches them.
+
+    Raises:
+        UserError: for wrong values.
+        SystemExit: with code 2 and a message on stderr, for arguments that do not parse.
+    """
+    from jaxstack import learners
+
+    job = _job(name, argv)
+    if show_devices:
+        show_devices(job.run.devices * job.run.env_devices)
+    return learners.make(name, job.config), job
+
+
+def _job(name: str, argv: Sequence[str]) -> Any:
+    import dataclasses
+
+    import tyro
+
+    from jaxstack import learners
+    from jaxstack.core import config, options, runner
+    from jaxstack.core.errors import UserError
+
+    rest = list(argv)
+    cls = learners.config_class(name)
+    default = cls()
+    if "--config" in rest:
+        at = rest.index("--config")
+        file = Path(rest[at + 1]) if at + 1 < len(rest) else None
+        if file is None or not file.is_file():
+            raise UserError(f"--config {file}: expected a YAML file")
+        default = config.from_yaml(cls, file.read_text(encoding="utf-8"), str(file))
+        del rest[at : at + 2]
+
+    @dataclasses.dataclass(frozen=True)
+    class Job:
+        config: Any
+        run: runner.RunOptions = runner.RunOptions()
+        seeds: tuple[int, ...] = (0,)
+        """Seeds trained at once."""
+        run_dir: str | None = None
+        """Where to store the run; default runs/LEARNER-TIME."""
+        tensorboard: bool = False
+        wandb: str | None = None
+        """Project of Weights & Biases."""
+
+    Job.__annotations__["config"] = cls
+    job = tyro.cli(
+        Job,
+        args=_plural(rest, cls, runner.RunOptions, Job),
+        default=Job(config=default),
+        prog=f"jaxstack train {name}",
+        description=sys.modules[cls.__module__].__doc__,
+        config=(tyro.conf.OmitArgPrefixes,),
+        registry=options.registry(),
+    )
+    runner.check_seeds(job.seeds)
+    return job
+
+
+def _plural(argv: Sequence[str], *classes: Any) -> list[str]:
+    """`argv` where options of lists may be given in the singular: `--mixer kla`, `--seed 3`."""
+    import dataclasses
+
+    fields = [f for c in classes for f in dataclasses.fields(c)]
+    flag = lambda name: f"--{name.replace('_', '-')}"
+    lists = [f.name for f in fields if type(f.default) is tuple and f.name[-1] == "s"]
+    known = {flag(n[:-1]): flag(n) for n in lists} | {flag(f.name): flag(f.name) for f in fields}
+    split = [a.partition("=") for a in argv]
+    return [known.get(head.replace("_", "-"), head) + eq + value for head, eq, value in split]
+
+
+def _sinks(job: Any, run_dir: Path, stored: dict[str, Any]) -> list[Any]:
+    from jaxstack.core import sinks
+
+    out: list[Any] = []
+    if job.tensorboard:
+        out.append(sinks.TensorBoard(run_dir.with_name(run_dir.name + "-tensorboard")))
+    if job.wandb:
+        out.append(sinks.Wandb(job.wandb, run_dir.name, stored["config"]))
+    return out
+
+
+def _report(learner: Any, result: Any, plan: dict[str, Any]) -> None:
+    """Last scores over the seeds of each setting, the policy bundle, and where everything is."""
+    import jax
+    import numpy as np
+
+    from jaxstack.core import bundle, distributed, rundir
+
+    state = distributed.fetch(result.state)
+    if not distributed.is_first():
+        return
+    last = result.metrics[result.metrics.step == result.metrics.step.max()]
+    names = rundir.setting_names(plan)
+    shown = [learner.objective[0], "rollout/return"]
+    shown += [c for c in last if c.startswith("loss/")][:1] if not any(c in last for c in shown) else []
+    for setting, name in dict(zip(plan.get("settings", [None]), names)).items():
+        own = last if setting is None else last[last.setting == setting]
+        for metric in shown:
+            if metric in own and own[metric].notna().any():
+                count = own[metric].notna().sum()
+                print(f"{name}{': ' * bool(name)}{metric}: {own[metric].mean():.3f} (mean of {count} seeds)")
+    if result.run_dir is None:
+        return
+    if learner.policy is not None and result.alive.any():
+        first = int(np.flatnonzero(result.alive)[0])
+        bundle.save_policy(result.run_dir / "policy", learner, jax.tree.map(lambda x: x[first], state))
+        row = ", ".join(filter(None, (names[first], f"seed {plan['seeds'][first]}")))
+        print(f"policy of {row}: {result.run_dir}/policy")
+    print(f"run: {result.run_dir}")
+
+
+def _train_usage() -> None:
+    from jaxstack.methods import LEARNERS
+
+    print("usage: jaxstack train LEARNER [--config FILE] [--seeds 0 1 2] [--run-dir DIR] [options]\n")
+    print(f"LEARNER is one of {', '.join(LEARNERS)}, or module:factory of your own;")
+    print("`jaxstack train LEARNER --help` lists its options.")
+    print("several hosts: [--coordinator HOST:PORT --num-processes N --process-id I], or --distributed on Slurm or TPU")
+
+
+def _resume(args: argparse.Namespace, _: list[str]) -> None:
+    from jaxstack.core import config, devices, runner
+    from jaxstack.core.rundir import read_plan
+
+    layout = {"devices": args.devices, "env_devices": args.env_devices}
+
+    def options_of(plan: dict[str, Any]) -> runner.RunOptions:
+        stored = config.from_dict(runner.RunOptions, plan.get("options", {}), f"{args.run_dir}/run.yaml: options")
+        return config.replace(stored, **{k: v for k, v in layout.items() if v is not None})
+
+    if not join(args):
+        options = options_of(read_plan(args.run_dir))
+        devices.show(options.devices * options.env_devices)
+    learner, plan = runs.load(args.run_dir)
+    result = runner.resume(learner, args.run_dir, options=options_of(plan), plan=plan)
+    _report(learner, result, plan)
+
+
+def _sweep(args: argparse.Namespace, rest: list[str]) -> None:
+    import json
+
+    from jaxstack import learners
+    from jaxstack.core import config, rundir, space, sweep
+    from jaxstack.core.errors import UserError
+
+    dimensions = space.parse(args.sweep)
+    if not dimensions:
+        raise UserError("--sweep: expected at least one NAME=VALUES, see `jaxstack sweep --help`")
+    _, job = plan(args.learner, rest)
+    for option in ("run_dir", "tensorboard", "wandb"):
+        if getattr(job, option):
+            raise UserError(f"--{option.replace('_', '-')}: expected without; a sweep writes to --out")
+    out = rundir.RunDir.check(args.out or f"runs/sweep-{_file_name(args.learner)}-{_now()}")
+    make = lambda **changes: learners.make(args.learner, job.config, **changes)
+    options = dict(num=args.num, search_seed=args.search_seed, run_dir=out / "runs", options=job.run)
+    result = sweep.sweep(make, dimensions, job.seeds, **options)
+    result.save(out)
+    (out / "config.yaml").write_text(config.to_yaml(job.config), encoding="utf-8")
+    (out / "sweep.json").write_text(json.dumps(rundir.environment(), indent=1), encoding="utf-8")
+    goal = result.goal(args.metric, False if args.smallest else None)
+    print(result.report(*goal))
+    best = result.best(*goal)
+    print(f"best: {' '.join(f'{name}={value}' for name, value in best.items())}")
+    print(f"figure: {result.figure(out / 'figure.png', *goal)}")
+    print(f"sweep: {out}")
+
+
+def _file_name(learner: str) -> str:
+    return learner.replace(":", ".")
+
+
+def _now() -> str:
+    import time
+
+    return time.strftime("%Y%m%d-%H%M%S")

@@ -1,0 +1,324 @@
+"""The registry: a row for each published method and each learner. Everything that lists them derives from it.
+
+Rows hold names only: `module:attribute` is imported when it is asked for, so a list costs nothing. Wherever a name is
+taken, `module:attribute` of a user's own is taken too.
+"""
+
+from dataclasses import dataclass
+
+from jaxstack.core.registry import Registry
+
+
+@dataclass(frozen=True)
+class Method:
+    """A published method, or a learner that methods are compared with (`group` "agent" or "learner")."""
+
+    slug: str
+    """Its name on the command line, and of its files in docs/."""
+    group: str
+    title: str
+    """The paper's title, or what the learner is."""
+    year: int
+    """Of the paper's first version."""
+    arxiv: tuple[str, ...] = ()
+    """Identifiers of the papers on arXiv."""
+    factory: str | None = None
+    """`module:attribute` of the function that makes its learner; the module's `Config` has the options. None: it trains
+    nothing by itself."""
+    claim: str | None = None
+    """`module:attribute` of its `Claim`."""
+    data: tuple[str, ...] = ()
+    """Data sets that its full claim needs, by the names that `--data NAME=DIR` takes."""
+    extras: tuple[str, ...] = ()
+    """Optional dependencies of the package that it needs: `pip install 'jaxstack[EXTRA]'`."""
+    tests: str | None = None
+    """The file of its tests."""
+
+    @property
+    def published(self) -> bool:
+        """Whether this is one of the methods that the project reproduces; else one that they are compared with."""
+        return self.group not in ("agent", "learner")
+
+    @property
+    def planned(self) -> bool:
+        """Whether there is nothing to run yet."""
+        return self.factory is None and self.claim is None
+
+    @property
+    def page(self) -> str:
+        """Its page, from the root of the repository."""
+        return f"docs/methods/{self.slug}.md"
+
+
+METHODS: tuple[Method, ...] = (
+    Method(
+        "hypermarl",
+        "multi-agent",
+        "HyperMARL: adaptive hypernetworks for multi-agent RL",
+        2024,
+        arxiv=("2412.04233",),
+        factory="jaxstack.agents.hypermarl:hypermarl",
+        claim="jaxstack.claims.hypermarl:claim",
+        tests="tests/agents/test_hypermarl.py",
+    ),
+    Method(
+        "kalman-linear-attention",
+        "sequence",
+        "Kalman Linear Attention: parallel Bayesian filtering",
+        2026,
+        arxiv=("2602.10743",),
+        claim="jaxstack.claims.kalman_linear_attention:claim",
+        tests="tests/claims/test_kalman_linear_attention.py",
+    ),
+    Method("mate", "multi-agent", "Learning task embeddings for teamwork adaptation", 2022, arxiv=("2207.02249",)),
+    Method(
+        "decpomdp-probes", "multi-agent", "Probing Dec-POMDP reasoning in cooperative MARL", 2026, arxiv=("2602.20804",)
+    ),
+    Method(
+        "markov-property",
+        "multi-agent",
+        "Remembering the Markov property in cooperative MARL",
+        2025,
+        arxiv=("2507.18333",),
+    ),
+    Method(
+        "ptgood",
+        "reinforcement learning",
+        "Planning to go out-of-distribution in offline-to-online RL",
+        2023,
+        arxiv=("2310.05723",),
+    ),
+    Method(
+        "imitate-then-improve",
+        "reinforcement learning",
+        "Efficient offline RL: first imitate, then improve",
+        2024,
+        arxiv=("2406.13376",),
+    ),
+    Method(
+        "rationality",
+        "reinforcement learning",
+        "Rationality measurement and theory for RL agents",
+        2026,
+        arxiv=("2602.04737",),
+    ),
+    Method(
+        "aligning-agents",
+        "reinforcement learning",
+        "Aligning agents like large language models",
+        2024,
+        arxiv=("2406.04208",),
+    ),
+    Method("diamond", "world models", "Diffusion for world modeling", 2024, arxiv=("2405.12399",)),
+    Method("oc-storm", "world models", "Object-centric world models improve RL", 2025, arxiv=("2501.16443",)),
+    Method("world-model-1x", "world models", "Generative world modelling for humanoids", 2025, arxiv=("2510.07092",)),
+    Method(
+        "llm-personalize",
+        "language",
+        "LLM-Personalize: aligning planners with preferences",
+        2024,
+        arxiv=("2404.14285",),
+    ),
+    Method("forgetting", "learning", "Forgetting is everywhere", 2025, arxiv=("2511.04666",)),
+    Method(
+        "chunking",
+        "learning",
+        "Chunking: continual learning is not just about distribution shift",
+        2023,
+        arxiv=("2310.02206",),
+    ),
+    Method("cl-hpo", "learning", "Hyperparameter selection in continual learning", 2024, arxiv=("2404.06466",)),
+    Method(
+        "deepccg",
+        "learning",
+        "Approximate Bayesian class-conditional models under representation shift",
+        2024,
+        arxiv=("2305.19076",),
+    ),
+    Method(
+        "poem",
+        "learning",
+        "Contrastive meta-learning for partially observable few-shot learning",
+        2023,
+        arxiv=("2301.13136",),
+    ),
+    Method(
+        "fsl-imbalance", "learning", "Few-shot learning with class imbalance", 2021, arxiv=("2101.02523", "2104.05344")
+    ),
+    Method(
+        "forward-correction", "learning", "Label noise: correcting the forward-correction", 2023, arxiv=("2307.13100",)
+    ),
+    Method("noisy-early-stopping", "learning", "Noisy early stopping for noisy labels", 2024, arxiv=("2409.06830",)),
+    Method(
+        "fds",
+        "optimisation",
+        "Gradient-based hyperparameter optimization over long horizons",
+        2021,
+        arxiv=("2007.07869",),
+    ),
+    Method(
+        "weight-constrained-sgld",
+        "optimisation",
+        "Better training using weight-constrained stochastic dynamics",
+        2021,
+        arxiv=("2106.10704",),
+    ),
+    Method(
+        "zero-shot-kt",
+        "vision",
+        "Zero-shot knowledge transfer via adversarial belief matching",
+        2019,
+        arxiv=("1905.09768",),
+    ),
+    Method("naswot", "vision", "Neural architecture search without training", 2021, arxiv=("2006.04647",)),
+    Method("blockswap", "vision", "BlockSwap: Fisher-guided block substitution", 2020, arxiv=("1906.04113",)),
+    Method("structured-pruning", "vision", "A closer look at structured pruning", 2018, arxiv=("1810.04622",)),
+    Method(
+        "separable-layers",
+        "vision",
+        "Separable layers enable structured efficient linear substitutions",
+        2019,
+        arxiv=("1906.00859",),
+    ),
+    Method(
+        "grouped-convolutions", "vision", "Optimizing grouped convolutions on edge devices", 2020, arxiv=("2006.09791",)
+    ),
+    Method("dlas", "vision", "DLAS: the deep learning acceleration stack", 2023, arxiv=("2311.08909",)),
+    Method(
+        "cleave",
+        "edge",
+        "Harnessing idle compute at the edge for foundation model training",
+        2025,
+        arxiv=("2512.22142",),
+    ),
+    Method("dam", "series", "DAM: towards a foundation model for forecasting", 2024, arxiv=("2407.17880",)),
+    Method(
+        "mixft", "series", "Adapting time series foundation models through data mixtures", 2026, arxiv=("2603.02840",)
+    ),
+    Method(
+        "signature-mmd",
+        "series",
+        "Signature-kernel based evaluation metrics for forecasting",
+        2026,
+        arxiv=("2602.10182",),
+    ),
+    Method("halo", "series", "Hamiltonian latent operators", 2022, arxiv=("2112.01641",)),
+    Method(
+        "vae-geometry",
+        "representation",
+        "Adversarial robustness of VAEs through local geometry",
+        2023,
+        arxiv=("2208.03923",),
+    ),
+    Method(
+        "graph-multires", "representation", "Contrastive learning for non-local graphs", 2023, arxiv=("2308.10077",)
+    ),
+    Method(
+        "antbo",
+        "design",
+        "Automated antibody design with combinatorial Bayesian optimisation",
+        2023,
+        arxiv=("2201.12570",),
+    ),
+    Method("acat", "medical", "ACAT: adversarial counterfactual attention", 2023, arxiv=("2303.15421",)),
+    Method(
+        "diffusion-counterfactual",
+        "medical",
+        "Diffusion models for counterfactual generation in brain images",
+        2023,
+        arxiv=("2308.02062",),
+    ),
+    Method(
+        "stroke-ct", "medical", "Identifying acute ischemic stroke lesions on brain CT", 2023, arxiv=("2309.17320",)
+    ),
+    Method("pgd", "vision", "Prediction-guided distillation for dense object detection", 2022, arxiv=("2203.05469",)),
+    Method("peppr", "medical", "Global explainability in aligned image modalities", 2021, arxiv=("2112.09591",)),
+    Method(
+        "uwf-diseases",
+        "medical",
+        "Detection of retinal diseases in ultra-widefield images",
+        2022,
+        arxiv=("2203.06113",),
+    ),
+    Method("dart", "medical", "Deep approximation of retinal traits", 2022, arxiv=("2207.05757",)),
+    Method("quickqual", "medical", "QuickQual: retinal image quality scoring", 2023, arxiv=("2307.13646",)),
+    Method("deepgpet", "medical", "DeepGPET: analysis of the choroid in OCT", 2023, arxiv=("2307.00904",)),
+    Method("choroidalyzer", "medical", "Choroidalyzer: choroidal analysis in OCT", 2023, arxiv=("2312.02956",)),
+    Method("reachnet", "medical", "REACHNet: choroid segmentation in OCT", 2024, arxiv=("2405.14453",)),
+    # learners that methods are compared with
+    Method(
+        "ppo",
+        "agent",
+        "Proximal policy optimisation, one agent",
+        2017,
+        ("1707.06347",),
+        "jaxstack.agents.ppo:ppo",
+        tests="tests/agents/test_contract.py",
+    ),
+    Method(
+        "ippo",
+        "agent",
+        "PPO for each agent of a team, with shared or separate parameters",
+        2020,
+        ("2011.09533",),
+        "jaxstack.agents.ippo:ippo",
+        tests="tests/agents/test_sharing.py",
+    ),
+    Method(
+        "mappo",
+        "agent",
+        "PPO with a critic of the whole team",
+        2021,
+        ("2103.01955",),
+        "jaxstack.agents.mappo:mappo",
+        tests="tests/agents/test_sharing.py",
+    ),
+    Method(
+        "happo",
+        "agent",
+        "Trust regions in multi-agent RL: agents updated one after another",
+        2021,
+        ("2109.11251",),
+        "jaxstack.agents.happo:happo",
+        tests="tests/agents/test_heterogeneous.py",
+    ),
+    Method(
+        "dico",
+        "agent",
+        "Controlling behavioural diversity in multi-agent RL",
+        2024,
+        ("2405.15054",),
+        "jaxstack.agents.dico:dico",
+        tests="tests/agents/test_heterogeneous.py",
+    ),
+    Method(
+        "kaleidoscope",
+        "agent",
+        "Kaleidoscope: learnable masks for heterogeneous multi-agent RL",
+        2024,
+        ("2410.08540",),
+        "jaxstack.agents.kaleidoscope:kaleidoscope",
+        tests="tests/agents/test_heterogeneous.py",
+    ),
+    Method(
+        "sequence",
+        "learner",
+        "Sequence models on a task: ten mixers, `--mixer kla` among them",
+        2026,
+        factory="jaxstack.sequence.trainer:sequence",
+        tests="tests/sequence/test_trainer.py",
+    ),
+)
+
+METHOD = {m.slug: m for m in METHODS}
+
+LEARNERS = Registry("agent or learner", {m.slug: m.factory for m in METHODS if m.factory})
+"""Name -> factory of a learner. `LEARNERS.add(name, "module:factory")` registers another for this process."""
+
+AGENTS = Registry(
+    "agent", {m.slug: m.factory for m in METHODS if m.factory and m.factory.startswith("jaxstack.agents.")}, LEARNERS
+)
+"""Those learners that act in an environment; what is added here is a learner too."""
+
+CLAIMS = Registry("claim", {m.slug: m.claim for m in METHODS if m.claim})
+"""Name -> its `Claim`; `jaxstack reproduce NAME` runs it."""
