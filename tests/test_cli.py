@@ -24,6 +24,23 @@ SMALL = (
 COMMANDS = ("list", "info", "resume", "evaluate", "reproduce", "plot", "render", "export")
 
 
+OWN = """
+from dataclasses import dataclass
+from jaxstack.agents import ippo
+from jaxstack.envs.matrix_game import MatrixGame
+
+@dataclass(frozen=True)
+class Config(ippo.Config):
+    extra: int = 3
+
+def mine(config=Config()):
+    return ippo.ippo(config)
+
+class MyEnv(MatrixGame):
+    pass
+"""
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     path = tmp_path_factory.mktemp("runs") / "run"
@@ -77,7 +94,12 @@ def test_help_of_an_agent_lists_its_options(capsys):
     text = capsys.readouterr().out
     assert all(option in text for option in ("--embedding-dim", "--lr", "--checkpoint-every", "--seeds", "--run-dir"))
     assert cli.main(["train"]) == 0
-    assert "hypermarl" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "hypermarl" in text
+    assert "sequence" in text
+    with pytest.raises(SystemExit):
+        cli.main(["train", "sequence", "--help"])
+    assert "--mixers" in capsys.readouterr().out
 
 
 def test_list_and_info(capsys):
@@ -87,6 +109,12 @@ def test_list_and_info(capsys):
     assert cli.main(["list", "envs", "--family", "native"]) == 0
     native = ["matrix_game", "dispersion", "navigation", "blind_particle_spread"]
     assert sorted(capsys.readouterr().out.split()) == sorted(native)
+    assert cli.main(["list", "learners"]) == 0
+    assert {"hypermarl", "sequence"} <= set(capsys.readouterr().out.split())
+    assert cli.main(["list", "methods"]) == 0
+    assert "diamond" in capsys.readouterr().out
+    assert cli.main(["info", "diamond"]) == 0
+    assert "https://arxiv.org/abs/2405.12399" in capsys.readouterr().out
     assert cli.main(["info", "mappo"]) == 0
     assert "lr = " in capsys.readouterr().out
     assert cli.main(["info", "navigation"]) == 0
@@ -106,8 +134,60 @@ def test_a_run_has_config_record_metrics_and_policy(trained):
 
 def test_evaluate_reports_every_seed(run, capsys):
     assert cli.main(["evaluate", str(run), "--episodes", "3"]) == 0
-    line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("eval/return"))
-    assert len(json.loads(line.split("by seed: ")[1])) == 2
+    lines = [x for x in capsys.readouterr().out.splitlines() if x.startswith("eval/")]
+    assert [x.split(":")[0] for x in lines] == ["eval/return", "eval/length", "eval/finished", "eval/eaten"]
+    assert all(len(json.loads(x.split("by seed: ")[1])) == 2 for x in lines)
+
+
+SEQUENCE = (
+    "--task parity --task-args length=6 --mixer kla --features 8 --depth 1 --batch-size 8 --num-updates 4".split()
+)
+SEQUENCE += "--mixer-args d_state=2 expand=1 --eval-examples 16".split()
+
+
+def test_a_sequence_model_trains_resumes_sweeps_and_is_drawn(tmp_path, capsys):
+    run = tmp_path / "run"
+    argv = ["sequence", *SEQUENCE, "--seeds", "0", "3"]
+    assert cli.main(["train", *argv, "--checkpoint-every", "2", "--run-dir", str(run)]) == 0
+    whole = pd.read_json(run / "metrics.jsonl", lines=True, precise_float=True)
+    text = capsys.readouterr().out
+    assert f"run: {run}" in text
+    assert f"eval/accuracy: {whole['eval/accuracy'].mean():.3f} (mean of 2 seeds)" in text
+    shutil.rmtree(run / "checkpoints" / "4")
+    assert cli.main(["resume", str(run)]) == 0
+    pd.testing.assert_frame_equal(whole, pd.read_json(run / "metrics.jsonl", lines=True, precise_float=True))
+    capsys.readouterr()
+    assert cli.main(["evaluate", str(run)]) == 0
+    lines = [x for x in capsys.readouterr().out.splitlines() if x.startswith("eval/")]
+    assert {x.split(":")[0] for x in lines} == {"eval/loss", "eval/accuracy", "eval/perplexity"}
+    assert all(len(json.loads(x.split("by seed: ")[1])) == 2 for x in lines)
+    assert cli.main(["plot", str(run), "--out", str(tmp_path / "c.png")]) == 0
+    for argv, message in (
+        (["export", str(run), str(tmp_path / "p")], "sequence has no policy: export needs one"),
+        (["render", str(run)], "sequence has no policy: render needs one"),
+        (["crossplay", str(run)], "sequence has no policy: crossplay needs one"),
+        (["evaluate", str(run), "--episodes", "3"], "sequence has no policy: --episodes needs one"),
+        (["evaluate", str(run), "--env", "dispersion"], "sequence has no policy: --env needs one"),
+    ):
+        assert message in fails(capsys, *argv)
+    argv = ["sequence", *SEQUENCE, "--sweep", "lr=1e-3,1e-2", "--seed", "3", "--out", str(tmp_path / "s")]
+    assert cli.main(["sweep", *argv]) == 0
+    text = capsys.readouterr().out
+    assert "IQM of eval/accuracy" in text
+    assert "best: lr=" in text
+
+
+def test_a_users_own_agent_and_environment_train_and_come_back(tmp_path, monkeypatch, capsys):
+    (tmp_path / "our_things.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    argv = [*SMALL, "--env", "our_things:MyEnv", "--extra", "4", "--run-dir", "run"]
+    assert cli.main(["train", "our_things:mine", *argv]) == 0
+    assert "eval/return" in capsys.readouterr().out
+    assert cli.main(["evaluate", "run", "--env", "our_things:MyEnv:horizon=3", "--episodes", "2"]) == 0
+    assert "run  our_things:MyEnv:horizon=3  eval/length: 3.000" in capsys.readouterr().out
+    assert load_policy("run/policy").learner.config.extra == 4
+    assert cli.main(["info", "our_things:mine"]) == 0
+    assert "extra = 3" in capsys.readouterr().out
 
 
 def test_plot_draws_runs(run, tmp_path, capsys):

@@ -89,7 +89,7 @@ def test_help_explains_spaces(capsys):
         assert text.startswith(f"usage: jaxstack {command}")
         if command == "sweep":
             assert "--sweep lr=log_uniform:1e-5:1e-2" in text
-            assert "jaxstack train AGENT" in text
+            assert "jaxstack train LEARNER" in text
 
 
 def scores(text, start):
@@ -185,7 +185,7 @@ def test_a_resumed_sweep_reports_each_setting(swept, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["sweep"], "AGENT"),
+        (["sweep"], "LEARNER"),
         (["sweep", "ippo"], "--sweep: expected at least one NAME=VALUES"),
         (["sweep", "ipo", "--sweep", "lr=1"], "did you mean 'ippo'"),
         (["sweep", "ippo", *SMALL, "--sweep", "lrr=1e-3"], "did you mean 'lr'"),

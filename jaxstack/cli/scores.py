@@ -42,8 +42,8 @@ def _evaluate(args: argparse.Namespace, _: list[str]) -> None:
         if learner.policy is not None and learner.env is not None:
             from jaxstack.agents.crossplay import evaluate_many
 
-            options = dict(episodes=args.episodes or 128, greedy=not args.sample)
-            played = evaluate_many(learner, states, chosen or None, jax.random.key(args.seed), **options)
+            episodes, key = args.episodes or 128, jax.random.key(args.seed)
+            played = evaluate_many(learner, states, chosen or None, key, episodes=episodes, greedy=not args.sample)
             for name, result in played.items():
                 where = f"{name}  " if several else ""
                 values = {"return": result.returns, "length": result.length, "finished": result.finished} | result.info

@@ -90,7 +90,7 @@ def load_policy(path: str | Path, make: Callable[[str, Any, str], Learner]) -> L
     except (SafetensorError, OSError, ValueError) as e:
         raise UserError(f"{array_file}: cannot be read ({e})") from e
     learner = make(agent, fields, str(spec_file))
-    template = jax.eval_shape(lambda k: _policy(learner).params(learner.init(k)), jax.random.key(0))
+    template = jax.eval_shape(lambda k: _policy(learner).params(learner.init(k, learner.hypers)), jax.random.key(0))
 
     def leaf(where: Any, like: Any) -> Any:
         name = jax.tree_util.keystr(where)
