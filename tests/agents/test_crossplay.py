@@ -196,8 +196,8 @@ def test_the_matrix_is_drawn_and_written(tmp_path):
         (lambda x, s: evaluate_many(x, s, ["dispersion"]), "dispersion: num_agents=4, expected 3"),
         (lambda x, s: evaluate_many(x, s, ["dispersoin"]), "did you mean 'dispersion'"),
         (lambda x, s: evaluate_many(x, s, ["dispersion", "dispersion"]), "expected a mapping of names"),
-        (lambda x, s: evaluate_many(x._replace(config=None), s), "environments: expected at least one"),
-        (lambda x, s: cross_play(x._replace(config=None), s, env=MatrixGame(num_agents=1)), "at least 2 agents"),
+        (lambda x, s: evaluate_many(x._replace(env=None), s), "environments: expected at least one"),
+        (lambda x, s: cross_play(x._replace(env=None), s, env=MatrixGame(num_agents=1)), "at least 2 agents"),
     ],
 )
 def test_bad_input_is_named(call, message):
