@@ -70,7 +70,7 @@ def test_methods_are_independent_of_each_other():
 
 
 def test_the_generated_lists_are_of_today():
-    assert script("list_methods").stale() == []
+    assert script("list_methods").stale() == [], "run python scripts/list_methods.py"
 
 
 OWN = """
