@@ -86,7 +86,7 @@ def agent_epochs(
     task: Task, params: Any, opt: Any, s: State, own: Batch, mask: Array | None, factor: Array, key: Key
 ) -> tuple[Any, Any, Metrics]:
     """E epochs of M minibatches on one agent's data: (its parameters, its optimiser, metrics)."""
-    tx = team_ppo.optimiser(task.cfg, s.hypers)
+    tx = team_ppo.optimiser(task.cfg, s.hypers, total=s.total)
     pack = packing.packing(params, own.logp.size // task.cfg.num_minibatches)
     take = team_ppo.samples((own._replace(start=()), mask, factor))
 

@@ -9,6 +9,7 @@ Feed-forward networks are generated whole; recurrent ones share encoder and GRU 
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
@@ -37,6 +38,10 @@ class Config(PPOConfig):
     embedding_dim: int = 8
     """Ignored for one-hot embeddings, whose size is the number of agents."""
     hyper_hidden: tuple[int, ...] = (64,)
+    hyper_bias: bool = True
+    """Biases in the hypernetworks' own layers, as released. A linear hypernetwork on one-hot embeddings without them is
+    a network for each agent (NoPS) in disguise; all that then couples agents is the one optimiser: its clip, and
+    advantages unless `advantage_norm` is `agent`."""
     share_embedding: bool = True
     """Actor and critic use the same embeddings."""
     condition: Literal["id", "id+obs"] = "id"
@@ -73,32 +78,34 @@ class HyperLayer(nn.Module):
     hidden: tuple[int, ...]
     init_kind: str
     trunk_gain: float | None
+    use_bias: bool
 
     @nn.compact
     def __call__(self, e: Array) -> tuple[Array, Array]:
         """e [..., d] -> kernel [..., rows, cols], bias [..., cols]."""
         rows, cols, _ = self.layer
+        dense = partial(FewRows, use_bias=self.use_bias)
         trunk = nn.initializers.lecun_normal() if self.trunk_gain is None else orthogonal(self.trunk_gain)
 
         def hidden(name: str) -> Array:
             h = e
             if self.kind == "mlp":
                 for i, width in enumerate(self.hidden):
-                    h = jax.nn.relu(FewRows(width, kernel_init=trunk, name=f"{name}_trunk_{i}")(h))
+                    h = jax.nn.relu(dense(width, kernel_init=trunk, name=f"{name}_trunk_{i}")(h))
             return h
 
         hw, hb = hidden("kernel"), hidden("bias")
         zeros = nn.initializers.zeros_init()
         if self.init_kind == "default":
-            kernel = FewRows(rows * cols, name="kernel_head")(hw)
-            bias = FewRows(cols, name="bias_head")(hb)
+            kernel = dense(rows * cols, name="kernel_head")(hw)
+            bias = dense(cols, name="bias_head")(hb)
         else:
             # parameters are initialised where the embeddings are known, so the scale can be set from them
             scale = 1.0
             if self.init_kind == "normalised":
                 scale = 1.0 / jnp.maximum(jnp.linalg.norm(hw, axis=-1).mean(), 1e-6)
-            kernel = FewRows(rows * cols, kernel_init=_row_orthogonal(self.layer, scale), name="kernel_head")(hw)
-            bias = FewRows(cols, kernel_init=zeros, name="bias_head")(hb)
+            kernel = dense(rows * cols, kernel_init=_row_orthogonal(self.layer, scale), name="kernel_head")(hw)
+            bias = dense(cols, kernel_init=zeros, name="bias_head")(hb)
         return kernel.reshape(*kernel.shape[:-1], rows, cols), bias
 
 
@@ -121,14 +128,13 @@ class HyperNet(nn.Module):
     hidden: tuple[int, ...]
     init_kind: str = "orthogonal"
     trunk_gain: float | None = None
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, e: Array) -> list[tuple[Array, Array]]:
         """e [..., d] -> [(kernel [..., m, n], bias [..., n])] for each target layer."""
-        return [
-            HyperLayer(layer, self.kind, self.hidden, self.init_kind, self.trunk_gain, name=f"layer_{i}")(e)
-            for i, layer in enumerate(self.layers)
-        ]
+        options = (self.kind, self.hidden, self.init_kind, self.trunk_gain, self.use_bias)
+        return [HyperLayer(layer, *options, name=f"layer_{i}")(e) for i, layer in enumerate(self.layers)]
 
 
 def target_layers(inputs: int, hidden: tuple[int, ...], out: int, out_gain: float) -> tuple[Layer, ...]:
@@ -232,7 +238,9 @@ def hyper_team(cfg: Config, shape: Shape, arch: Arch) -> TeamNet:
 
 def _hypernets(cfg: Config, shape: Shape, arch: Arch) -> tuple[HyperNet, HyperNet]:
     trunk_gain = 2**0.5 if arch.gru else None  # as released: lecun in feed-forward nets, orthogonal in recurrent ones
-    options = dict(kind=cfg.kind, hidden=cfg.hyper_hidden, init_kind=cfg.init, trunk_gain=trunk_gain)
+    options = dict(
+        kind=cfg.kind, hidden=cfg.hyper_hidden, init_kind=cfg.init, trunk_gain=trunk_gain, use_bias=cfg.hyper_bias
+    )
     inputs = [arch.gru or int(np.prod(s)) for s in (shape.obs_shape, shape.critic_shape)]
     actor = target_layers(inputs[0], arch.hidden, shape.actions.params, 0.01)
     critic = target_layers(inputs[1], arch.hidden, 1, 1.0)

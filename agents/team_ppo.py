@@ -42,6 +42,8 @@ class Hypers(NamedTuple):
     vf_coef: float = 0.5
     ent_coef: float = 0.01
     max_grad_norm: float = 0.5
+    adam_eps: float = 1e-5
+    """Adam's epsilon, that of the PPO baselines."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class PPOConfig(Config):
     cnn: bool = False
     """Convolutions on [H, W, C] observations instead of flattening them."""
     anneal_lr: bool = True
-    """Learning rate to 0 linearly over total_steps."""
+    """Learning rate to 0 linearly over the steps of the run: those that the runner is asked for, else total_steps."""
     clip_value: bool = True
     normalise_advantage: bool = True
     advantage_norm: Literal["group", "agent"] = "group"
@@ -90,7 +92,7 @@ class PPOConfig(Config):
     def validate(self) -> None:
         require_at_least(self, 1, "total_steps", "num_envs", "num_steps", "num_epochs", "num_minibatches")
         require_at_least(self, 1, "eval_episodes", "eval_steps")
-        require_at_least(self, 0, "gru", "hypers.lr", "hypers.ent_coef", "hypers.vf_coef")
+        require_at_least(self, 0, "gru", "hypers.lr", "hypers.ent_coef", "hypers.vf_coef", "hypers.adam_eps")
         require(self, "hidden", all(h >= 1 for h in self.hidden), "layer widths >= 1")
         require_unit(self, "hypers.gamma", "hypers.lam")
         require_positive(self, "hypers.clip", "hypers.max_grad_norm")
@@ -135,6 +137,8 @@ class State(NamedTuple):
     norms: Norms
     key: Key
     step: Array
+    total: Array
+    """Updates over which the learning rate falls."""
 
 
 class Batch(NamedTuple):
@@ -240,11 +244,23 @@ def make_learner(
         vec = vector.init(task.vec, k_env)
         opt = optimiser(cfg, hypers, task.groups).init(params) if init_opt is None else init_opt(task, hypers, params)
         carry = task.team.carry(cfg.num_envs)
-        return State(hypers, params, task.team.init_extra(), opt, vec, carry, norms, key, jnp.int32(0))
+        return State(
+            hypers,
+            params,
+            task.team.init_extra(),
+            opt,
+            vec,
+            carry,
+            norms,
+            key,
+            jnp.int32(0),
+            jnp.int32(cfg.num_updates),
+        )
 
     def step(s: State) -> tuple[State, Metrics]:
         k_roll, k_update = jax.random.split(jax.random.fold_in(s.key, s.step))
         s, batch, metrics = gather_batch(task, s, k_roll)
+        metrics["train/lr"] = learning_rate(cfg, s.hypers, s.step, s.total)
         s, losses_ = update(task, s, batch, k_update)
         return s._replace(step=s.step + 1), metrics | losses_
 
@@ -260,25 +276,32 @@ def make_learner(
         policy=policy(task),
         env=task.env,
         unchecked=lambda s: (s.vec.env, s.vec.ts.info),  # what environments emit is checked instead, see rollout.checks
+        with_length=lambda s, steps: s._replace(total=jnp.full_like(s.total, steps)),
         over_envs=lambda s: (s.vec, s.carry, s.norms.reward.ret if cfg.normalise_reward else ()),
     )
 
 
-def optimiser(cfg: PPOConfig, hypers: Hypers, of: Groups = ()) -> optax.GradientTransformation:
-    """Clipping by the gradient's norm, then Adam (eps 1e-5) with a learning rate that may fall linearly to zero, then
-    stays. With agents in several groups `of`, each group's gradient is clipped by its own norm; Adam's moments are
-    elementwise, so each group's are its own."""
-    several = groups.number(of) > 1
-    steps = cfg.num_updates * cfg.num_epochs * cfg.num_minibatches
+def learning_rate(cfg: PPOConfig, hypers: Hypers, done: Array, total: Array | float) -> Array:
+    """The rate after `done` of `total` steps: falls linearly to zero, then stays, or is constant."""
+    if not cfg.anneal_lr:
+        return jnp.asarray(hypers.lr)
+    # a run that is continued beyond its end must not climb the loss
+    return hypers.lr * jnp.maximum(1.0 - done.astype(jnp.float32) / total, 0.0)
 
-    def lr(count: Array) -> Array:
-        # a run that is continued beyond total_steps must not climb the loss
-        return hypers.lr * jnp.maximum(1.0 - count / steps, 0.0) if cfg.anneal_lr else jnp.asarray(hypers.lr)
 
+def optimiser(
+    cfg: PPOConfig, hypers: Hypers, of: Groups = (), total: Array | None = None
+) -> optax.GradientTransformation:
+    """Clipping by the gradient's norm, then Adam with a learning rate that may fall to zero over `total` updates
+    (default: the config's). With agents in several groups `of`, each group's gradient is clipped by its own norm;
+    Adam's moments are elementwise, so each group's are its own."""
+    total = jnp.int32(cfg.num_updates) if total is None else total
+    steps = total.astype(jnp.float32) * (cfg.num_epochs * cfg.num_minibatches)
+    clip = groups.clip_by_norms if groups.number(of) > 1 else optax.clip_by_global_norm
     return optax.chain(
-        (groups.clip_by_norms if several else optax.clip_by_global_norm)(hypers.max_grad_norm),
-        optax.scale_by_adam(eps=1e-5),
-        optax.scale_by_learning_rate(lr),
+        clip(hypers.max_grad_norm),
+        optax.scale_by_adam(eps=hypers.adam_eps),
+        optax.scale_by_learning_rate(lambda count: learning_rate(cfg, hypers, count, steps)),
     )
 
 
@@ -381,7 +404,7 @@ def value_of_cut(
 def ppo_epochs(task: Task, s: State, batch: Batch, key: Key) -> tuple[State, Metrics]:
     """E epochs over M shuffled minibatches."""
     count = groups.number(task.groups)
-    tx = optimiser(task.cfg, s.hypers, task.groups)
+    tx = optimiser(task.cfg, s.hypers, task.groups, s.total)
     pack = packing.packing(s.params, batch.logp.size // task.cfg.num_minibatches, count)
     take = minibatches(task, batch)
     # before the epochs: the table of minibatches stands for these arrays from here on

@@ -128,6 +128,9 @@ class Learner(NamedTuple):
     """state -> those parts of it whose leaves have a leading axis of environments, which `env_devices` then spreads."""
     num_steps: int | None = None
     """Steps of a whole run, unless the runner is told another number."""
+    with_length: Callable[[Any, Any], Any] | None = None
+    """(state or states [S, ...], steps) -> the same with schedules (of the learning rate) that end after so many steps.
+    The length is part of the state, so that no other one compiles again; `init` gives `num_steps`."""
     objective: tuple[str, str] = ("eval/return", "max")
     """(metric, "max" or "min"): what counts as good when checkpoints are kept and settings are ranked."""
     source: Callable[[Any], Source] | None = None

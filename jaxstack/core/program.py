@@ -44,9 +44,11 @@ class Programs(NamedTuple):
     """What a number of `Alive.cause` says, see guard.py."""
 
 
-def initial(learner: Learner, seeds: Sequence[int], hypers: Any, given: Any = None) -> tuple[Any, guard.Alive]:
+def initial(
+    learner: Learner, seeds: Sequence[int], hypers: Any, given: Any = None, length: Any = None
+) -> tuple[Any, guard.Alive]:
     """States [S, ...] of `seeds`: seed s starts from `jax.random.key(s)`; leaves of `hypers` are scalars or [S], those
-    of `given` (default: the learner's) [S, ...].
+    of `given` (default: the learner's) [S, ...]. Schedules end after `length` steps (default: the learner's).
 
     One seed after another on CPU: there the batched QR of orthogonal initialisers can wait for its own thread pool
     for ever, and a seed's start does not depend on how many run beside it.
@@ -66,6 +68,8 @@ def initial(learner: Learner, seeds: Sequence[int], hypers: Any, given: Any = No
             raise UserError(f"{learner.name}.given{where}: shape {jnp.shape(x)}, expected ({count}, ...), a row a seed")
     args = (keys, hypers) if given is None else (keys, hypers, given)
     state = jax.lax.map(one, args) if jax.default_backend() == "cpu" else jax.vmap(one)(args)
+    if learner.with_length is not None and length is not None:
+        state = learner.with_length(state, length)
     return state, guard.start(count)
 
 
@@ -83,18 +87,21 @@ def build(
     devices: int = 1,
     env_devices: int = 1,
     memory_limit: int | None = None,
+    length: int | None = None,
 ) -> Programs:
-    """Compile a run; `memory_limit` in bytes (default: what is free). Large batches make `chunk` smaller (source.py).
+    """Compile a run whose schedules end after `length` steps; `memory_limit` in bytes (default: what is free). Large
+    batches make `chunk` smaller (source.py).
 
     Raises `ledger.DoesNotFit` when the run needs more, `UserError` for devices that divide neither the seeds nor the
     environments of each (see devices.py).
     """
     # under jit it is traced once, for its shapes and its program
-    start = jax.jit(lambda seeds, hypers, given: initial(learner, seeds, hypers, given))
+    start = jax.jit(lambda *args: initial(learner, *args))
     arguments = lambda seeds, hypers, given: (
         np.asarray(seeds, np.uint32),
         jax.tree.map(np.asarray, as_hypers(learner.hypers if hypers is None else hypers)),
         given,
+        None if length is None else np.int32(length),
     )
     rows = arguments(seeds, hypers, learner.given)
     with book.clock():

@@ -100,6 +100,8 @@ class Job(NamedTuple):
     """Why seeds were frozen, in the order in which it was seen."""
     settings: list[int] | None = None
     """Number of each row's setting: rows are then (setting, seed) pairs."""
+    length: int | None = None
+    """Steps after which schedules end, where a resumed run does not keep its own."""
 
 
 def train(
@@ -122,7 +124,8 @@ def train(
     Steps default to the learner's, and so does `data`, the source of its batches; `hypers` may have leaves [S] (one
     setting a seed). `settings` [S] numbers them: rows are then pairs (setting, seed), in which seeds may repeat,
     metrics have a column `setting`, and rows that all went non-finite are returned instead of raised. Options can be
-    given by name: `train(learner, 100, chunk=10)`. `plan` is stored in the run directory beside what `resume` needs.
+    given by name: `train(learner, 100, chunk=10)`. Schedules of the learner end with the last step. `plan` is stored
+    in the run directory beside what `resume` needs.
     Raises `UserError` for wrong arguments, a run that does not fit into memory, or when every seed went non-finite;
     `Interrupted` after SIGINT or SIGTERM.
     """
@@ -140,7 +143,7 @@ def train(
     distributed.on_first(lambda: path and RunDir.check(path))
     cache.enable()
     book = ledger.Ledger(options.max_compiles)
-    job = Job(learner, num_steps, seeds, hypers, data, path, plan, options, sinks, book, [], [], settings)
+    job = Job(learner, num_steps, seeds, hypers, data, path, plan, options, sinks, book, [], [], settings, num_steps)
     at_once = options.split_seeds if isinstance(options.split_seeds, int) else len(seeds)
     with contextlib.ExitStack() as stack:
         stack.enter_context(signals.collected(job.stop))
@@ -162,6 +165,7 @@ def resume(
     run_dir: str | Path,
     num_steps: int | None = None,
     *,
+    schedule: Literal["extend", "keep"] = "extend",
     hypers: Any = None,
     data: Source | None = None,
     plan: dict[str, Any] | None = None,
@@ -172,23 +176,30 @@ def resume(
     """Continue a run from its newest undamaged checkpoint, to the bit as if it had not stopped; from its beginning when
     it was stopped before the first one.
 
-    Steps default to those the run was made with. What is damaged is named and moved to `damaged/` in the run
-    directory. Raises `UserError` when every checkpoint is damaged, or naming the fields in which the learner's config
-    (or `plan`'s) differs from that of the run.
+    Steps default to those the run was made with. With another number, the learner's schedules end with the new last
+    step (`extend`: the learning rate goes on from where the longer schedule would be), or where the stored run had them
+    end (`keep`: it stays at its final value, zero for one annealed to zero); which one is printed. What is damaged is
+    named and moved to `damaged/` in the run directory. Raises `UserError` when every checkpoint is damaged, or naming
+    the fields in which the learner's config (or `plan`'s) differs from that of the run.
     """
     options = config.replace(options, **changes)
     old = distributed.share(distributed.on_first(lambda: read_plan(run_dir)))
     new = (plan or {}).get("config", plain_config(learner))
     same_config(run_dir, old["config"], new)
     seeds = list(old["seeds"])
+    if schedule not in ("extend", "keep"):
+        raise UserError(f"schedule={schedule!r}: expected 'extend' or 'keep'")
+    length = num_steps if schedule == "extend" else None
     num_steps = int(old["num_steps"] if num_steps is None else num_steps)
+    if learner.with_length is not None and num_steps != old["num_steps"]:
+        what = f"{num_steps} steps instead of {old['num_steps']}: schedule={schedule}"
+        distributed.on_first(lambda: print(f"run directory {run_dir}: {what}", flush=True))  # noqa: T201
     data = _data(learner, data)
     cache.enable()
     book = ledger.Ledger(options.max_compiles)
     hypers = _stored_hypers(learner, old) if hypers is None else hypers
-    job = Job(
-        learner, num_steps, seeds, hypers, data, Path(run_dir), old, options, sinks, book, [], [], old.get("settings")
-    )
+    run, settings = Path(run_dir), old.get("settings")
+    job = Job(learner, num_steps, seeds, hypers, data, run, old, options, sinks, book, [], [], settings, length)
     with contextlib.ExitStack() as stack:
         stack.enter_context(signals.collected(job.stop))
         for sink in sinks:
@@ -306,6 +317,8 @@ def _continued(job: Job, programs: program.Programs | None = None) -> Result:
             _interrupt_after(job, run, step)
         if restored is not None:
             _same_hypers(job, restored[0])
+            if job.length is not None and job.learner.with_length is not None:
+                restored = job.learner.with_length(restored[0], job.length), restored[1]
         if job.data is not None and restored is not None:
             job.data.restore(meta["data"])
         state, alive = programs.init() if restored is None else programs.place(restored)
@@ -386,6 +399,7 @@ def _programs(job: Job) -> program.Programs:
             devices=options.devices,
             env_devices=options.env_devices,
             memory_limit=None if limit is None else limit * 2**20,
+            length=int(job.plan["num_steps"]) if job.length is None else job.length,
         )
     if alone and job.stop:  # the compiler's own handling of exceptions may have kept it
         raise Interrupted(job.stop[0], COMPILING)

@@ -70,12 +70,15 @@ class FewRows(nn.Module):
 
     features: int
     kernel_init: Callable = nn.initializers.lecun_normal()
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """x [..., D] -> [..., features]."""
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros_init(), (self.features,), jnp.float32)
+        bias = jnp.zeros(self.features, jnp.float32)
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros_init(), (self.features,), jnp.float32)
         return _few_rows(x, kernel, bias) if x.ndim == 2 and len(x) <= FEW else x @ kernel + bias
 
 

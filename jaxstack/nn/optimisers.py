@@ -14,7 +14,7 @@ Schedule = Literal["constant", "cosine", "steps"]
 def learning_rate(
     kind: Schedule,
     step: Any,
-    num_steps: int,
+    num_steps: Any,
     lr: Any,
     *,
     min_lr: Any = 0.0,
@@ -28,20 +28,21 @@ def learning_rate(
         kind: "cosine" (Loshchilov and Hutter, 2017, without restarts) ends at `min_lr`; "steps" multiplies by `factor`
             at each milestone.
         step: number of the step, from 0.
-        num_steps: steps of the whole run.
+        num_steps: steps of the whole run, a number or an array.
         lr: peak learning rate.
         min_lr: of the cosine.
         warmup: share of the steps in which the rate rises.
         milestones: shares of the steps.
         factor: of a milestone.
     """
-    rise = round(warmup * num_steps)
-    warm = (step + 1) / max(rise, 1)
+    num_steps = jnp.asarray(num_steps, jnp.float32)
+    rise = jnp.round(warmup * num_steps)
+    warm = (step + 1) / jnp.maximum(rise, 1.0)
     if kind == "cosine":
-        progress = jnp.clip((step - rise) / max(num_steps - rise, 1), 0.0, 1.0)
+        progress = jnp.clip((step - rise) / jnp.maximum(num_steps - rise, 1.0), 0.0, 1.0)
         later = min_lr + (lr - min_lr) * 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
     elif kind == "steps":
-        passed = sum(jnp.asarray(step >= round(m * num_steps), jnp.float32) for m in milestones)
+        passed = sum(jnp.asarray(step >= jnp.round(m * num_steps), jnp.float32) for m in milestones)
         later = lr * jnp.asarray(factor, jnp.float32) ** passed
     else:
         later = jnp.asarray(lr, jnp.float32)

@@ -117,6 +117,8 @@ class State(NamedTuple):
     opt: optax.OptState
     key: Key
     step: Array
+    total: Array
+    """Steps after which the learning rate's schedule ends."""
 
 
 def variables(state: State) -> Any:
@@ -140,12 +142,12 @@ class Optimiser(NamedTuple):
     decay: Callable[[Any], Any] | None = optimisers.weights_only
     """Parameters -> the tree of those that decay; None: all."""
 
-    def rate(self, hypers: Any, step: Any, num_steps: int) -> Array:
+    def rate(self, hypers: Any, step: Any, num_steps: Any) -> Array:
         """Learning rate of a step, from 0."""
         options = dict(min_lr=hypers.min_lr, warmup=self.warmup, milestones=self.milestones)
         return optimisers.learning_rate(self.schedule, step, num_steps, hypers.lr, **options)
 
-    def make(self, hypers: Any, num_steps: int) -> optax.GradientTransformation:
+    def make(self, hypers: Any, num_steps: Any) -> optax.GradientTransformation:
         """The transformation. Raises `UserError` for an unknown kind."""
         rate = lambda step: self.rate(hypers, step, num_steps)
         shared = dict(weight_decay=hypers.weight_decay, mask=self.decay)
@@ -215,7 +217,7 @@ def supervised(
         # copies: buffers of a state are donated one by one
         kept = jax.tree.map(jnp.copy, {"params": params, **stats}) if ema else {}
         opt = optimiser.make(given, num_steps).init(params)
-        return State(given, params, stats, kept, taught, opt, key, jnp.zeros((), jnp.int32))
+        return State(given, params, stats, kept, taught, opt, key, jnp.int32(0), jnp.int32(num_steps))
 
     def wanted(s: State, inputs: Any, targets: Any) -> Any:
         return targets if teacher is None else (targets, jax.lax.stop_gradient(teacher(s.teacher, inputs)))
@@ -230,7 +232,7 @@ def supervised(
             return loss(outputs, targets, s.hypers).mean(), (outputs, stats)
 
         (value, (outputs, stats)), grads = jax.value_and_grad(total, has_aux=True)(s.params)
-        updates, opt = optimiser.make(s.hypers, num_steps).update(grads, s.opt, s.params)
+        updates, opt = optimiser.make(s.hypers, s.total).update(grads, s.opt, s.params)
         params = optax.apply_updates(s.params, updates)
         stats = {**s.stats, **stats}
         average = s.ema
@@ -238,9 +240,9 @@ def supervised(
             d = s.hypers.ema_decay
             average = jax.tree.map(lambda a, x: d * a + (1.0 - d) * x, s.ema, {"params": params, **stats})
         found = {f"train/{k}": mean(f(outputs, targets, s.hypers)) for k, f in metrics.items()}
-        rate = optimiser.rate(s.hypers, s.step, num_steps)
+        rate = optimiser.rate(s.hypers, s.step, s.total)
         found |= {"loss/train": value, "train/lr": rate, "train/grad_norm": optax.global_norm(grads)}
-        return State(s.hypers, params, stats, average, s.teacher, opt, key, s.step + 1), found
+        return State(s.hypers, params, stats, average, s.teacher, opt, key, s.step + 1, s.total), found
 
     def evaluate(s: State, key: Key, batch: Batch) -> Metrics:
         inputs, targets = batch.data
@@ -259,6 +261,7 @@ def supervised(
         evaluate=None if eval_source is None else evaluate,
         takes_batch=True,
         num_steps=num_steps,
+        with_length=lambda s, steps: s._replace(total=jnp.full_like(s.total, steps)),
         objective=objective,
         source=source,
         eval_source=eval_source,

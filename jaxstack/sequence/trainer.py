@@ -120,6 +120,8 @@ class State(NamedTuple):
     opt: optax.OptState
     key: Key
     step: Array
+    total: Array
+    """Updates after which the learning rate's schedule ends."""
 
 
 def make_task(config: Config) -> Task:
@@ -161,16 +163,17 @@ def make_model(config: Config, task: Task) -> SequenceModel:
     )
 
 
-def learning_rate(config: Config, hypers: Hypers, step: Any) -> Array:
-    """Linear warm-up to `lr`, then a cosine (Loshchilov and Hutter, 2017) to `min_lr` at `num_updates`; step from 0."""
-    peak, low = hypers.lr, hypers.min_lr
-    return optimisers.learning_rate("cosine", step, config.num_updates, peak, min_lr=low, warmup=config.warmup)
+def learning_rate(config: Config, hypers: Hypers, step: Any, total: Any = None) -> Array:
+    """Linear warm-up to `lr`, then a cosine (Loshchilov and Hutter, 2017) to `min_lr` after `total` updates (default:
+    the config's); step from 0."""
+    total = config.num_updates if total is None else total
+    return optimisers.learning_rate("cosine", step, total, hypers.lr, min_lr=hypers.min_lr, warmup=config.warmup)
 
 
-def optimiser(config: Config, hypers: Hypers) -> optax.GradientTransformation:
+def optimiser(config: Config, hypers: Hypers, total: Any = None) -> optax.GradientTransformation:
     """AdamW on clipped gradients, built anew inside each step from traced hyperparameters."""
     return optimisers.adamw(
-        lambda step: learning_rate(config, hypers, step),
+        lambda step: learning_rate(config, hypers, step, total),
         b1=hypers.b1,
         b2=hypers.b2,
         weight_decay=hypers.weight_decay,
@@ -293,20 +296,21 @@ def build(model: SequenceModel, task: Task, config: Config) -> Learner:
         params = model.init(k_params, jnp.zeros(example.tokens.shape, example.tokens.dtype))["params"]
         if config.init_std:
             params = reinitialise(params, k_std, config.init_std)
-        return State(hypers, params, optimiser(config, hypers).init(params), key, jnp.zeros((), jnp.int32))
+        opt = optimiser(config, hypers).init(params)
+        return State(hypers, params, opt, key, jnp.int32(0), jnp.int32(config.num_updates))
 
     def step(state: State, batch: Batch | None = None) -> tuple[State, Metrics]:
         key, k_data = jax.random.split(state.key)
         batch = draw(k_data, config.batch_size) if batch is None else batch
         loss, grads = gradient(state.params, batch)
-        updates, opt = optimiser(config, state.hypers).update(grads, state.opt, state.params)
+        updates, opt = optimiser(config, state.hypers, state.total).update(grads, state.opt, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics: Metrics = {
             "loss/train": loss,
             "train/grad_norm": optax.global_norm(grads),
-            "train/lr": learning_rate(config, state.hypers, state.step),
+            "train/lr": learning_rate(config, state.hypers, state.step, state.total),
         }
-        return State(state.hypers, params, opt, key, state.step + 1), metrics
+        return state._replace(params=params, opt=opt, key=key, step=state.step + 1), metrics
 
     return Learner(
         init=init,
@@ -318,6 +322,7 @@ def build(model: SequenceModel, task: Task, config: Config) -> Learner:
         evaluate=evaluation(model, config, task),
         takes_batch=config.takes_batch,
         num_steps=config.num_updates,
+        with_length=lambda s, steps: s._replace(total=jnp.full_like(s.total, steps)),
         objective=("eval/accuracy", "max") if task.num_targets else ("eval/loss", "min"),
         check_data=lambda batch: check_batch(batch, task),
     )

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from training import network, run
+from training import make, network, run
 
 from jaxstack import agents
 from jaxstack.agents import team_ppo
@@ -95,6 +95,29 @@ def test_linear_one_hot_equals_separate_networks(algorithm):
             for kind in ("kernel", "bias"):
                 got = g[part]["params"][f"layer_{i}"][f"{kind}_head"]["kernel"]
                 np.testing.assert_allclose(got, h[part][f"Dense_{i}"][kind].reshape(A, -1), atol=1e-6)
+
+
+def test_linear_one_hot_without_biases_trains_as_separate_networks():
+    """50 updates from equal weights, nothing clipped. Adam's epsilon is small: HyperMARL's loss is a mean over agents,
+    that of separate networks a sum, which Adam undoes up to its epsilon."""
+    options = dict(num_envs=8, num_steps=8, hidden=(8,), lr=1e-3, max_grad_norm=1e9, adam_eps=1e-10, total_steps=3200)
+    hyper = make("hypermarl", "match", A, hyper_bias=False, advantage_norm="agent", **ONE_HOT, **options)
+    nops = make("ippo", "match", A, sharing="none", **options)
+
+    @jax.jit
+    def run(key):
+        mine, theirs = hyper.init(key), nops.init(key)
+        start = as_nops(mine.params)
+        one = lambda c, _: ((hyper.step(c[0])[0], nops.step(c[1])[0]), None)
+        (mine, theirs), _ = jax.lax.scan(one, (mine, theirs._replace(params=start)), None, length=50)
+        return mine.params, theirs.params, start
+
+    mine, theirs, start = run(jax.random.key(0))
+    heads = [path[-2:] for path, _ in jax.tree_util.tree_leaves_with_path(mine)]
+    assert {(h[0].key, h[1].key) for h in heads} == {("kernel_head", "kernel"), ("bias_head", "kernel")}
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), as_nops(mine), theirs)
+    moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), theirs, start)
+    assert max(jax.tree.leaves(moved)) > 0.1
 
 
 def test_linear_one_hot_starts_with_orthogonal_weights():
