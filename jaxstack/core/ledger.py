@@ -3,14 +3,16 @@
 import contextlib
 import gc
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from jaxstack.core import memo
 from jaxstack.core.errors import UserError
 
 CHEAP = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
@@ -45,6 +47,8 @@ class Program:
     """Seeds that one device holds; 0 for a program that is not divided among seeds."""
     envs: int = 0
     """Environments of a seed that one device holds; 0 for a learner without any."""
+    reused: bool = False
+    """Made by an earlier call in this process: nothing was traced or compiled."""
     shared_bytes: int = 0
     """Arguments that all seeds share: a dataset, batches."""
 
@@ -70,7 +74,9 @@ class Program:
 
 @dataclass
 class Ledger:
-    """Compiles ahead of time, so that nothing compiles unseen; `max_compiles` makes a further compile an error."""
+    """Compiles ahead of time, so that nothing compiles unseen; `max_compiles` makes a further compile an error.
+
+    Programs that an earlier call in this process made are listed as reused and count as no compile."""
 
     max_compiles: int | None = None
     programs: list[Program] = field(default_factory=list)
@@ -90,14 +96,36 @@ class Ledger:
         out_shardings: Any = None,
         once: bool = False,
         aside: bool = False,
+        store: OrderedDict[Any, Any] | None = None,
+        tag: Any = None,
+        notes: list[Any] | None = None,
     ) -> Callable[[], Any]:
         """Lower `function` now; the function that is returned gives the executable and enters it into the ledger.
 
         `once`: it runs a single time, so on CPU, where optimising takes longer than running, it is not optimised.
         `aside`: it is compiled in a thread of its own from now on, beside others; XLA keeps one core busy most of the
         time. On CPU alone: elsewhere kernels are tuned by timing them.
+        `store` (see memo.py) has or gets the executable; `tag` is what the function depends on beside what the store is
+        for, and `notes` what tracing wrote down, which is filled again when nothing is traced.
         Raises `UserError` when `max_compiles` programs were compiled already, and so does what is returned.
         """
+        key = None
+        if store is not None:
+            outs = None if out_shardings is None else tuple(jax.tree.leaves(out_shardings))
+            key = (name, tag, memo.signature(args), donate, outs, once)
+            if key in store:
+                store.move_to_end(key)
+                executable, program, written = store[key]
+                if notes is not None:
+                    notes[:] = written
+
+                def reuse() -> Any:
+                    self.programs.append(
+                        replace(program, traces=0, trace_seconds=0.0, compile_seconds=0.0, reused=True)
+                    )
+                    return executable
+
+                return reuse
         self._refuse(name)
         cpu = jax.default_backend() == "cpu"
         traces = 0
@@ -116,6 +144,8 @@ class Ledger:
             self._refuse(name)
             compiled, compile_seconds = future.result() if future else work()
             self._enter(name, traces, traced(), compile_seconds, compiled)
+            if store is not None:
+                memo.keep(store, key, (compiled, self.programs[-1], list(notes or ())))
             return compiled
 
         spare_mappings()
@@ -129,8 +159,9 @@ class Ledger:
         return finish
 
     def _refuse(self, name: str) -> None:
-        if self.max_compiles is not None and len(self.programs) >= self.max_compiles:
-            done = ", ".join(p.name for p in self.programs)
+        compiled = [p.name for p in self.programs if not p.reused]
+        if self.max_compiles is not None and len(compiled) >= self.max_compiles:
+            done = ", ".join(compiled)
             raise UserError(f"max_compiles={self.max_compiles}: {name!r} would be one more compile after {done}")
 
     def _enter(self, name: str, traces: int, trace_seconds: float, compile_seconds: float, compiled: Any) -> None:
@@ -182,8 +213,9 @@ class Ledger:
     def summary(self) -> str:
         """One line a program."""
         lines = [
-            f"{p.name}: traced {p.trace_seconds:.1f} s, compiled {p.compile_seconds:.1f} s, "
-            f"{p.flops:.3g} flops, peak memory {_size(p.peak_bytes)}"
+            f"{p.name}: "
+            + ("reused, " if p.reused else f"traced {p.trace_seconds:.1f} s, compiled {p.compile_seconds:.1f} s, ")
+            + f"{p.flops:.3g} flops, peak memory {_size(p.peak_bytes)}"
             + (f", {_size(p.bytes_per_seed)} a seed" if p.bytes_per_seed is not None else "")
             + (f", {_size(p.bytes_per_env)} an environment" if p.bytes_per_env is not None else "")
             for p in self.programs
@@ -201,6 +233,7 @@ def spare_mappings(share: float = 0.7) -> None:
     """
     maps, most = Path("/proc/self/maps"), Path("/proc/sys/vm/max_map_count")
     if maps.exists() and most.exists() and maps.read_bytes().count(b"\n") > share * int(most.read_text()):
+        memo.forget()
         jax.clear_caches()
         gc.collect()
 

@@ -12,7 +12,7 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from jaxstack.core import distributed, guard, ledger, source
+from jaxstack.core import distributed, guard, ledger, memo, source
 from jaxstack.core.devices import Layout, environments, layout
 from jaxstack.core.errors import UserError
 from jaxstack.core.learner import Key, Learner, as_hypers
@@ -104,15 +104,20 @@ def build(
         None if length is None else np.int32(length),
     )
     rows = arguments(seeds, hypers, learner.given)
-    with book.clock():
-        shapes = jax.eval_shape(start, *rows)
+    # numbers that are arguments are no part of what is compiled
+    store = memo.programs(learner._replace(given=None, hypers=None), data)
+    known = ("shapes", memo.signature(rows))
+    if known not in store:
+        with book.clock():
+            memo.keep(store, known, jax.eval_shape(start, *rows))
+    shapes = store[known]
     place = layout(learner, shapes[0], devices, env_devices)
     where = None if place.mesh is None else (place.state, jax.tree.map(lambda _: place.seeds, shapes[1]))
     if where is not None:
         shapes = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where)
     # beside the chunk, which takes longest
-    init = book.begin("init", start, *rows, out_shardings=where, once=True, aside=True)
-    evaluation = evaluating(learner, shapes[0], book, place) if evaluate else None
+    init = book.begin("init", start, *rows, out_shardings=where, once=True, aside=True, store=store)
+    evaluation = evaluating(learner, shapes[0], book, place, store=store) if evaluate else None
     arrays = () if data is None else data.constants()
     streamed = not jax.tree.leaves(arrays)  # otherwise the items are rows of `arrays`
     check = (data is not None and learner.check_data) or (lambda examples: None)
@@ -129,9 +134,12 @@ def build(
     body = jax.jit(_step_body(learner, data, guarded, causes))  # traced once, however often it is asked for its shapes
     zero = np.int32(0)
     if dispatch == "auto":
-        with book.clock():
-            slow = jax.default_backend() == "cpu" and convolves(body, *shapes, zero, shared, one_item)
-        dispatch = "loop" if slow else "scan"
+        known = ("convolves", memo.signature((shapes, shared, one_item)))
+        if known not in store:
+            with book.clock():
+                slow = jax.default_backend() == "cpu" and convolves(body, *shapes, zero, shared, one_item)
+            memo.keep(store, known, slow)
+        dispatch = "loop" if store[known] else "scan"
     out = None if where is None else (*where, place.everywhere)
     where_items = place.steps if data is not None and data.per_seed else place.everywhere
 
@@ -145,14 +153,15 @@ def build(
             check(tree)
         return send(tree)
 
+    options: dict[str, Any] = dict(donate=(0, 1), store=store, tag=(chunk, guarded), notes=causes)
     with place.compiling():
         if dispatch == "scan":
             item = send(item)
             args = (*shapes, zero, zero, shared, item)
-            program = book.compile("chunk", _chunk_program(body, chunk), *args, donate=(0, 1), out_shardings=out)
+            program = book.compile("chunk", _chunk_program(body, chunk), *args, out_shardings=out, **options)
         else:
             args = (*shapes, zero, shared, one_item)
-            program = book.compile("step", body, *args, donate=(0, 1), out_shardings=out)
+            program = book.compile("step", body, *args, out_shardings=out, **options)
     measured = book.programs[-1]
     measured.seeds = -(-len(seeds) // devices)
     measured.envs = -(-environments(learner, shapes[0]) // env_devices)
@@ -200,7 +209,12 @@ def convolves(function: Callable, *args: Any) -> bool:
 
 
 def evaluating(
-    learner: Learner, shapes: Any, book: ledger.Ledger, place: Layout = Layout(), key: Key | None = None
+    learner: Learner,
+    shapes: Any,
+    book: ledger.Ledger,
+    place: Layout = Layout(),
+    key: Key | None = None,
+    store: Any = None,
 ) -> Callable[[], Callable[[Any], dict[str, np.ndarray]]] | None:
     """Begin to compile the evaluation of states like `shapes` [S, ...] with `key` (default: the one of all runs); the
     function that is returned gives state -> metrics [S]. None for a learner without evaluation.
@@ -213,7 +227,7 @@ def evaluating(
     key = distributed.place_all(jax.random.key(EVAL_STREAM) if key is None else key, place.everywhere)
     if learner.eval_source is None:
         one = lambda state, key: over_seeds(lambda s: evaluate(s, key))(state)
-        begun = book.begin("evaluate", one, shapes, key, out_shardings=place.everywhere, aside=True)
+        begun = book.begin("evaluate", one, shapes, key, out_shardings=place.everywhere, aside=True, store=store)
 
         def finish() -> Callable:
             program = begun()

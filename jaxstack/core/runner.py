@@ -46,7 +46,7 @@ class RunOptions(config.Config):
     best_direction: Literal["max", "min", ""] = ""
     """Whether it is better large or small; default: as the learner's objective, of another metric large."""
     max_compiles: int | None = None
-    """A further compile is an error."""
+    """A further compile is an error. What an earlier call in this process compiled (see memo.py) does not count."""
     guard: bool = True
     """Freeze seeds whose losses, state or inputs go non-finite, see guard.py."""
     devices: int = 1
