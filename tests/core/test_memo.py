@@ -17,11 +17,6 @@ from jaxstack.core.runner import train
 QUIET = dict(progress=False)
 
 
-@pytest.fixture(autouse=True)
-def nothing_known():
-    memo.forget()
-
-
 def compiled(function):
     """(result, how many programs XLA was asked for by our own calls and by JAX's)."""
     events = []
