@@ -57,6 +57,7 @@ def test_what_a_row_names_exists(m):
         assert callable(LEARNERS.load(m.slug))
         assert issubclass(learners.config_class(m.slug), Config)
     if m.claim:
+        assert (ROOT / m.page).is_file()
         claim = CLAIMS.load(m.slug)
         assert claim.method == m.slug
         record = json.loads((ROOT / f"docs/results/{m.slug}-small.json").read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""What every registered learner must do."""
+"""What every agent that learns from its own play must do, beside the contract of all learners (test_learners.py)."""
 
 import functools
 import shutil
@@ -112,8 +112,8 @@ def test_no_key_is_used_twice(name):
         jax.jit(one.evaluate)(state, jax.random.key(1))
 
 
-# one of each kind of state: plain, several optimisers, a running measurement, recurrent and generated
-@pytest.mark.parametrize("name", ["ippo", "happo", "dico", "hypermarl, recurrent"])
+# what tests/test_learners.py does for the default config of each learner
+@pytest.mark.parametrize("name", ["hypermarl, recurrent"])
 def test_a_resumed_run_equals_a_whole_one_to_the_bit(name, tmp_path):
     options = dict(seeds=2, progress=False, eval_every=-1, chunk=1)
     whole = train(learner(name), 3, **options)

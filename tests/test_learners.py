@@ -1,0 +1,78 @@
+"""What every learner of the registry must do; agents that act have another contract, agents/test_contract.py."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxstack import learners
+from jaxstack.core.errors import UserError
+from jaxstack.core.runner import load_state, resume, train
+from jaxstack.methods import LEARNERS
+
+AGENT = dict(num_envs=2, num_steps=4, num_minibatches=1, num_epochs=1, hidden=(4,), total_steps=24, eval_episodes=2)
+TEAM = AGENT | dict(env="matrix_game", env_args=("num_agents=2", "horizon=4"))
+TINY = {
+    "ppo": AGENT | dict(env="gymnax/CartPole-v1"),
+    "ippo": TEAM,
+    "mappo": TEAM,
+    "hypermarl": TEAM | dict(hyper_hidden=(4,)),
+    "happo": TEAM,
+    "dico": AGENT | dict(env="navigation", env_args=("num_agents=2",)),
+    "kaleidoscope": TEAM,
+    "sequence": dict(
+        task="parity", task_args=("length=6",), features=4, depth=1, batch_size=4, num_updates=3, eval_examples=8
+    ),
+}
+OPTIONS = dict(progress=False, chunk=1)
+
+
+def leaves(tree):
+    return [
+        jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x for x in jax.tree.leaves(tree)
+    ]
+
+
+def test_every_learner_has_a_tiny_config():
+    assert set(TINY) == set(LEARNERS)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_learner_trains_resumes_is_stored_and_names_bad_input(name, tmp_path):
+    learner = learners.make(name, **TINY[name])
+    assert learner.name == name
+    assert learner.num_steps == 3
+    assert learner.samples_per_step >= 1
+    whole = train(learner, seeds=[0, 3], run_dir=tmp_path / "whole", checkpoint_every=2, **OPTIONS)
+    assert whole.alive.all()
+    assert list(whole.metrics.step) == [1, 1, 2, 2, 3, 3]
+    losses = [c for c in whole.metrics if c.startswith("loss/")]
+    assert losses
+    assert np.isfinite(whole.metrics[losses]).all(None)
+    assert learner.objective[0] in whole.metrics
+    before, after = (
+        leaves(s.params)
+        for s in (
+            jax.vmap(lambda k: learner.init(k, learner.hypers))(jnp.stack([jax.random.key(s) for s in (0, 3)])),
+            whole.state,
+        )
+    )
+    assert any(bool(jnp.any(a != b)) for a, b in zip(before, after, strict=True))
+    # stored and read
+    for a, b in zip(leaves(load_state(learner, tmp_path / "whole")), leaves(whole.state), strict=True):
+        np.testing.assert_array_equal(a, b)
+    # resumed: bitwise identical
+    train(learner, 2, seeds=[0, 3], run_dir=tmp_path / "part", eval_every=-1, **OPTIONS)
+    got = resume(learner, tmp_path / "part", 3, **OPTIONS)
+    for a, b in zip(leaves(whole.state), leaves(got.state), strict=True):
+        np.testing.assert_array_equal(a, b)
+    # a seed among others takes the step it takes alone, up to rounding
+    state = jax.tree.map(lambda x: x[1], load_state(learner, tmp_path / "part"))
+    both = jax.jit(jax.vmap(learner.step))(got.state)[0]
+    alone = jax.jit(learner.step)(state)[0]
+    for a, b in zip(leaves(both.params), leaves(alone.params), strict=True):
+        np.testing.assert_allclose(a[1], b, rtol=1e-3, atol=1e-5)
+    with pytest.raises(UserError, match="lr=-1"):
+        learners.make(name, **TINY[name], lr=-1.0)
+    with pytest.raises(UserError, match="unknown option 'no_such_option'"):
+        learners.make(name, **TINY[name], no_such_option=1)
