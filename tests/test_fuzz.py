@@ -36,17 +36,20 @@ def names(agent: str) -> list[str]:
     return [*cls.__dataclass_fields__, *cls().hypers._fields, "lerning_rate", "hypers"]
 
 
+NAMES = {agent: names(agent) for agent in agents.AGENTS}  # imports the agents, which a strategy must not do
+
+
 @st.composite
 def configs(draw):
     agent = draw(st.sampled_from([*agents.AGENTS]))
-    chosen = draw(st.lists(st.sampled_from(names(agent)), max_size=4, unique=True))
+    chosen = draw(st.lists(st.sampled_from(NAMES[agent]), max_size=4, unique=True))
     return agent, {name: draw(values) for name in chosen}
 
 
 @st.composite
 def command_lines(draw):
     agent = draw(st.one_of(st.sampled_from([*agents.AGENTS]), st.just("ipo")))
-    known = names(agent if agent in agents.AGENTS else "ippo")
+    known = NAMES.get(agent, NAMES["ippo"])
     extra = ["seeds", "chunk", "split-seeds", "eval-every", "run-dir", "max-compiles", "best-metric", "no-guard"]
     argv = []
     for name in draw(st.lists(st.sampled_from([*known, *extra]), max_size=4)):
