@@ -308,6 +308,15 @@ METHODS: tuple[Method, ...] = (
         factory="jaxstack.sequence.trainer:sequence",
         tests="tests/sequence/test_trainer.py",
     ),
+    Method(
+        "classifier",
+        "learner",
+        "A classifier of images: MLP or small convolutional network",
+        2026,
+        factory="jaxstack.nn.classifier:classifier",
+        extras=("data",),
+        tests="tests/nn/test_supervised.py",
+    ),
 )
 
 METHOD = {m.slug: m for m in METHODS}
