@@ -44,9 +44,9 @@ NATIVE = Registry(
 FAMILIES = Registry(
     "environment family",
     {
-        "jaxmarl": "jaxstack.envs.jaxmarl_adapter:make",
-        "gymnax": "jaxstack.envs.gymnax_adapter:make",
-        "brax": "jaxstack.envs.brax_adapter:make",
+        "jaxmarl": "jaxstack.envs.jaxmarl:make",
+        "gymnax": "jaxstack.envs.gymnax:make",
+        "brax": "jaxstack.envs.brax:make",
     },
 )
 

@@ -118,10 +118,10 @@ def library(id: str, env: Any, width: int, num_steps: int) -> tuple[Run, Any] | 
 def jaxmarl_step(env: Any, width: int) -> tuple[Step, Any]:
     import jaxmarl
 
-    from jaxstack.envs import jaxmarl_adapter as adapter
+    from jaxstack.envs.jaxmarl import adapter, mabrax
 
     # ours switches off the first of the two auto-resets of MABrax; its users get both
-    both = env.name in adapter.MABRAX
+    both = env.name in mabrax.IDS
     lib = jaxmarl.make(env.name, **dict(env.options)) if both else adapter.library(env.name, env.options)[0]
     legal = {"smax": "get_avail_actions", "hanabi": "get_legal_moves"}.get(env.name.split("/")[0])
 

@@ -18,6 +18,7 @@ NEEDED = (
     "jaxstack/core/runner.py",
     "jaxstack/envs/__init__.py",
     "jaxstack/envs/dispersion.py",
+    "jaxstack/envs/jaxmarl/storm.py",
     "jaxstack/agents/hypermarl.py",
     "jaxstack/sequence/scan_table.json",
 )

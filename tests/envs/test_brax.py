@@ -9,15 +9,15 @@ import pytest
 
 from jaxstack import envs
 from jaxstack.core.errors import UnknownName, UserError
-from jaxstack.envs import brax_adapter
+from jaxstack.envs.brax import adapter
 
 
 def test_ids_are_those_of_the_library_without_swimmer():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from brax.envs import _envs
-    assert set(_envs) - set(brax_adapter.IDS) == {"swimmer", "fast"}
-    assert set(brax_adapter.IDS) <= set(_envs)
+    assert set(_envs) - set(adapter.IDS) == {"swimmer", "fast"}
+    assert set(adapter.IDS) <= set(_envs)
 
 
 def test_equal_to_the_library_and_the_time_limit_truncates():

@@ -9,7 +9,7 @@ import pytest
 
 from jaxstack import envs
 from jaxstack.core.errors import UserError
-from jaxstack.envs import jaxmarl_adapter, vector
+from jaxstack.envs import vector
 from jaxstack.envs.base import (
     Box,
     Discrete,
@@ -22,6 +22,7 @@ from jaxstack.envs.base import (
     global_state,
     sample_action,
 )
+from jaxstack.envs.jaxmarl import mabrax
 from jaxstack.nn.observations import inputs_of
 
 T = 30
@@ -45,7 +46,7 @@ SHORT = {
     "jaxmarl/jaxnav": {"max_steps": 12},
     "jaxmarl/coin_game": {"num_inner_steps": 6, "num_outer_steps": 2},
     "jaxmarl/storm": {"num_inner_steps": 6, "num_outer_steps": 2},
-    **{f"jaxmarl/{id}": {"episode_length": 12} for id in jaxmarl_adapter.MABRAX},
+    **{f"jaxmarl/{id}": {"episode_length": 12} for id in mabrax.IDS},
     "gymnax": {"max_steps_in_episode": 12},
     "brax": {"episode_length": 12},
 }

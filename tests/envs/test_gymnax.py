@@ -9,8 +9,8 @@ import pytest
 
 from jaxstack import envs
 from jaxstack.core.errors import UnknownName, UserError
-from jaxstack.envs import gymnax_adapter
 from jaxstack.envs.base import Discrete
+from jaxstack.envs.gymnax import adapter
 
 
 def library(name: str):
@@ -25,8 +25,8 @@ def test_ids_are_those_of_the_library_without_the_one_that_downloads():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from gymnax.registration import _BUILTIN_ENV_IDS
-    assert set(_BUILTIN_ENV_IDS) - set(gymnax_adapter.IDS) == {"MNISTBandit-bsuite"}
-    assert set(gymnax_adapter.IDS) <= set(_BUILTIN_ENV_IDS)
+    assert set(_BUILTIN_ENV_IDS) - set(adapter.IDS) == {"MNISTBandit-bsuite"}
+    assert set(adapter.IDS) <= set(_BUILTIN_ENV_IDS)
 
 
 @pytest.mark.parametrize("name", ["CartPole-v1", "Pendulum-v1", "Catch-bsuite"])

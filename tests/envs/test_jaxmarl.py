@@ -13,8 +13,8 @@ import pytest
 
 from jaxstack import envs
 from jaxstack.core.errors import UnknownName, UserError
-from jaxstack.envs import jaxmarl_adapter
 from jaxstack.envs.base import action_limits, sample_action
+from jaxstack.envs.jaxmarl import adapter
 
 
 def walk(env, steps: int, key=None):
@@ -37,7 +37,7 @@ def test_ids_cover_the_library_that_runs_offline():
         from jaxmarl.environments.overcooked_v2.layouts import overcooked_v2_layouts
         from jaxmarl.environments.smax.smax_env import MAP_NAME_TO_SCENARIO
         from jaxmarl.registration import registered_envs
-    ids = jaxmarl_adapter.IDS
+    ids = adapter.IDS
     assert {i.split("/")[1] for i in ids if i.startswith("smax/")} == set(MAP_NAME_TO_SCENARIO)
     assert {i.split("/")[1] for i in ids if i.startswith("overcooked/")} == set(overcooked_layouts)
     assert {i.split("/")[1] for i in ids if i.startswith("overcooked_v2/")} == set(overcooked_v2_layouts)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxstack import envs
-from jaxstack.envs import brax_adapter, brax_fast
+from jaxstack.envs.brax import adapter, fast
 from jaxstack.envs.lanes import lanes
 
 B = 5
@@ -101,7 +101,7 @@ def test_divisions_by_one_stay_and_small_products_are_written_out():
     assert "optimization_barrier" in text
 
 
-@pytest.mark.parametrize("backend", brax_fast.BACKENDS)
+@pytest.mark.parametrize("backend", fast.BACKENDS)
 def test_physics_equals_brax(backend: str):
     """A robot with contacts and joint limits, 25 steps from one start: each step from the library's own state."""
     with warnings.catch_warnings():
@@ -124,6 +124,6 @@ def test_physics_equals_brax(backend: str):
 
 
 def test_only_where_it_gains():
-    lib = brax_adapter._library("inverted_pendulum", "generalized", ())
+    lib = adapter._library("inverted_pendulum", "generalized", ())
     assert "pipeline_step" not in vars(lib)
     assert "pipeline_step" in vars(envs.make("jaxmarl/hopper_3x1").lib.env)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from jaxstack import envs
-from jaxstack.envs import jaxmarl_adapter, mpe_fast
 from jaxstack.envs.base import action_from, action_noise
+from jaxstack.envs.jaxmarl import adapter, mpe_fast
 
 TASKS = ("spread_v3", "speaker_listener_v4", "tag_v3", "world_comm_v3", "push_v3", "facmac_3a_v1")
 
@@ -25,7 +25,7 @@ TASKS = ("spread_v3", "speaker_listener_v4", "tag_v3", "world_comm_v3", "push_v3
 def test_equal_to_the_librarys_methods(name, options):
     """Played side by side, so that a difference would grow; contacts happen, as agents start within reach."""
     env = envs.make(f"jaxmarl/MPE_simple_{name}", **options)
-    lib, _ = jaxmarl_adapter.library(env.name, env.options)  # pyright: ignore
+    lib, _ = adapter.library(env.name, env.options)  # pyright: ignore
     count, steps = 20, 25
     noise = action_noise(env.spec, jax.random.key(1), (count, steps))
 
@@ -39,7 +39,7 @@ def test_equal_to_the_librarys_methods(name, options):
             action = action_from(env.spec, x[1])
             ours, ts = env.step(key, ours, action)
             obs, theirs, reward, _, _ = lib.step_env(key, theirs, env._actions(action))  # pyright: ignore
-            return (ours, theirs), (ts.obs, env._obs(obs), ts.reward, jaxmarl_adapter._rewards(env.spec, reward))  # pyright: ignore
+            return (ours, theirs), (ts.obs, env._obs(obs), ts.reward, adapter._rewards(env.spec, reward))  # pyright: ignore
 
         start = ts.obs, env._obs(obs)  # pyright: ignore
         return start, jax.lax.scan(body, (ours, theirs), (jax.random.split(k_step, steps), noise))[1]
@@ -65,6 +65,6 @@ def test_equal_to_the_librarys_methods(name, options):
 )
 def test_the_librarys_methods_stay_where_ours_would_differ(name, options, kept):
     """Noise that is wanted, speed limits, and other tasks than simple_spread."""
-    lib, _ = jaxmarl_adapter.library(name, tuple((k, np.asarray(v)) for k, v in options.items()))
+    lib, _ = adapter.library(name, tuple((k, np.asarray(v)) for k, v in options.items()))
     assert kept not in vars(mpe_fast.faster(lib))
     assert "_apply_environment_force" in vars(lib)

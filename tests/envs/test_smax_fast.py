@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from parity import agree
 
-from jaxstack.envs import jaxmarl_adapter, smax_fast
+from jaxstack.envs.jaxmarl import adapter, smax_fast
 
 
 def make(name: str, **options):
-    return jaxmarl_adapter.library(f"smax/{name}", tuple(options.items()))[0]
+    return adapter.library(f"smax/{name}", tuple(options.items()))[0]
 
 
 def test_written_out_generator_is_the_library_of_jax():

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from parity import agree
 
-from jaxstack.envs import jaxmarl_adapter, storm_fast
+from jaxstack.envs.jaxmarl import adapter, storm_fast
 
 
 def make(**options):
-    return jaxmarl_adapter.library("storm_np", tuple(options.items()))[0]
+    return adapter.library("storm_np", tuple(options.items()))[0]
 
 
 def test_rarely_is_where_at_every_level_of_vmap():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from parity import agree
 
-from jaxstack.envs import jaxmarl_adapter, overcooked_fast
+from jaxstack.envs.jaxmarl import adapter, overcooked_v2_fast
 
 BUSY = dict(random_reset=True, agent_view_size=2, negative_rewards=True, sample_recipe_on_delivery=True)
 
@@ -21,8 +21,8 @@ BUSY = dict(random_reset=True, agent_view_size=2, negative_rewards=True, sample_
 )
 def test_equal_to_the_librarys_methods(layout, options):
     """Kitchens that start in use, so that dishes are delivered; interacting is likelier than moving."""
-    theirs, mine = (jaxmarl_adapter.library(f"overcooked_v2/{layout}", tuple(options.items()))[0] for _ in range(2))
-    ours = overcooked_fast.faster(mine)
+    theirs, mine = (adapter.library(f"overcooked_v2/{layout}", tuple(options.items()))[0] for _ in range(2))
+    ours = overcooked_v2_fast.faster(mine)
     assert "get_obs" in vars(ours)
     weights = jnp.log(jnp.array([1.0] * 5 + [2.0]))
 
@@ -45,5 +45,5 @@ def test_equal_to_the_librarys_methods(layout, options):
 
 def test_what_is_not_covered_keeps_the_librarys_methods():
     """Here several permutations of the ingredients in what cooks see."""
-    lib, _ = jaxmarl_adapter.library("overcooked_v2/cramped_room", (("op_ingredient_permutations", (0, 1)),))
-    assert "get_obs" not in vars(overcooked_fast.faster(lib))
+    lib, _ = adapter.library("overcooked_v2/cramped_room", (("op_ingredient_permutations", (0, 1)),))
+    assert "get_obs" not in vars(overcooked_v2_fast.faster(lib))

@@ -14,8 +14,8 @@ from jaxtyping import Array
 
 from jaxstack.core.config import check_options, options_of
 from jaxstack.core.errors import UserError, unknown
-from jaxstack.envs import brax_fast
 from jaxstack.envs.base import Box, Environment, Spec, TimeStep, cached, first_step, like, runs
+from jaxstack.envs.brax import fast
 
 IDS: tuple[str, ...] = (
     "ant",
@@ -103,7 +103,7 @@ def _library(name: str, backend: str, options: tuple[tuple[str, Any], ...]) -> A
         warnings.simplefilter("ignore")
         from brax import envs as brax_envs
 
-        return brax_fast.faster(brax_envs.get_environment(name, backend=backend, **dict(options)))
+        return fast.faster(brax_envs.get_environment(name, backend=backend, **dict(options)))
 
 
 @cached(16)
