@@ -38,6 +38,9 @@ NATIVE = Registry(
         "dispersion": "jaxstack.envs.dispersion:Dispersion",
         "navigation": "jaxstack.envs.navigation:Navigation",
         "blind_particle_spread": "jaxstack.envs.blind_particle_spread:BlindParticleSpread",
+        "follow_partner": "jaxstack.envs.follow_partner:FollowPartner",
+        "match_now": "jaxstack.envs.cue_tasks:MatchNow",
+        "repeat_last": "jaxstack.envs.cue_tasks:RepeatLast",
     },
 )
 

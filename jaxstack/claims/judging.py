@@ -22,10 +22,11 @@ Rule = Literal[
     "times_at_most",
     "share",
     "share_below",
+    "signed_rank",
 ]
 Status = Literal["holds", "fails", "report", "not run"]
 
-LARGER = ("above", "times_at_least")  # a rival is strong where its metric is large
+LARGER = ("above", "times_at_least", "signed_rank")  # a rival is strong where its metric is large
 SMALLER = ("below", "times_at_most")
 COMPARED = (*LARGER, *SMALLER, "within")
 TARGETED = ("near", "share", "share_below")
@@ -47,6 +48,8 @@ class Check(NamedTuple):
         times_at_least, times_at_most: mean(arm) / mean(other) >= value (e.low), <= value (e.high); positive metrics.
         share, share_below: at least the share `value` of the seeds reach metric >= target (<= target). The share itself
             decides; its Wilson interval is shown.
+        signed_rank: one-sided exact Wilcoxon test of arm - other > 0 seed by seed has p <= value. Five seeds reach at
+            best 1/32. Needs `paired`.
     """
 
     experiment: str
@@ -89,6 +92,7 @@ class Check(NamedTuple):
             "times_at_least": f"{what} >= {self.value:g} x {rival}",
             "times_at_most": f"{what} <= {self.value:g} x {rival}",
             "share": f"{what} >= {self.target:.4g} in at least {self.value:.0%} of the seeds",
+            "signed_rank": f"{what} > {rival} with p <= {self.value:g}",
             "share_below": f"{what} <= {self.target:.4g} in at least {self.value:.0%} of the seeds",
         }[self.rule]
         return f"{text} (seed by seed)" if self.paired else text
@@ -107,6 +111,8 @@ class Check(NamedTuple):
             return f"target={self.target:g}: rule {self.rule} takes no target"
         if self.paired and self.rule not in COMPARED:
             return f"paired=True: rule {self.rule} compares no two arms"
+        if self.rule == "signed_rank" and not (self.paired and 0 < self.value < 1):
+            return f"rule signed_rank needs paired=True and a p-value in (0, 1), found {self.paired} and {self.value:g}"
         if self.rule in ("share", "share_below") and not 0 < self.value <= 1:
             return f"value={self.value:g}: expected a share of the seeds in (0, 1]"
         return None
@@ -174,6 +180,8 @@ def _decide(check: Check, own: dict[int, float], rival: dict[int, float]) -> tup
         e = stats.estimate(
             stats.Ratio() if check.rule.startswith("times") else stats.Difference(), x, y, paired=check.paired
         )
+        if check.rule == "signed_rank":
+            return e, stats.wilcoxon(x, y, alternative="greater").p <= check.value
     v, t = check.value, check.target
     holds = {
         "at_least": e.low >= v,

@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from jaxstack.cli import claims, exporting, figures, listing, scores, training
+from jaxstack.cli import audits, claims, exporting, figures, listing, scores, training
 from jaxstack.cli.parsing import Commands
 from jaxstack.cli.training import plan
 
@@ -25,6 +25,8 @@ Train agents and sequence models in JAX, whole runs and all seeds in one program
   jaxstack resume RUN                             go on where a run stopped, bitwise identical
   jaxstack evaluate RUN --episodes 256            fresh episodes with the trained policy, of many runs, in many tasks
   jaxstack crossplay RUN                          how well agents do with partners of other seeds
+  jaxstack conventions RUN                        do trained pairs read each other, or have they agreed on constants
+  jaxstack audit ENV ENV                          what environments ask for: memory, hidden information, coordination
   jaxstack plot RUN RUN ...                       learning curves with intervals
   jaxstack render RUN --out episode.gif           watch an episode
   jaxstack export RUN DIR                         the policy for other programs
@@ -78,6 +80,6 @@ def parser() -> argparse.ArgumentParser:
         epilog="--debug shows the traceback of an error.",
     )
     commands = Commands(whole.add_subparsers(dest="command", metavar="COMMAND", title="commands"))
-    for group in (listing, training, scores, figures, exporting, claims):
+    for group in (listing, training, scores, audits, figures, exporting, claims):
         group.add_commands(commands)
     return whole

@@ -40,7 +40,7 @@ def _evaluate(args: argparse.Namespace, _: list[str]) -> None:
     several = len(args.run_dirs) > 1 or len(chosen) > 0
     for learner, members, states in found:
         if learner.policy is not None and learner.env is not None:
-            from jaxstack.agents.crossplay import evaluate_many
+            from jaxstack.measures.crossplay import evaluate_many
 
             episodes, key = args.episodes or 128, jax.random.key(args.seed)
             played = evaluate_many(learner, states, chosen or None, key, episodes=episodes, greedy=not args.sample)
@@ -85,9 +85,9 @@ def _print_scores(scores: Mapping[str, Any], members: Sequence[runs.Member], sho
 def _crossplay(args: argparse.Namespace, _: list[str]) -> None:
     import jax
 
-    from jaxstack.agents.crossplay import cross_play
     from jaxstack.core import config, rundir
     from jaxstack.core.errors import UserError
+    from jaxstack.measures.crossplay import cross_play
 
     groups = runs.groups(args.run_dirs)
     if len(groups) > 1:

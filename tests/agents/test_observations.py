@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 from jaxstack import agents, envs
-from jaxstack.agents import AGENTS, crossplay, seps, team_ppo
+from jaxstack.agents import AGENTS, seps, team_ppo
 from jaxstack.core import running
 from jaxstack.core.bundle import load_policy, save_policy
 from jaxstack.core.errors import UserError
 from jaxstack.core.metrics import on_host
 from jaxstack.envs.base import Discrete, Environment, Image, Spec, first_step
+from jaxstack.measures import crossplay
 from jaxstack.nn import team
 
 TINY = dict(num_envs=2, num_steps=4, num_minibatches=2, hidden=(8,), total_steps=64, eval_episodes=2)

@@ -12,11 +12,11 @@ import pytest
 from PIL import Image
 
 from jaxstack import agents
-from jaxstack.agents.crossplay import CrossPlay, cross_play, evaluate_many
 from jaxstack.core.errors import UserError
 from jaxstack.core.learner import Learner, Policy
 from jaxstack.core.metrics import on_host
 from jaxstack.envs.matrix_game import MatrixGame
+from jaxstack.measures.crossplay import CrossPlay, cross_play, evaluate_many
 
 SMALL = dict(num_envs=2, num_steps=4, num_minibatches=1, hidden=(8,), eval_episodes=5, total_steps=8)
 KEY = jax.random.key(3)

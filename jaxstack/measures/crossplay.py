@@ -109,17 +109,17 @@ def evaluate_many(
     environment's name, `Episodes` with leaves [K, N, ...]. Raises `UserError` for a learner without policy or an
     environment whose agents, observations or actions are others than the learner's.
     """
-    policy, own = _policy(learner), learner.env
+    policy, own = policy_of(learner), learner.env
     key = jax.random.key(0) if key is None else key
     count = _members(states, episodes, at_once)
     found = {}
     for name, env in _named(environments, own).items():
         _same_task(learner, own, name, env)
-        vec, steps = vector.vectorise(env, episodes), _steps(learner, env)
+        vec, steps = vector.vectorise(env, episodes), longest(learner, env)
 
         def run(states: Any, key: Key, vec: vector.VecEnv = vec, steps: int = steps) -> rollout.Episodes:
             def one(p: Any) -> rollout.Episodes:
-                return rollout.episodes(vec, _act(policy, p, greedy), key, policy.init_carry(p, episodes), steps)
+                return rollout.episodes(vec, act_with(policy, p, greedy), key, policy.init_carry(p, episodes), steps)
 
             return _map(one, jax.vmap(policy.params)(states), count, at_once)
 
@@ -145,7 +145,7 @@ def cross_play(
     only the actions of their own agents are played. Raises `UserError` for a learner without policy, a team of one, or
     slots that are no agents.
     """
-    policy, own = _policy(learner), learner.env
+    policy, own = policy_of(learner), learner.env
     env = next(iter(_named(None if env is None else [env], own).values()))
     _same_task(learner, own, "env", env)
     agents = env.spec.num_agents
@@ -156,7 +156,7 @@ def cross_play(
         raise UserError(f"slots={slots}: expected agents 0 to {agents - 1}")
     key = jax.random.key(0) if key is None else key
     count = _members(states, episodes, at_once)
-    vec, steps = vector.vectorise(env, episodes), _steps(learner, env)
+    vec, steps = vector.vectorise(env, episodes), longest(learner, env)
     teams = [x.ravel() for x in np.meshgrid(np.asarray(slots), np.arange(count), np.arange(count), indexing="ij")]
 
     @jax.jit
@@ -167,7 +167,7 @@ def cross_play(
             slot, *pair = team
             p, q = (jax.tree.map(lambda x, i=i: x[i], params) for i in pair)
             carry = (policy.init_carry(p, episodes), policy.init_carry(q, episodes))
-            both = _mixed(_act(policy, p, greedy), _act(policy, q, greedy), jnp.arange(agents) == slot)
+            both = _mixed(act_with(policy, p, greedy), act_with(policy, q, greedy), jnp.arange(agents) == slot)
             return rollout.episodes(vec, both, key, carry, steps).returns.mean(-1)
 
         return _map(one, tuple(map(jnp.asarray, teams)), len(teams[0]), at_once)
@@ -176,7 +176,7 @@ def cross_play(
     return CrossPlay(returns.reshape(len(slots), count, count, episodes), slots)
 
 
-def _act(policy: Policy, params: Any, greedy: bool) -> rollout.Act:
+def act_with(policy: Policy, params: Any, greedy: bool) -> rollout.Act:
     def act(key: Key, carry: Any, vs: vector.VecState) -> tuple[Any, Array, tuple]:
         ts = vs.ts
         carry, action = policy.act(params, carry, ts.obs, ts.action_mask, vs.first, None if greedy else key)
@@ -200,7 +200,7 @@ def _map(function: Any, xs: Any, count: int, at_once: int | None) -> Any:
     return jax.vmap(function)(xs) if at_once is None else jax.lax.map(function, xs, batch_size=min(at_once, count))
 
 
-def _policy(learner: Learner) -> Policy:
+def policy_of(learner: Learner) -> Policy:
     if learner.policy is None:
         raise UserError(f"{learner.name}: has no policy to act with")
     return learner.policy
@@ -242,7 +242,7 @@ def _members(states: Any, episodes: int, at_once: int | None) -> int:
     return sizes.pop()
 
 
-def _steps(learner: Learner, env: Environment) -> int:
+def longest(learner: Learner, env: Environment) -> int:
     return env.spec.horizon or getattr(learner.config, "eval_steps", 1000)
 
 
