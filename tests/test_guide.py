@@ -1,4 +1,4 @@
-"""docs/architecture.md to the letter: its environment, agent and claim are written to files, registered and run."""
+"""docs/architecture.md to the letter: its environment, learners and claim are written to files, registered and run."""
 
 import re
 import subprocess
@@ -16,7 +16,7 @@ def test_the_guide_works_as_it_stands(tmp_path):
             (tmp_path / name).write_text(code, encoding="utf-8")
         else:
             registrations.append(code)
-    assert len(list(tmp_path.glob("*.py"))) == 3
+    assert len(list(tmp_path.glob("*.py"))) == 5
     assert len(registrations) == 3
     main = "\n".join(registrations) + "\nimport sys\nfrom jaxstack.cli import main\nsys.exit(main(sys.argv[1:]))\n"
     (tmp_path / "main.py").write_text(main, encoding="utf-8")
@@ -35,5 +35,12 @@ def test_the_guide_works_as_it_stands(tmp_path):
     )
     assert float(re.search(r"eval/return: ([\d.]+)", out).group(1)) == 3.0
     run(*"train hillclimb --size 8 --lr 0.2 --seeds 0 1 --run-dir climb".split())
+    out = run(*"train moons:classify --width 64 --lr 0.2 --run-dir moons".split())
+    assert float(re.search(r"eval/accuracy: ([\d.]+)", out).group(1)) > 0.9
+    out = run(*"train transfer:transfer --seeds 0 1 --run-dir transfer".split())
+    assert float(re.search(r"eval/accuracy: ([\d.]+)", out).group(1)) > 0.8
+    assert {p.name for p in (tmp_path / "transfer").iterdir()} >= {"run.yaml", "1_pretrain", "2_tune"}
+    assert "eval/accuracy" in run("evaluate", "transfer")
+    assert "eval/accuracy" in run("resume", "transfer")
     assert "holds" in run("reproduce", "hillclimb", "--out", "results")
     assert (tmp_path / "results" / "hillclimb-small.png").stat().st_size > 5000

@@ -17,7 +17,15 @@ class Member(NamedTuple):
 
 
 def load(run_dir: str) -> tuple[Any, dict[str, Any]]:
-    """The learner and plan of a stored run. Raises `UserError`."""
+    """The learner (of a method in stages that of the last one) and plan of a stored run. Raises `UserError`."""
+    from jaxstack.core import stages
+
+    learner, plan = load_any(run_dir)
+    return stages.last(learner, run_dir) if isinstance(learner, stages.Staged) else learner, plan
+
+
+def load_any(run_dir: str) -> tuple[Any, dict[str, Any]]:
+    """The learner or the method in stages, and the plan, of a stored run. Raises `UserError`."""
     from jaxstack import learners
     from jaxstack.core import distributed
     from jaxstack.core.rundir import read_plan

@@ -56,15 +56,19 @@ def _train(args: argparse.Namespace, rest: list[str]) -> None:
     if args.learner is None or args.learner in ("-h", "--help"):
         _train_usage()
         return
-    from jaxstack.core import config, devices, distributed, runner
+    from jaxstack.core import config, devices, distributed, runner, stages
 
     several = not {"-h", "--help"} & set(rest) and join(args)
     learner, job = plan(args.learner, rest, show_devices=not several and devices.show)
     run_dir = Path(job.run_dir or f"runs/{_file_name(args.learner)}-{_now()}")
     stored = {"config": config.to_dict(job.config), "options": config.to_dict(job.run)}
     sinks = _sinks(job, run_dir, stored) if distributed.is_first() else []
-    result = runner.train(learner, None, job.seeds, run_dir=run_dir, plan=stored, options=job.run, sinks=sinks)
-    _report(learner, result, {"seeds": job.seeds})
+    common: dict[str, Any] = dict(run_dir=run_dir, plan=stored, options=job.run, sinks=sinks)
+    if isinstance(learner, stages.Staged):
+        result = stages.train(learner, job.seeds, **common)
+        _report(result.learner, result.of_last_stage(), {"seeds": job.seeds})
+    else:
+        _report(learner, runner.train(learner, None, job.seeds, **common), {"seeds": job.seeds})
 
 
 def plan(name: str, argv: Sequence[str], show_devices: Any = None) -> tuple[Any, Any]:
@@ -196,7 +200,7 @@ def _train_usage() -> None:
 
 
 def _resume(args: argparse.Namespace, _: list[str]) -> None:
-    from jaxstack.core import config, devices, runner
+    from jaxstack.core import config, devices, runner, stages
     from jaxstack.core.rundir import read_plan
 
     layout = {"devices": args.devices, "env_devices": args.env_devices}
@@ -208,9 +212,13 @@ def _resume(args: argparse.Namespace, _: list[str]) -> None:
     if not join(args):
         options = options_of(read_plan(args.run_dir))
         devices.show(options.devices * options.env_devices)
-    learner, plan = runs.load(args.run_dir)
-    result = runner.resume(learner, args.run_dir, options=options_of(plan), plan=plan)
-    _report(learner, result, plan)
+    learner, plan = runs.load_any(args.run_dir)
+    common: dict[str, Any] = dict(options=options_of(plan), plan=plan)
+    if isinstance(learner, stages.Staged):
+        result = stages.resume(learner, args.run_dir, **common)
+        _report(result.learner, result.of_last_stage(), plan)
+    else:
+        _report(learner, runner.resume(learner, args.run_dir, **common), plan)
 
 
 def _sweep(args: argparse.Namespace, rest: list[str]) -> None:

@@ -54,6 +54,10 @@ class Result(NamedTuple):
     states: dict[str, Any]
     learner: Learner
 
+    def of_last_stage(self) -> "Result":
+        """The same with the metrics of the last stage alone."""
+        return self._replace(metrics=self.metrics[self.metrics.stage == self.metrics.stage.iloc[-1]])
+
 
 def train(
     method: Staged,
