@@ -10,17 +10,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array
 
 from jaxstack.agents import team_ppo
 from jaxstack.agents.team_ppo import Batch, Hypers, PPOConfig, State, Task
-from jaxstack.core import losses, packing
+from jaxstack.core import losses
 from jaxstack.core.config import require
 from jaxstack.core.learner import Key, Learner, Metrics
 from jaxstack.envs.base import Environment
 from jaxstack.nn import team
 from jaxstack.nn.distributions import TeamDistribution
+from jaxstack.nn.minibatches import minibatch_sgd, transitions
 from jaxstack.nn.observations import reading
 from jaxstack.nn.team import Shape, TeamNet
 
@@ -86,25 +86,23 @@ def agent_epochs(
     task: Task, params: Any, opt: Any, s: State, own: Batch, mask: Array | None, factor: Array, key: Key
 ) -> tuple[Any, Any, Metrics]:
     """E epochs of M minibatches on one agent's data: (its parameters, its optimiser, metrics)."""
-    tx = team_ppo.optimiser(task.cfg, s.hypers, total=s.total)
-    pack = packing.packing(params, own.logp.size // task.cfg.num_minibatches)
-    take = team_ppo.samples((own._replace(start=()), mask, factor))
-
-    def sgd(c: tuple, index: Array) -> tuple[tuple, Metrics]:
-        packed, opt = c
-        mb, legal, m = take(index)
-        grads, metrics = jax.grad(agent_loss, argnums=1, has_aux=True)(task, pack.unpack(packed), s, mb, legal, m)
-        updates, opt = tx.update(pack.pack(grads), opt, packed)
-        return (optax.apply_updates(packed, updates), opt), metrics
-
-    start = (pack.pack(params), pack.pack_in(opt))
-    (packed, opt), metrics = jax.lax.scan(sgd, start, team_ppo.minibatch_indices(task, key))
-    return pack.unpack(packed), pack.unpack_in(opt), jax.tree.map(jnp.mean, metrics)
+    cfg = task.cfg
+    params, opt, _, metrics = minibatch_sgd(
+        lambda params, extra, sample: agent_loss(task, params, s, *sample, extra),
+        team_ppo.optimiser(cfg, s.hypers, total=s.total),
+        params,
+        opt,
+        transitions((own, mask, factor)),
+        key,
+        epochs=cfg.num_epochs,
+        minibatches=cfg.num_minibatches,
+    )
+    return params, opt, metrics
 
 
 def agent_loss(
-    task: Task, params: Any, s: State, mb: Batch, mask: Array | None, factor: Array
-) -> tuple[Array, Metrics]:
+    task: Task, params: Any, s: State, mb: Batch, mask: Array | None, factor: Array, extra: Any = ()
+) -> tuple[Array, tuple[Any, Metrics]]:
     """Clipped surrogate of M times the joint advantage (the team's mean), value loss and entropy of one agent."""
     cfg, hypers = task.cfg, s.hypers
     dist = _distribution(task, params, mb, mask)
@@ -120,7 +118,7 @@ def agent_loss(
     }
     means = losses.masked_means(terms, mb.weight)
     total = means["loss/actor"] + hypers.vf_coef * means["loss/critic"] - hypers.ent_coef * means["train/entropy"]
-    return total, {"loss/total": total} | means
+    return total, (extra, {"loss/total": total} | means)
 
 
 def select(batch: Batch, agent: Array) -> Batch:

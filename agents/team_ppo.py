@@ -20,13 +20,14 @@ import optax
 from jaxtyping import Array
 
 from jaxstack import envs
-from jaxstack.core import devices, groups, losses, packing, returns, running, shuffle
+from jaxstack.core import groups, losses, returns, running
 from jaxstack.core.config import Config, require, require_at_least, require_positive, require_unit
 from jaxstack.core.groups import Groups
 from jaxstack.core.learner import Key, Learner, Metrics, Policy, as_hypers
 from jaxstack.envs import rollout, vector
 from jaxstack.envs.base import Environment, global_state
 from jaxstack.nn.distributions import Actions, TeamDistribution, actions_of
+from jaxstack.nn.minibatches import Samples, minibatch_sgd, sequences, transitions
 from jaxstack.nn.networks import Activation
 from jaxstack.nn.observations import Inputs, inputs_of, joint_state, reading
 from jaxstack.nn.team import Arch, Shape, TeamNet
@@ -305,68 +306,105 @@ def optimiser(
     )
 
 
+class Values(NamedTuple):
+    """The critic's view of a rollout."""
+
+    x: Array
+    """What it was given [T, N, ...]."""
+    carry: Any
+    """Its recurrent states after the last step [N, A, H]."""
+    now: Array
+    """Values [T, N, A], in units of the return."""
+    after: Array
+    """Values of the true next observations [T, N, A], in the same units."""
+
+
 def gather_batch(task: Task, s: State, key: Key) -> tuple[State, Batch, Metrics]:
     """One rollout with the current parameters, and its values, advantages and targets."""
-    cfg, spec = task.cfg, task.env.spec
     weights, _ = task.team.prepare(s.params, s.extra, None)
-    carry0 = s.carry
+    played, metrics = collect(task, s, weights, key)
+    valued = bootstrap(task, s, weights, played)
+    norms, value, advantage_, target = advantage(task, s, played, valued)
+    steps = played.steps
+    batch = Batch(
+        obs=observe(task, s.norms.obs, steps.ts.obs),
+        critic_x=valued.x,
+        first=steps.first,
+        action=steps.action,
+        action_mask=steps.ts.action_mask,
+        weight=steps.ts.agent_mask,
+        logp=steps.extras,
+        value=value,
+        advantage=advantage_,
+        target=target,
+        start=s.carry,
+    )
+    if task.cfg.normalise_obs:
+        seen = task.inputs.encode(steps.ts.obs)
+        norms = norms._replace(obs=running.update_groups(s.norms.obs, seen, batch.weight, task.groups))
+    return s._replace(vec=played.vec, carry=(played.carry, valued.carry), norms=norms), batch, metrics
+
+
+def collect(task: Task, s: State, weights: Any, key: Key) -> tuple[rollout.Rollout, Metrics]:
+    """Play T steps with the current policy: (the rollout, its metrics)."""
     act, draw = _actor(task, weights, s.norms.obs)
-    played = rollout.collect(task.vec, act, key, s.vec, carry0[0], cfg.num_steps, draw, finals="cuts")
-    vec, actor_carry, steps, cuts, reused, lost_cuts = played
-    stats = rollout.statistics(steps) | rollout.checks(spec, played)
+    played = rollout.collect(task.vec, act, key, s.vec, s.carry[0], task.cfg.num_steps, draw, finals="cuts")
+    stats = rollout.statistics(played.steps) | rollout.checks(task.env.spec, played)
     stats |= {
-        "rollout/reused_starts": reused.astype(jnp.float32),
-        "rollout/lost_cuts": lost_cuts.astype(jnp.float32),
+        "rollout/reused_starts": played.reused.astype(jnp.float32),
+        "rollout/lost_cuts": played.lost_cuts.astype(jnp.float32),
     }
-    alive, reward, reward_norm = steps.ts.agent_mask, steps.reward, s.norms.reward
-    # an agent that is gone after a step has no value there, whether the team goes on or not
-    terminated = steps.terminated[..., None] | ~steps.final_mask
-    done = steps.done[..., None] | ~steps.final_mask
-    if cfg.normalise_reward:
-        reward_norm, reward = running.scale_reward(reward_norm, reward, done, s.hypers.gamma, alive, task.reward_groups)
+    return played, stats
+
+
+def bootstrap(task: Task, s: State, weights: Any, played: rollout.Rollout) -> Values:
+    """Value every observation of a rollout and the one after it, also where an episode was cut by its time limit."""
+    steps, vec = played.steps, played.vec
 
     def critic_x(obs: Array, state: Array | None) -> Array:
         obs = observe(task, s.norms.obs, obs)
         if not task.shape.central:
             return obs
         if state is not None:
-            return global_state(spec, steps.ts._replace(state=state))
-        return joint_state(task.inputs, obs if cfg.normalise_obs else task.inputs.encode(obs))
+            return global_state(task.env.spec, steps.ts._replace(state=state))
+        return joint_state(task.inputs, obs if task.cfg.normalise_obs else task.inputs.encode(obs))
 
     x = critic_x(steps.ts.obs, steps.ts.state)
     last = critic_x(vec.ts.obs[None], None if vec.ts.state is None else vec.ts.state[None])
-    carries, value = values(task, weights, carry0[1], x, steps.first)
-    critic_carry = jax.tree.map(lambda h: h[-1], carries)
-    _, after = task.team.critic(weights, critic_carry, last, vec.first[None])
+    carries, value = values(task, weights, s.carry[1], x, steps.first)
+    carry = jax.tree.map(lambda h: h[-1], carries)
+    _, after = task.team.critic(weights, carry, last, vec.first[None])
     next_value = jnp.concatenate([value[1:], after])
-    if cuts is not None:
-        next_value = value_of_cut(task, weights, cuts, carries, next_value, critic_x)
+    if played.cuts is not None:
+        next_value = value_of_cut(task, weights, played.cuts, carries, next_value, critic_x)
     own = running.of_agents(s.norms.value, task.groups)
-    value, next_value = running.unapply(own, value), running.unapply(own, next_value)
-    advantage, target = returns.gae(reward, value, next_value, terminated, done, s.hypers.gamma, s.hypers.lam)
-    value_norm = s.norms.value
-    if cfg.normalise_value:
-        value_norm = running.update_groups(value_norm, target, alive, task.groups)
-        own = running.of_agents(value_norm, task.groups)
-        value, target = (running.apply(own, x, clip=jnp.inf) for x in (value, target))
-    batch = Batch(
-        obs=observe(task, s.norms.obs, steps.ts.obs),
-        critic_x=x,
-        first=steps.first,
-        action=steps.action,
-        action_mask=steps.ts.action_mask,
-        weight=alive,
-        logp=steps.extras,
-        value=value,
-        advantage=advantage,
-        target=target,
-        start=carry0,
+    return Values(x, carry, running.unapply(own, value), running.unapply(own, next_value))
+
+
+def advantage(task: Task, s: State, played: rollout.Rollout, valued: Values) -> tuple[Norms, Array, Array, Array]:
+    """Generalised advantages of a rollout: (running statistics of rewards and returns with this rollout in them, and
+    values, advantages and targets [T, N, A], values and targets in the critic's units)."""
+    cfg, hypers, steps, norms, reward, value = (
+        task.cfg,
+        s.hypers,
+        played.steps,
+        s.norms,
+        played.steps.reward,
+        valued.now,
     )
-    obs_norm = s.norms.obs
-    if cfg.normalise_obs:
-        obs_norm = running.update_groups(obs_norm, task.inputs.encode(steps.ts.obs), alive, task.groups)
-    norms = Norms(value_norm, obs_norm, reward_norm)
-    return s._replace(vec=vec, carry=(actor_carry, critic_carry), norms=norms), batch, stats
+    alive = steps.ts.agent_mask
+    # an agent that is gone after a step has no value there, whether the team goes on or not
+    terminated = steps.terminated[..., None] | ~steps.final_mask
+    done = steps.done[..., None] | ~steps.final_mask
+    if cfg.normalise_reward:
+        scaled = running.scale_reward(norms.reward, reward, done, hypers.gamma, alive, task.reward_groups)
+        norms, reward = norms._replace(reward=scaled[0]), scaled[1]
+    out, target = returns.gae(reward, value, valued.after, terminated, done, hypers.gamma, hypers.lam)
+    if cfg.normalise_value:
+        norms = norms._replace(value=running.update_groups(norms.value, target, alive, task.groups))
+        own = running.of_agents(norms.value, task.groups)
+        value, target = (running.apply(own, x, clip=jnp.inf) for x in (value, target))
+    return norms, value, out, target
 
 
 def values(task: Task, weights: Any, carry: Any, x: Array, first: Array) -> tuple[Any, Array]:
@@ -403,56 +441,38 @@ def value_of_cut(
 
 def ppo_epochs(task: Task, s: State, batch: Batch, key: Key) -> tuple[State, Metrics]:
     """E epochs over M shuffled minibatches."""
-    count = groups.number(task.groups)
-    tx = optimiser(task.cfg, s.hypers, task.groups, s.total)
-    pack = packing.packing(s.params, batch.logp.size // task.cfg.num_minibatches, count)
-    take = minibatches(task, batch)
-    # before the epochs: the table of minibatches stands for these arrays from here on
-    explained = losses.explained_variance(batch.value, batch.target, batch.weight, task.groups)
-
-    def sgd(c: tuple, index: Array) -> tuple[tuple, Metrics]:
-        packed, extra, opt = c
-        (_, (extra, metrics)), grads = jax.value_and_grad(loss, argnums=1, has_aux=True)(
-            task, pack.unpack(packed), extra, s.hypers, take(index)
-        )
-        grads = pack.pack(grads)
-        updates, opt = tx.update(grads, opt, packed)
-        metrics["train/grad_norm"] = optax.global_norm(grads) if count == 1 else groups.norms(grads).mean()
-        return (optax.apply_updates(packed, updates), extra, opt), metrics
-
-    start = (pack.pack(s.params), s.extra, pack.pack_in(s.opt))
-    (packed, extra, opt), metrics = jax.lax.scan(sgd, start, minibatch_indices(task, key))
-    metrics = jax.tree.map(jnp.mean, metrics) | {"train/explained_variance": explained}
-    return s._replace(params=pack.unpack(packed), extra=extra, opt=pack.unpack_in(opt)), metrics
-
-
-def minibatch_indices(task: Task, key: Key) -> Array:
-    """[E*M, B/M] each epoch's random split of the samples: T*N transitions, or N environments of recurrent nets."""
     cfg = task.cfg
-    count = cfg.num_envs if cfg.gru else cfg.num_envs * cfg.num_steps
-    index = shuffle.orders(key, cfg.num_epochs, count).reshape(cfg.num_epochs * cfg.num_minibatches, -1)
-    return devices.split(index, 1, "the size of a minibatch")
+    tx = optimiser(cfg, s.hypers, task.groups, s.total)
+    # before the epochs: their minibatches are drawn from copies of these arrays
+    explained = losses.explained_variance(batch.value, batch.target, batch.weight, task.groups)
+    params, opt, extra, metrics = minibatch_sgd(
+        lambda params, extra, mb: loss(task, params, extra, s.hypers, mb),
+        tx,
+        s.params,
+        s.opt,
+        samples(task, batch),
+        key,
+        epochs=cfg.num_epochs,
+        minibatches=cfg.num_minibatches,
+        extra=s.extra,
+        num_groups=groups.number(task.groups),
+    )
+    return s._replace(params=params, extra=extra, opt=opt), metrics | {"train/explained_variance": explained}
 
 
-def minibatches(task: Task, batch: Batch) -> Callable[[Array], Batch]:
-    """What takes the minibatch of an index [B/M] into `minibatch_indices`: [1, B/M, ...] transitions, or [T, N/M, ...]
-    whole sequences with their first recurrent states."""
-    data = batch._replace(start=())
-    if task.cfg.gru:
+def samples(task: Task, batch: Batch) -> Samples:
+    """What minibatches are drawn from: transitions [1, B/M, ...], or for recurrent networks whole sequences
+    [T, N/M, ...] with their first recurrent states."""
+    agents = task.shape.num_agents
+    if not task.cfg.gru:
+        return transitions(batch, agents)
+    whole = sequences(batch._replace(start=()), batch.start, agents)
 
-        def sequences(index: Array) -> Batch:
-            start = jax.tree.map(lambda x: x[index], batch.start)
-            return jax.tree.map(lambda x: x[:, index], data)._replace(start=start)
+    def take(index: Array) -> Batch:
+        mb, start = whole.take(index)
+        return mb._replace(start=start)
 
-        return sequences
-    take = samples(data)
-    return lambda index: take(index)._replace(start=batch.start)
-
-
-def samples(data: Any) -> Callable[[Array], Any]:
-    """What takes rows [1, B, ...] of leaves [T, N, ...] by an index [B] into their T * N transitions."""
-    take = packing.rows(data, axes=2)
-    return lambda index: jax.tree.map(lambda x: x[None], take(index))
+    return whole._replace(take=take)
 
 
 def loss(task: Task, params: Any, extra: Any, hypers: Hypers, mb: Batch) -> tuple[Array, tuple[Any, Metrics]]:

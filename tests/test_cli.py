@@ -235,6 +235,13 @@ def test_resume_of_an_unfinished_run_ends_where_a_whole_one_does(run, capsys):
     assert cli.main(["resume", str(run)]) == 0
     again = pd.read_json(run / "metrics.jsonl", lines=True, precise_float=True)
     pd.testing.assert_frame_equal(whole, again)
+    for schedule, lr in ((["--schedule", "keep"], 0.0), ([], 5e-4 / 6)):
+        shutil.rmtree(copy := run.with_name("longer"), ignore_errors=True)
+        shutil.copytree(run, copy)
+        assert cli.main(["resume", str(copy), "--steps", "6", *schedule]) == 0
+        longer = pd.read_json(copy / "metrics.jsonl", lines=True, precise_float=True)
+        np.testing.assert_allclose(longer[longer.step == 6]["train/lr"], lr, rtol=1e-5)
+    assert "num_steps=5: expected at least 6, which" in fails(capsys, "resume", str(copy), "--steps", "5")
 
 
 def test_a_changed_config_is_refused_and_changes_nothing(run, capsys):
@@ -301,6 +308,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(run, capsys):
         (["train", "ippo", "--config", "nowhere.yaml"], "nowhere.yaml"),
         (["evaluate", "nowhere"], "no run found"),
         (["resume", "nowhere"], "no run found"),
+        (["resume", "nowhere", "--schedule", "keep"], "--schedule keep: expected together with --steps"),
+        (["resume", "nowhere", "--steps", "9", "--schedule", "stretch"], "'stretch'"),
         (["plot", "nowhere"], "no metrics found"),
         (["info", "hypermrl"], "hypermarl"),
         (["reproduce", "hypermrl"], "did you mean 'hypermarl'"),

@@ -37,6 +37,9 @@ def add_commands(commands: Commands) -> None:
     process_flags(p)
     p = commands.add("resume", _resume, "Continue an interrupted run, bitwise identical to one that had not stopped.")
     p.add_argument("run_dir", metavar="RUN")
+    p.add_argument("--steps", type=whole, help="learner steps (PPO: updates) that the whole run shall have")
+    ends = "where schedules end with other --steps: with them, or where the run had them end (default: extend)"
+    p.add_argument("--schedule", choices=("extend", "keep"), help=ends)
     p.add_argument("--devices", type=whole, help="spread the seeds over so many devices; default: as the run began")
     p.add_argument("--env-devices", type=whole, help="devices that share a seed's environments; default: likewise")
     process_flags(p)
@@ -201,8 +204,11 @@ def _train_usage() -> None:
 
 def _resume(args: argparse.Namespace, _: list[str]) -> None:
     from jaxstack.core import config, devices, runner, stages
+    from jaxstack.core.errors import UserError
     from jaxstack.core.rundir import read_plan
 
+    if args.schedule is not None and args.steps is None:
+        raise UserError(f"--schedule {args.schedule}: expected together with --steps")
     layout = {"devices": args.devices, "env_devices": args.env_devices}
 
     def options_of(plan: dict[str, Any]) -> runner.RunOptions:
@@ -215,9 +221,12 @@ def _resume(args: argparse.Namespace, _: list[str]) -> None:
     learner, plan = runs.load_any(args.run_dir)
     common: dict[str, Any] = dict(options=options_of(plan), plan=plan)
     if isinstance(learner, stages.Staged):
+        if args.steps is not None:
+            raise UserError(f"--steps {args.steps}: expected without; the stages of {args.run_dir} have their own steps")
         result = stages.resume(learner, args.run_dir, **common)
         _report(result.learner, result.of_last_stage(), plan)
     else:
+        common |= dict(num_steps=args.steps, schedule=args.schedule or "extend")
         _report(learner, runner.resume(learner, args.run_dir, **common), plan)
 
 

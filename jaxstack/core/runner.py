@@ -219,6 +219,8 @@ def _restore(job: Job, run: RunDir | None) -> tuple[int, Any, dict[str, Any], li
                 step, restored, meta, problems = store.restore(template, lambda meta: run.damage(meta.get("metrics")))
             except NoCheckpoint as e:
                 step, restored, meta, problems = 0, None, {}, [str(e)]
+            if step > job.num_steps:
+                raise UserError(f"num_steps={job.num_steps}: expected at least {step}, which {job.run_dir} has reached")
             how = f"using the one of step {step}" if step else "from the beginning"
             for problem in problems:
                 print(f"{problem}; {how}", flush=True)  # noqa: T201
@@ -529,7 +531,9 @@ def _interrupt(job: Job, run: RunDir | None, where: str, **facts: int) -> NoRetu
     if run is not None:
         run.status("interrupted", **facts)
     if job.run_dir is not None:
-        how = f"`jaxstack resume {job.run_dir}` goes on"
+        longer = f" --steps {job.num_steps}" if job.num_steps != job.plan["num_steps"] else ""
+        kept = " --schedule keep" if longer and job.length is None else ""
+        how = f"`jaxstack resume {job.run_dir}{longer}{kept}` goes on"
     raise Interrupted(job.stop[0], f"stopped {where}; {how}")
 
 

@@ -252,7 +252,7 @@ def test_gradient_steps_of_one_agents_samples_leave_the_other_thresholds_alone()
     only = jnp.zeros_like(batch.weight).at[..., 1].set(True)
     noise = jax.random.normal(jax.random.key(4), batch.advantage.shape)
     hypers = as_hypers(task.cfg.hypers)
-    batch = team_ppo.minibatches(task, batch._replace(weight=only, advantage=noise))(jnp.arange(20))
+    batch = team_ppo.samples(task, batch._replace(weight=only, advantage=noise)).take(jnp.arange(20))
     grads = jax.jit(jax.grad(lambda p: team_ppo.loss(task, p, (), hypers, batch)[0]))(state.params)
     for s in jax.tree.leaves(grads["thresholds"]):
         if s.size:
