@@ -5,7 +5,7 @@ What a step receives never depends on how steps are grouped, so chunk sizes and 
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -18,6 +18,7 @@ FEED_BYTES = 32 * 2**20
 """Most bytes of host batches in one dispatch, unless one batch alone is larger."""
 
 
+@runtime_checkable
 class Source(Protocol):
     """A source of batches, shared by all seeds or one for each.
 
