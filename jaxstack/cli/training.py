@@ -222,7 +222,7 @@ def _resume(args: argparse.Namespace, _: list[str]) -> None:
     common: dict[str, Any] = dict(options=options_of(plan), plan=plan)
     if isinstance(learner, stages.Staged):
         if args.steps is not None:
-            raise UserError(f"--steps {args.steps}: expected without; the stages of {args.run_dir} have their own steps")
+            raise UserError(f"--steps {args.steps}: expected without, as each stage has steps of its own")
         result = stages.resume(learner, args.run_dir, **common)
         _report(result.learner, result.of_last_stage(), plan)
     else:
