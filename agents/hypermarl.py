@@ -8,8 +8,8 @@ gradient, so agents interfere only through the hypernetwork, not through mixed i
 Feed-forward networks are generated whole; recurrent ones share encoder and GRU and generate the layers after it.
 """
 
+import math
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
+from scipy.stats import norm
 
 from jaxstack.agents import team_ppo
 from jaxstack.agents.team_ppo import PPOConfig
@@ -38,10 +39,9 @@ class Config(PPOConfig):
     embedding_dim: int = 8
     """Ignored for one-hot embeddings, whose size is the number of agents."""
     hyper_hidden: tuple[int, ...] = (64,)
-    hyper_bias: bool = True
-    """Biases in the hypernetworks' own layers, as released. A linear hypernetwork on one-hot embeddings without them is
-    a network for each agent (NoPS) in disguise; all that then couples agents is the one optimiser: its clip, and
-    advantages unless `advantage_norm` is `agent`."""
+    hyper_activation: Literal["relu", "tanh"] = "relu"
+    """Of the hypernetwork's hidden layers; relu as released. Rectified features of different embeddings are positively
+    correlated (1 / pi for orthogonal ones), so that agents' weights move together; those of tanh are not."""
     share_embedding: bool = True
     """Actor and critic use the same embeddings."""
     condition: Literal["id", "id+obs"] = "id"
@@ -50,6 +50,15 @@ class Config(PPOConfig):
     init: Literal["orthogonal", "normalised", "default"] = "orthogonal"
     """orthogonal: the released initialisation; normalised: the same, scaled so that generated weights have the nominal
     gain; default: the ablation, flax's initialisation of a dense layer."""
+    hyper_bias: bool = True
+    """Biases in the hypernetworks' own layers, as released. A linear hypernetwork on one-hot embeddings without them is
+    a network for each agent (NoPS) in disguise; all that then couples agents is the one optimiser: its clip, and
+    advantages unless `advantage_norm` is `agent`."""
+    level_steps: bool = False
+    """Each layer of the hypernetwork reads its input divided by the sum of magnitudes that this input has at first; its
+    initial weights are multiplied by it. The network starts as the same function, but a step of Adam then moves a
+    generated weight by about the learning rate, whatever the widths, as it does a weight of an ordinary network. As
+    released (False) it moves it by the learning rate times that sum, which grows with `hyper_hidden`."""
 
     def validate(self) -> None:
         super().validate()
@@ -70,42 +79,52 @@ class Layer(NamedTuple):
     gain: float
 
 
+class Form(NamedTuple):
+    """How layers are generated, the same for all of them."""
+
+    hidden: tuple[int, ...]
+    activation: Activation
+    init: str
+    trunk_gain: float | None
+    """Of orthogonal hidden layers; None for flax's initialisation."""
+    sums: tuple[float, ...]
+    """What the input of each hidden layer, then of the head is divided by, see `input_sums`."""
+    use_bias: bool
+
+
 class HyperLayer(nn.Module):
     """Generates one target layer from embeddings: separate hypernetworks for kernel and bias."""
 
     layer: Layer
-    kind: str
-    hidden: tuple[int, ...]
-    init_kind: str
-    trunk_gain: float | None
-    use_bias: bool
+    form: Form
 
     @nn.compact
     def __call__(self, e: Array) -> tuple[Array, Array]:
         """e [..., d] -> kernel [..., rows, cols], bias [..., cols]."""
-        rows, cols, _ = self.layer
-        dense = partial(FewRows, use_bias=self.use_bias)
-        trunk = nn.initializers.lecun_normal() if self.trunk_gain is None else orthogonal(self.trunk_gain)
+        (rows, cols, _), form = self.layer, self.form
+        trunk = nn.initializers.lecun_normal() if form.trunk_gain is None else orthogonal(form.trunk_gain)
+
+        def dense(x: Array, width: int, init: Any, total: float, name: str) -> Array:
+            scaled = lambda key, shape, dtype=jnp.float32: total * init(key, shape, dtype)
+            return FewRows(width, kernel_init=scaled, use_bias=form.use_bias, name=name)(x / total)
 
         def hidden(name: str) -> Array:
             h = e
-            if self.kind == "mlp":
-                for i, width in enumerate(self.hidden):
-                    h = jax.nn.relu(dense(width, kernel_init=trunk, name=f"{name}_trunk_{i}")(h))
+            for i, width in enumerate(form.hidden):
+                h = ACTIVATIONS[form.activation](dense(h, width, trunk, form.sums[i], f"{name}_trunk_{i}"))
             return h
 
         hw, hb = hidden("kernel"), hidden("bias")
-        zeros = nn.initializers.zeros_init()
-        if self.init_kind == "default":
-            kernel = dense(rows * cols, name="kernel_head")(hw)
-            bias = dense(cols, name="bias_head")(hb)
+        if form.init == "default":
+            kernel_init = bias_init = nn.initializers.lecun_normal()
         else:
             # parameters are initialised where the embeddings are known, so the scale can be set from them
             scale = 1.0
-            if self.init_kind == "normalised":
+            if form.init == "normalised":
                 scale = 1.0 / jnp.maximum(jnp.linalg.norm(hw, axis=-1).mean(), 1e-6)
-            kernel = dense(rows * cols, kernel_init=_row_orthogonal(self.layer, scale), name="kernel_head")(hw)
-            bias = dense(cols, kernel_init=zeros, name="bias_head")(hb)
+            kernel_init, bias_init = _row_orthogonal(self.layer, scale), nn.initializers.zeros_init()
+        kernel = dense(hw, rows * cols, kernel_init, form.sums[-1], "kernel_head")
+        bias = dense(hb, cols, bias_init, form.sums[-1], "bias_head")
         return kernel.reshape(*kernel.shape[:-1], rows, cols), bias
 
 
@@ -120,21 +139,43 @@ def _row_orthogonal(layer: Layer, scale: Array | float):
     return init
 
 
+NORMALS = norm.ppf((np.arange(1000) + 0.5) / 1000)
+"""Standard normal numbers of equal probability."""
+
+
+def input_sums(cfg: Config, inputs: int, count: int, trunk_gain: float | None) -> tuple[float, ...]:
+    """Expected sums of magnitudes of what each layer of the hypernetwork reads at first: of an embedding (with
+    `id+obs` also `inputs` numbers of size one), then of each hidden layer. Ones without `level_steps`."""
+    hidden = cfg.hyper_hidden if cfg.kind == "mlp" else ()
+    if not cfg.level_steps:
+        return (1.0,) * (len(hidden) + 1)
+    seen = inputs if cfg.condition == "id+obs" else 0
+    if cfg.embedding == "one_hot":
+        width, square, first = count, 1.0, 1.0
+    else:  # orthogonal, gain sqrt(2): entries of variance 2 / max(count, d)
+        width = cfg.embedding_dim
+        square = 2.0 * width / max(count, width)
+        first = width * math.sqrt(2.0 / max(count, width)) * float(np.abs(NORMALS).mean())
+    width, square, sums = width + seen, square + seen, [first + seen]
+    for units in hidden:
+        variance = square * (1.0 / width if trunk_gain is None else trunk_gain**2 / max(width, units))
+        before = math.sqrt(variance) * NORMALS
+        feature = np.tanh(before) if cfg.hyper_activation == "tanh" else np.maximum(before, 0.0)
+        sums.append(units * float(np.abs(feature).mean()))
+        width, square = units, units * float(np.square(feature).mean())
+    return tuple(sums)
+
+
 class HyperNet(nn.Module):
     """All layers of one target MLP."""
 
     layers: tuple[Layer, ...]
-    kind: str
-    hidden: tuple[int, ...]
-    init_kind: str = "orthogonal"
-    trunk_gain: float | None = None
-    use_bias: bool = True
+    form: Form
 
     @nn.compact
     def __call__(self, e: Array) -> list[tuple[Array, Array]]:
         """e [..., d] -> [(kernel [..., m, n], bias [..., n])] for each target layer."""
-        options = (self.kind, self.hidden, self.init_kind, self.trunk_gain, self.use_bias)
-        return [HyperLayer(layer, *options, name=f"layer_{i}")(e) for i, layer in enumerate(self.layers)]
+        return [HyperLayer(layer, self.form, name=f"layer_{i}")(e) for i, layer in enumerate(self.layers)]
 
 
 def target_layers(inputs: int, hidden: tuple[int, ...], out: int, out_gain: float) -> tuple[Layer, ...]:
@@ -238,13 +279,16 @@ def hyper_team(cfg: Config, shape: Shape, arch: Arch) -> TeamNet:
 
 def _hypernets(cfg: Config, shape: Shape, arch: Arch) -> tuple[HyperNet, HyperNet]:
     trunk_gain = 2**0.5 if arch.gru else None  # as released: lecun in feed-forward nets, orthogonal in recurrent ones
-    options = dict(
-        kind=cfg.kind, hidden=cfg.hyper_hidden, init_kind=cfg.init, trunk_gain=trunk_gain, use_bias=cfg.hyper_bias
-    )
     inputs = [arch.gru or int(np.prod(s)) for s in (shape.obs_shape, shape.critic_shape)]
     actor = target_layers(inputs[0], arch.hidden, shape.actions.params, 0.01)
     critic = target_layers(inputs[1], arch.hidden, 1, 1.0)
-    return HyperNet(actor, **options), HyperNet(critic, **options)  # pyright: ignore[reportArgumentType]
+
+    def net(layers: tuple[Layer, ...], size: int) -> HyperNet:
+        hidden = cfg.hyper_hidden if cfg.kind == "mlp" else ()
+        sums = input_sums(cfg, size, shape.num_agents, trunk_gain)
+        return HyperNet(layers, Form(hidden, cfg.hyper_activation, cfg.init, trunk_gain, sums, cfg.hyper_bias))
+
+    return net(actor, inputs[0]), net(critic, inputs[1])
 
 
 def _init_torsos(mods: Modules, shape: Shape, k_actor: Array, k_critic: Array) -> dict[str, Any]:

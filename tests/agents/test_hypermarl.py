@@ -1,5 +1,8 @@
 """Identities of the generated networks and their gradients (Tessera et al., 2025)."""
 
+from dataclasses import replace
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,11 +11,12 @@ from training import make, network, run
 
 from jaxstack import agents
 from jaxstack.agents import team_ppo
-from jaxstack.agents.hypermarl import Config, Layer, _row_orthogonal, hyper_team
+from jaxstack.agents.hypermarl import Config, Form, HyperLayer, Layer, _row_orthogonal, hyper_team, input_sums
 from jaxstack.core.learner import as_hypers
 from jaxstack.core.metrics import on_host
 from jaxstack.nn import team
 from jaxstack.nn.distributions import Actions
+from jaxstack.nn.init import orthogonal
 from jaxstack.nn.team import Arch, Shape
 
 A, B, D, HIDDEN = 3, 20, 4, (8, 8)
@@ -154,13 +158,88 @@ def test_normalised_init_has_the_nominal_gain(kind):
     np.testing.assert_allclose(got.mean((0, 2)), 1.0, atol=0.06)
 
 
+SUMS = [{}, {"embedding": "one_hot"}, {"kind": "linear"}, {"hyper_activation": "tanh", "hyper_hidden": (40, 24)}]
+
+
+@pytest.mark.parametrize("init", ["orthogonal", "normalised", "default"])
+def test_level_steps_change_no_function_at_first(init):
+    embeddings = orthogonal(2**0.5)(jax.random.key(1), (A, 8))
+
+    def weights(key, trunk_gain, hidden, sums):
+        layer = HyperLayer(Layer(4, 6, 3.0), Form(hidden, "relu", init, trunk_gain, sums, True))
+        return layer.apply(layer.init(key, embeddings), embeddings)
+
+    for trunk_gain, hidden in ((None, (11, 7)), (2**0.5, (11,)), (None, ())):
+        sums = tuple(3.0 * (i + 1) for i in range(len(hidden) + 1))
+        one, two = (weights(jax.random.key(0), trunk_gain, hidden, s) for s in ((1.0,) * len(sums), sums))
+        np.testing.assert_allclose(one[0], two[0], rtol=2e-5, atol=1e-6)
+        np.testing.assert_allclose(one[1], two[1], rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", SUMS)
+def test_sums_are_those_of_the_inputs_at_first(options):
+    cfg = Config(hyper_bias=False, **options)
+    widths = (*(cfg.hyper_hidden if cfg.kind == "mlp" else ()), 1)
+    act = {"relu": jax.nn.relu, "tanh": jnp.tanh}[cfg.hyper_activation]
+
+    def measured(key):
+        keys = jax.random.split(key, len(widths))
+        x = jnp.eye(A) if cfg.embedding == "one_hot" else orthogonal(2**0.5)(key, (A, cfg.embedding_dim))
+        sums = []
+        for k, width in zip(keys, widths):
+            sums.append(jnp.abs(x).sum(-1).mean())
+            x = act(x @ nn.initializers.lecun_normal()(k, (x.shape[-1], width)))
+        return jnp.stack(sums)
+
+    want = jax.vmap(measured)(jax.random.split(jax.random.key(0), 200)).mean(0)
+    np.testing.assert_allclose(input_sums(replace(cfg, level_steps=True), 4, A, None), want, rtol=0.05)
+    assert input_sums(cfg, 4, A, None) == (1.0,) * len(widths)
+
+
+def test_a_step_of_adam_moves_generated_weights_by_the_learning_rate_whatever_the_width():
+    shape, arch, lr = SHAPE._replace(obs_shape=(32,)), Arch((32,), "tanh"), 1e-4
+
+    def moved(key, level, width):
+        hyper = net(shape, arch, hyper_hidden=(width,), init="normalised", level_steps=level)
+        params = hyper.init(key)
+        kernel = lambda p: hyper.prepare(p, (), None)[0]["actor"][0][0]
+        before, pull = jax.vjp(kernel, params)
+        # the first step of Adam is the sign of the gradient
+        after = kernel(
+            jax.tree.map(lambda p, g: p - lr * jnp.sign(g), params, pull(jax.random.normal(key, before.shape))[0])
+        )
+        return jnp.abs(after - before).mean() / lr
+
+    sizes = [(level, width) for level in (True, False) for width in (64, 256)]
+    got = np.asarray(jax.jit(lambda key: jnp.stack([moved(key, *s) for s in sizes]))(jax.random.key(0)))
+    assert got[0] == pytest.approx(got[1], rel=0.2)
+    assert 0.5 < got[0] < 2.5
+    assert got[3] == pytest.approx(4 * got[2], rel=0.3)
+    assert got[2] > 5.0
+
+
+@pytest.mark.parametrize(("activation", "cosine"), [("relu", 1 / np.pi), ("tanh", 0.0)])
+def test_features_of_orthogonal_embeddings_are_correlated_by_rectifying(activation, cosine):
+    layer = HyperLayer(Layer(1, 1, 1.0), Form((4000,), activation, "orthogonal", None, (1.0, 1.0), True))
+    embeddings = jnp.eye(A, 8)
+    params = layer.init(jax.random.key(0), embeddings)
+    # what a generated weight is linear in
+    features = jax.jacrev(lambda p: layer.apply(p, embeddings)[0][:, 0, 0])(params)["params"]["kernel_head"]["kernel"]
+    features = features[..., 0] / jnp.linalg.norm(features[..., 0], axis=1, keepdims=True)
+    np.testing.assert_allclose((features @ features.T)[np.triu_indices(A, 1)], cosine, atol=0.06)
+
+
 def test_default_init_differs():
     w, _ = net(init="default").prepare(net(init="default").init(jax.random.key(0)), (), None)
     kernel = w["actor"][0][0][0]
     assert float(jnp.abs(kernel @ kernel.T - 2 * jnp.eye(D)).max()) > 0.1
 
 
-@pytest.mark.parametrize("options", [{}, {"share_embedding": False, "hyper_hidden": (6, 6)}, {"kind": "linear"}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"share_embedding": False, "hyper_hidden": (6, 6), "level_steps": True}, {"kind": "linear"},
+     {"hyper_activation": "tanh"}],
+)  # fmt: skip
 def test_gradient_is_the_sum_of_jacobians_times_agents_gradients(options):
     task = network("hypermarl", config(**options))
     params = noisy(task.team.init(jax.random.key(0)))
