@@ -86,7 +86,8 @@ def zero_shared_bias(params):
 @pytest.mark.parametrize("algorithm", ["ippo", "mappo"])
 def test_linear_one_hot_equals_separate_networks(algorithm):
     task = network("hypermarl", config(algorithm=algorithm, **ONE_HOT))
-    other = task._replace(team=team.separate(task.shape, task.cfg.arch))
+    # one group as in HyperMARL: its loss is the mean over all agents
+    other = task._replace(team=team.separate(task.shape, task.cfg.arch)._replace(groups=task.groups))
     params = zero_shared_bias(task.team.init(jax.random.key(0)))
     twin = as_nops(params)
     mb, hypers = batch(task), as_hypers(task.cfg.hypers)
