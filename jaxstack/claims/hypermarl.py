@@ -119,11 +119,11 @@ def particles(arm: str, total_steps: int, hidden: tuple[int, ...], **form: Any) 
 
 
 # eight settings for every arm; a linear hypernetwork has no hidden layer
-RATES = choice(1e-4, 2e-4, 4e-4, 7e-4, 1.2e-3, 2e-3, 3.5e-3, 6e-3)
+RATES = choice(2e-4, 4e-4, 7e-4, 1e-3, 1.5e-3, 2.5e-3, 4e-3, 7e-3)
 INITS = choice("orthogonal", "normalised")
 SPACES = {
-    "HyperMARL": {"lr": choice(1e-3, 3e-3), "init": INITS, "hyper_hidden": choice((16,), (64,))},
-    "HyperMARL linear": {"lr": choice(3e-4, 1e-3, 2e-3, 4e-3), "init": INITS},
+    "HyperMARL": {"lr": choice(5e-4, 1.5e-3), "init": INITS, "hyper_hidden": choice((16,), (64,))},
+    "HyperMARL linear": {"lr": choice(5e-4, 1e-3, 2e-3, 4e-3), "init": INITS},
 }
 DISPERSION_ARMS = (*RIVALS, "HyperMARL", "HyperMARL linear")
 POINTS = 10
@@ -223,12 +223,12 @@ claim = Claim(
                 matrix_game("specialisation", 8, 400, GAME_ARMS[:5]),
                 matrix_game("synchronisation", 4, 400, ("NoPS", "FuPS", "FuPS+ID", "HyperMARL")),
                 gradient_cosine(),
-                dispersion(SHORT, 1_000_000, 250_000, (32, 32)),
+                dispersion(SHORT, 1_000_000, 500_000, (32, 32)),
             ),
             checks=(*GAME_CHECKS, *dispersion_checks(SHORT)),
         ),
         "long": Scale(
-            experiments=(dispersion(LONG, 5_000_000, 250_000, (32, 32)),),
+            experiments=(dispersion(LONG, 5_000_000, 500_000, (32, 32)),),
             checks=dispersion_checks(LONG),
         ),
         "full": Scale(
