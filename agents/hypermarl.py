@@ -6,9 +6,6 @@ its own samples: a gradient is a sum over agents of (Jacobian of the generation)
 gradient, so agents interfere only through the hypernetwork, not through mixed inputs.
 
 Feed-forward networks are generated whole; recurrent ones share encoder and GRU and generate the layers after it.
-
-Two defaults differ from the released code, whose form is `init="orthogonal", level_steps=False`: generated weights
-start with the gain of an ordinary network, and a step of Adam moves them as far as those of an ordinary network.
 """
 
 import math
@@ -51,14 +48,14 @@ class Config(PPOConfig):
     condition: Literal["id", "id+obs"] = "id"
     """`id+obs` is the ablation without gradient decoupling: the hypernetwork also sees the observation, so every sample
     has weights of its own (memory grows with batch times weights)."""
-    init: Literal["orthogonal", "normalised", "default"] = "normalised"
+    init: Literal["orthogonal", "normalised", "default"] = "orthogonal"
     """orthogonal: the released initialisation; normalised: the same, scaled so that generated weights have the nominal
     gain; default: the ablation, flax's initialisation of a dense layer."""
     hyper_bias: bool = True
     """Biases in the hypernetworks' own layers, as released. A linear hypernetwork on one-hot embeddings without them is
     a network for each agent (NoPS) in disguise; all that then couples agents is the one optimiser: its clip, and
     advantages unless `advantage_norm` is `agent`."""
-    level_steps: bool = True
+    level_steps: bool = False
     """Each layer of the hypernetwork reads its input divided by the sum of magnitudes that this input has at first; its
     initial weights are multiplied by it. The network starts as the same function, but a step of Adam then moves a
     generated weight by about the learning rate, whatever the widths, as it does a weight of an ordinary network. As
