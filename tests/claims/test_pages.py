@@ -39,6 +39,6 @@ def test_pages_follow_the_template_and_name_what_exists(name):
         assert not attribute or hasattr(found, attribute), f"{name}.md: {module}:{attribute}"
     assert (DOCS / "results" / f"{name}-small.json").exists()
     for line in re.findall(r"^jaxstack reproduce .*$", text, re.M):
-        args, rest = cli._parser().parse_known_args(line.split()[1:])
+        args, rest = cli.parser().parse_known_args(line.split()[1:])
         assert args.method == name
         assert not rest
