@@ -23,8 +23,9 @@ from jaxstack.agents import team_ppo
 from jaxstack.agents.team_ppo import PPOConfig
 from jaxstack.core.config import require, require_at_least
 from jaxstack.core.learner import Learner
+from jaxstack.fast.products import FewRows, product
 from jaxstack.nn.init import orthogonal
-from jaxstack.nn.networks import ACTIVATIONS, Activation, FewRows, initial_carry, product
+from jaxstack.nn.networks import ACTIVATIONS, Activation, initial_carry
 from jaxstack.nn.team import Arch, Modules, Shape, TeamNet, modules, states
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from jaxstack.core.errors import UserError
-from jaxstack.core.noise import in_rows
+from jaxstack.fast.noise import in_rows
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 _EXPORTS: dict[str, tuple[str, str | None]] = {
     "Learner": ("jaxstack.core.learner", "Learner"),
     "train": ("jaxstack.core.runner", "train"),
-    "sweep": ("jaxstack.core.sweep", "sweep"),
+    "sweep": ("jaxstack.sweeps", "sweep"),
     "load_policy": ("jaxstack.learners", "load_policy"),
     "make_env": ("jaxstack.envs", "make"),
     "make_agent": ("jaxstack.agents", "make"),
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from jaxstack.core.errors import UserError
     from jaxstack.core.learner import Learner
     from jaxstack.core.runner import train
-    from jaxstack.core.sweep import sweep
+    from jaxstack.sweeps import sweep
     from jaxstack.envs import make as make_env
     from jaxstack.learners import load_policy
     from jaxstack.learners import make as make_learner

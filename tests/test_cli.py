@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 
 from jaxstack import cli, envs, load_policy
-from jaxstack.core import plots
+from jaxstack.report import plots
 
 SMALL = (
     "--env dispersion --num-envs 4 --num-steps 8 --num-minibatches 2 --num-epochs 1 --hidden 8 "

@@ -12,9 +12,10 @@ import pytest
 import yaml
 
 from jaxstack import cli, load_policy
-from jaxstack.core import plots, rundir, runner
+from jaxstack.core import rundir, runner
+from jaxstack.report import plots
 from jaxstack.core.errors import UserError
-from jaxstack.core.sweep import Sweep
+from jaxstack.sweeps import Sweep
 
 SMALL = (
     "--env matrix_game --env-args num_agents=2 horizon=4 --num-envs 2 --num-steps 4 --num-minibatches 1 "

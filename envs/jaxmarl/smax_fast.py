@@ -27,7 +27,7 @@ def faster(lib: Any, **_: Any) -> Any:
         return lib
     game = lib._env
     game.get_world_state, lib.get_avail_actions = _world_state(game), _avail_actions(game)
-    pushed = batch_last(partial(_push, game))
+    pushed = with_batch_last(partial(_push, game))
     game._push_units_away = lambda s: s.replace(unit_positions=pushed(s.unit_positions, s.unit_alive, s.unit_types))
     if game.observation_type == "unit_list":
         game.get_obs = game.get_obs_unit_list = _unit_list(game)
@@ -36,7 +36,7 @@ def faster(lib: Any, **_: Any) -> Any:
     return lib
 
 
-def batch_last(f: Callable[..., Any]) -> Callable[..., Any]:
+def with_batch_last(f: Callable[..., Any]) -> Callable[..., Any]:
     """`f`, written for arrays whose last axis is the batch, as a function of one element that vmap batches that way."""
 
     @jax.custom_batching.custom_vmap
@@ -122,7 +122,7 @@ def _step(lib: Any, theirs: Callable[..., Any]) -> Callable[..., Any]:
     game = lib._env
     with jax.ensure_compile_time_eval():
         moves = np.asarray(game._decode_discrete_actions(jnp.arange(game.num_movement_actions - 1))[0])
-    play = batch_last(partial(_play, lib, moves))
+    play = with_batch_last(partial(_play, lib, moves))
 
     def step_env(key: jax.Array, state: Any, actions: dict[str, Array], get_state_sequence: bool = False) -> Any:
         if get_state_sequence or not is_threefry(key):
@@ -313,7 +313,7 @@ def _unit_list(game: Any) -> Callable[[Any], dict[str, Array]]:
         units = other, own, alive, _of(game.unit_type_sight_ranges, types)
         return rows(a, *units), rows(n - a, *(x[::-1] for x in units))[::-1]
 
-    looked = batch_last(look)
+    looked = with_batch_last(look)
 
     def obs(s: Any) -> dict[str, Array]:
         units = s.unit_positions, s.unit_alive, s.unit_health, s.unit_weapon_cooldowns, s.unit_types

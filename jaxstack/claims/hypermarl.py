@@ -15,7 +15,7 @@ from jaxstack import agents
 from jaxstack.claims.harness import Check, Claim, Curve, Experiment, Row, Scale, Tuning
 from jaxstack.core.learner import Learner
 from jaxstack.core.runner import RunOptions, train
-from jaxstack.core.sweep import choice, sweep
+from jaxstack.sweeps import choice, sweep
 
 QUIET = RunOptions(progress=False)
 TUNING_SEEDS = (1001, 1002)

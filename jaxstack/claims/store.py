@@ -38,7 +38,7 @@ class Tuning(NamedTuple):
 
     @classmethod
     def of(cls, sweep: Any, metric: str, largest: bool = True, steps: int = 0) -> "Tuning":
-        """The tuning that a `jaxstack.core.sweep.Sweep` did; failed runs have NaN scores."""
+        """The tuning that a `jaxstack.sweeps.Sweep` did; failed runs have NaN scores."""
         table = sweep.table.sort_values(["setting", "seed"])
         values = table[metric].where(table.alive)
         scores = [tuple(float(v) for v in values[table.setting == i]) for i in sweep.settings.index]

@@ -23,7 +23,8 @@ def add_commands(commands: Commands) -> None:
 
 
 def _plot(args: argparse.Namespace, _: list[str]) -> None:
-    from jaxstack.core import plots, rundir
+    from jaxstack.core import rundir
+    from jaxstack.report import plots
 
     curves: dict[str, Any] = {}
     for label, run_dir in zip(rundir.labels(args.run_dirs), args.run_dirs):
@@ -41,7 +42,7 @@ def _plot(args: argparse.Namespace, _: list[str]) -> None:
 
 
 def _render(args: argparse.Namespace, _: list[str]) -> None:
-    from jaxstack.core import plots
+    from jaxstack.report import plots
     from jaxstack.envs.rollout import record
 
     learner, state = runs.one_row(args)

@@ -72,7 +72,7 @@ def _print_scores(scores: Mapping[str, Any], members: Sequence[runs.Member], sho
     """A line for each run, setting and metric: the mean over seeds with its interval, and each seed's own value."""
     import numpy as np
 
-    from jaxstack.core import stats
+    from jaxstack.report import stats
 
     for run, setting in dict.fromkeys((m.run, m.setting) for m in members):
         rows = [i for i, m in enumerate(members) if (m.run, m.setting) == (run, setting)]

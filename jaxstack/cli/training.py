@@ -234,7 +234,8 @@ def _sweep(args: argparse.Namespace, rest: list[str]) -> None:
     import json
 
     from jaxstack import learners
-    from jaxstack.core import config, rundir, space, sweep
+    from jaxstack.core import config, rundir, space
+    from jaxstack import sweeps
     from jaxstack.core.errors import UserError
 
     dimensions = space.parse(args.sweep)

@@ -1,4 +1,4 @@
-"""Correlations, rank tests and bootstraps over groups of units. `jaxstack.core.stats` exports all of it.
+"""Correlations, rank tests and bootstraps over groups of units. `jaxstack.report.stats` exports all of it.
 
 What SciPy computes is SciPy's; here are its intervals for rank correlations, an exact signed-rank test that allows ties
 and zeros, Nemenyi's comparison after Friedman's test, and a bootstrap that resamples whole groups.

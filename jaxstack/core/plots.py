@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxstack.core import stats
+from jaxstack.report import stats
 from jaxstack.core.errors import UserError
 
 # Okabe and Ito's colours, told apart with any colour vision

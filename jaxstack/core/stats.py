@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jaxstack.core.association import (
+from jaxstack.report.association import (
     Association,
     Estimate,
     Friedman,

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxstack import envs
-from jaxstack.core import plots, stats
+from jaxstack.report import plots, stats
 from jaxstack.core.errors import UserError
 from jaxstack.core.learner import Key, Learner, Policy
 from jaxstack.envs import rollout, vector

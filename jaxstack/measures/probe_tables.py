@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxstack.core import stats
+from jaxstack.report import stats
 from jaxstack.core.errors import UserError
 from jaxstack.measures.probes import Probe
 

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxstack.core.errors import UserError
-from jaxstack.core.noise import in_rows
+from jaxstack.fast.noise import in_rows
 
 MASKED = -1e9
 """Logit of an illegal action: finite, so that gradients stay finite."""

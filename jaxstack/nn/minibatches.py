@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from jaxstack.core import devices, groups, packing, shuffle
+from jaxstack.core import devices, groups
+from jaxstack.fast import packing, shuffle
 from jaxstack.core.learner import Key, Metrics
 
 
@@ -109,7 +110,7 @@ def minibatch_sgd(
     Raises:
         UserError: Where several devices share a seed, for minibatches that they do not divide.
     """
-    order = shuffle.orders(key, epochs, samples.count).reshape(epochs * minibatches, -1)
+    order = shuffle.permutations(key, epochs, samples.count).reshape(epochs * minibatches, -1)
     order = devices.split(order, 1, "the size of a minibatch")
     pack = packing.packing(params, samples.size // minibatches, num_groups)
 

@@ -9,7 +9,7 @@ from training import make
 from jaxstack.core.errors import UserError
 from jaxstack.core.learner import as_hypers
 from jaxstack.core.runner import resume, train
-from jaxstack.core.sweep import grid, sweep
+from jaxstack.sweeps import grid, sweep
 from jaxstack.sequence import trainer
 
 OPTIONS = dict(num_envs=2, num_steps=2, num_epochs=1, num_minibatches=1, hidden=(4,), lr=0.5, anneal_lr=True)

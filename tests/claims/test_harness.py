@@ -12,7 +12,7 @@ from jaxstack import cli
 from jaxstack.claims import CLAIMS, report, store
 from jaxstack.claims.harness import Check, Claim, Curve, Experiment, Scale, Tuning, judge, problems, run_claim
 from jaxstack.core.errors import UserError
-from jaxstack.core.sweep import Sweep, choice
+from jaxstack.sweeps import Sweep, choice
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 

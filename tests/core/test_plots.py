@@ -3,7 +3,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from jaxstack.core import plots, stats
+from jaxstack.report import plots, stats
 from jaxstack.core.errors import UserError
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import trim_mean
 
-from jaxstack.core import stats
+from jaxstack.report import stats
 from jaxstack.core.errors import UserError
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.stats as sp
 
-from jaxstack.core import stats
+from jaxstack.report import stats
 from jaxstack.core.errors import UserError
 
 RNG = np.random.default_rng(0)

@@ -26,7 +26,7 @@ def test_written_out_generator_is_the_library_of_jax():
 
 
 def test_batch_last_is_vmap_at_every_level():
-    f = smax_fast.batch_last(lambda x, y: x * y[0] + jnp.arange(3.0)[:, None])
+    f = smax_fast.with_batch_last(lambda x, y: x * y[0] + jnp.arange(3.0)[:, None])
     x, y = jnp.arange(24.0).reshape(2, 4, 3), jnp.arange(16.0).reshape(2, 4, 2)
     want = x * y[..., :1] + jnp.arange(3.0)
     np.testing.assert_array_equal(jax.vmap(jax.vmap(f))(x, y), want)

@@ -2,7 +2,7 @@
 
 The physics of one robot is thousands of operations on arrays of a few 3-vectors and quaternions. `jax.vmap` puts the
 batch first, where XLA's CPU backend vectorises over the three components, and computes anew, in every kernel and for
-every component, the cheap values that go into a rotation. `lanes(f)` equals `f`; where it is vmapped on a CPU, the
+every component, the cheap values that go into a rotation. `batch_last(f)` equals `f`; where it is vmapped on a CPU, the
 operations of `f` are carried out one by one with the batch in the last axis, small products by components, and what a
 concatenation or a product gives is stored once. A substep of brax' hopper, 64 at once, takes 0.18 ms instead of 0.55
 (2 cores of an EPYC).
@@ -48,10 +48,10 @@ class Value(NamedTuple):
 class Batch(NamedTuple):
     size: int
     one: jax.Array
-    """1, hidden from XLA: x / one is x to the bit, and XLA does not repeat a division in every kernel that uses it."""
+    """1, hidden from XLA: x / one is bitwise x, and XLA does not repeat a division in every kernel that uses it."""
 
 
-def lanes(function: Callable) -> Callable:
+def batch_last(function: Callable) -> Callable:
     """`function`, pure, of pytrees of arrays, with a vmap that runs faster on CPUs where its arrays are small.
 
     Results of a vmap are those of `jax.vmap(function)` up to the order of sums in products and of scattered terms.

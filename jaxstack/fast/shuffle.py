@@ -1,4 +1,4 @@
-"""Random orders, cheaply."""
+"""Random permutations by one sort of packed words."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ PACKED = 2**18
 """Longest order that is sorted packed: its words keep 14 random bits."""
 
 
-def orders(key: jax.Array, rows: int, count: int) -> Array:
+def permutations(key: jax.Array, rows: int, count: int) -> Array:
     """[rows, count] int32: a random order of 0..count-1 in each row.
 
     Sorts one array of words whose high bits are random and whose low bits are the index, which on CPU takes a sixth of

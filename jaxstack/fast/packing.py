@@ -1,4 +1,4 @@
-"""Small arrays of a tree side by side in one: fewer, longer kernels for optimisers and minibatches.
+"""Small arrays of a tree side by side in one: fewer, longer kernels in optimisers and minibatches.
 
 `optax.flatten` makes one vector of everything, large matrices too, and hands the update back leaf by leaf, a kernel
 each; here the parameters stay packed from one gradient step to the next.
@@ -22,7 +22,7 @@ matrices of 64 x 64. XLA's CPU backend hands work to a second thread when more t
 a short step that thread is asleep again, and to wake it takes longer than they do."""
 
 NARROW = 16
-"""Most words of four bytes in a row of a leaf that is gathered together with others; a flag is a byte."""
+"""Maximum row width, in 32-bit words, of a leaf that is gathered together with others; a flag is a byte."""
 
 WORDS = (jnp.float32, jnp.int32, jnp.uint32, jnp.bool_)
 """Types that are gathered together."""
@@ -110,8 +110,9 @@ def _shapes(leaves: list[Any]) -> tuple[tuple[int, ...], ...]:
 
 
 def rows(tree: Any, axes: int = 1) -> Callable[[Array], Any]:
-    """What gathers rows of a tree whose leaves share their first `axes` axes: `rows(tree)(index)` is
-    `tree.map(lambda x: x[index])`, with these axes taken as one, to the bit.
+    """Return a minibatch gather function for a tree whose leaves share their first `axes` axes.
+
+    `rows(tree)(index)` is bitwise identical to `jax.tree.map(lambda x: x[index], tree)` with these axes taken as one.
 
     Narrow leaves stand side by side in one table, made here, so that together they cost one gather, and one miss of the
     cache a row. A leaf that stands in the tree twice is gathered once. For data: no gradient flows back to the leaves.

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxstack.core.noise import in_rows
 from jaxstack.envs.base import Box, Discrete, MultiDiscrete, Spec, action_from, action_noise
+from jaxstack.fast.noise import in_rows
 
 
 @pytest.mark.parametrize("draw", [jax.random.uniform, jax.random.gumbel, jax.random.normal])

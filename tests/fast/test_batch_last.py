@@ -1,4 +1,4 @@
-"""lanes: a vmap with the batch in the last axis equals jax.vmap, for each kind of operation and for brax' physics."""
+"""A vmap with the batch in the last axis equals jax.vmap, for each kind of operation and for brax' physics."""
 
 import warnings
 
@@ -10,7 +10,7 @@ import pytest
 
 from jaxstack import envs
 from jaxstack.envs.brax import adapter, fast
-from jaxstack.envs.lanes import lanes
+from jaxstack.fast.batch_last import batch_last
 
 B = 5
 X = jax.random.normal(jax.random.key(0), (B, 4, 3))
@@ -57,17 +57,17 @@ CASES = {
 def test_equals_vmap(name: str):
     """Up to the order of sums: float32."""
     f = CASES[name]
-    chex.assert_trees_all_close(jax.jit(jax.vmap(lanes(f)))(X), jax.jit(jax.vmap(f))(X), rtol=2e-5, atol=1e-5)
+    chex.assert_trees_all_close(jax.jit(jax.vmap(batch_last(f)))(X), jax.jit(jax.vmap(f))(X), rtol=2e-5, atol=1e-5)
 
 
 def test_without_vmap_it_is_the_function():
     f = CASES["products"]
-    chex.assert_trees_all_equal(lanes(f)(X[0]), f(X[0]))
+    chex.assert_trees_all_equal(batch_last(f)(X[0]), f(X[0]))
 
 
 def test_to_the_bit_where_nothing_is_summed():
     f = lambda x: jnp.concatenate([x[:, 1:] * x[:, :1], jnp.exp(x)], axis=1)
-    chex.assert_trees_all_equal(jax.vmap(lanes(f))(X), jax.vmap(f)(X))
+    chex.assert_trees_all_equal(jax.vmap(batch_last(f))(X), jax.vmap(f)(X))
 
 
 def test_batch_axes_nested_and_missing():
@@ -78,14 +78,14 @@ def test_batch_axes_nested_and_missing():
     seeds = jnp.stack([X, X + 1])
     for inner in (axes, ({"x": 1}, None)):
         tree = {"x": X if inner == axes else jnp.moveaxis(X, 0, 1)}
-        chex.assert_trees_all_close(jax.vmap(lanes(f), inner)(tree, w), jax.vmap(f, inner)(tree, w), rtol=1e-5)
+        chex.assert_trees_all_close(jax.vmap(batch_last(f), inner)(tree, w), jax.vmap(f, inner)(tree, w), rtol=1e-5)
     both = lambda g: jax.vmap(jax.vmap(g, axes), ({"x": 0}, None))({"x": seeds}, w)
-    chex.assert_trees_all_close(both(lanes(f)), both(f), rtol=1e-5)
+    chex.assert_trees_all_close(both(batch_last(f)), both(f), rtol=1e-5)
 
 
 def test_derivatives_are_those_of_the_function():
     f = lambda x: jnp.sum(jnp.cross(x, TABLE)[1:] @ jnp.sin(x).T)
-    g = lanes(f)
+    g = batch_last(f)
     over = lambda h: jax.grad(lambda x: jax.vmap(h)(x).sum())(X)
     chex.assert_trees_all_close(over(g), over(f), rtol=1e-4, atol=1e-5)
     chex.assert_trees_all_close(jax.vmap(jax.grad(g))(X), jax.vmap(jax.grad(f))(X), rtol=1e-4, atol=1e-5)
@@ -95,7 +95,7 @@ def test_derivatives_are_those_of_the_function():
 
 def test_divisions_by_one_stay_and_small_products_are_written_out():
     """The form that makes it fast: no product is left, and what a concatenation gives is divided by a hidden one."""
-    text = str(jax.make_jaxpr(jax.vmap(lanes(lambda x: jnp.concatenate([x @ x.T, x], axis=1))))(X))
+    text = str(jax.make_jaxpr(jax.vmap(batch_last(lambda x: jnp.concatenate([x @ x.T, x], axis=1))))(X))
     assert "dot_general" not in text
     assert text.count(" div ") == 2
     assert "optimization_barrier" in text

@@ -4,7 +4,8 @@ import numpy as np
 import optax
 import pytest
 
-from jaxstack.core import groups, packing
+from jaxstack.core import groups
+from jaxstack.fast import packing
 
 TREE = {
     "w": jnp.arange(6.0).reshape(2, 3),
