@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from jaxstack.envs import make as make_env
     from jaxstack.learners import load_policy
     from jaxstack.learners import make as make_learner
+    from jaxstack.sweeps import sweep
 
 __all__ = [
     "Learner",

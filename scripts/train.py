@@ -21,6 +21,7 @@ from jaxstack.report import plots, stats
 from jaxstack.core import options as texts
 from jaxstack.core.errors import UserError
 from jaxstack.envs.rollout import record
+from jaxstack.report import plots, stats
 
 ARMS = {
     "HyperMARL": ("hypermarl", {}),

@@ -7,6 +7,7 @@ import numpy as np
 
 from jaxstack.report import stats
 from jaxstack.core.errors import UserError
+from jaxstack.report import stats
 
 Row = dict[str, Any]
 """`experiment`, `arm`, `seed` and metrics."""

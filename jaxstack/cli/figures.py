@@ -44,6 +44,7 @@ def _plot(args: argparse.Namespace, _: list[str]) -> None:
 def _render(args: argparse.Namespace, _: list[str]) -> None:
     from jaxstack.report import plots
     from jaxstack.envs.rollout import record
+    from jaxstack.report import plots
 
     learner, state = runs.one_row(args)
     frames = record(learner.env, learner.policy, state, args.seed, args.max_steps)

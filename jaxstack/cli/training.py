@@ -248,7 +248,7 @@ def _sweep(args: argparse.Namespace, rest: list[str]) -> None:
     out = rundir.RunDir.check(args.out or f"runs/sweep-{_file_name(args.learner)}-{_now()}")
     make = lambda **changes: learners.make(args.learner, job.config, **changes)
     options = dict(num=args.num, search_seed=args.search_seed, run_dir=out / "runs", options=job.run)
-    result = sweep.sweep(make, dimensions, job.seeds, **options)
+    result = sweeps.sweep(make, dimensions, job.seeds, **options)
     result.save(out)
     (out / "config.yaml").write_text(config.to_yaml(job.config), encoding="utf-8")
     (out / "sweep.json").write_text(json.dumps(rundir.environment(), indent=1), encoding="utf-8")

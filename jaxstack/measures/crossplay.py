@@ -23,6 +23,7 @@ from jaxstack.core.learner import Key, Learner, Policy
 from jaxstack.envs import rollout, vector
 from jaxstack.envs.base import Environment
 from jaxstack.nn.observations import inputs_of
+from jaxstack.report import plots, stats
 
 RESAMPLES = 2000
 

@@ -11,6 +11,7 @@ from jaxstack.core.learner import as_hypers
 from jaxstack.core.runner import resume, train
 from jaxstack.sweeps import grid, sweep
 from jaxstack.sequence import trainer
+from jaxstack.sweeps import grid, sweep
 
 OPTIONS = dict(num_envs=2, num_steps=2, num_epochs=1, num_minibatches=1, hidden=(4,), lr=0.5, anneal_lr=True)
 QUIET = dict(progress=False, eval_every=-1, chunk=5)

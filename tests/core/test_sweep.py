@@ -20,6 +20,8 @@ from jaxstack.core import space as spaces
 from jaxstack.core.errors import UserError
 from jaxstack.sweeps import Sweep, choice, grid, log_uniform, sweep, uniform
 from jaxstack.data.sources import IteratorData
+from jaxstack.report import stats
+from jaxstack.sweeps import Sweep, choice, grid, log_uniform, sweep, uniform
 
 RATES = (0.05, 0.1, 0.2)
 

@@ -5,6 +5,7 @@ from PIL import Image
 
 from jaxstack.report import plots, stats
 from jaxstack.core.errors import UserError
+from jaxstack.report import plots, stats
 
 
 def frame(offset=0.0, seeds=3):

@@ -30,7 +30,6 @@ from jaxstack.report.association import (
     wilcoxon,
     wilson,
 )
-from jaxstack.core.errors import UserError
 
 __all__ = [
     "Association",

@@ -6,6 +6,7 @@ from scipy.stats import trim_mean
 
 from jaxstack.report import stats
 from jaxstack.core.errors import UserError
+from jaxstack.report import stats
 
 
 @pytest.mark.parametrize("shape", [(4, 1), (5, 1), (7, 3), (10, 26), (1, 1)])

@@ -25,6 +25,7 @@ from jaxstack.core.errors import UserError, unknown
 from jaxstack.core.learner import Learner, better
 from jaxstack.core.source import Source
 from jaxstack.core.space import choice, grid, log_uniform, uniform
+from jaxstack.report import plots, stats
 
 __all__ = ["Sweep", "choice", "grid", "log_uniform", "sweep", "uniform"]
 

@@ -8,6 +8,7 @@ import scipy.stats as sp
 
 from jaxstack.report import stats
 from jaxstack.core.errors import UserError
+from jaxstack.report import stats
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=30)

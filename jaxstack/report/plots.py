@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxstack.report import stats
 from jaxstack.core.errors import UserError
+from jaxstack.report import stats
 
 # Okabe and Ito's colours, told apart with any colour vision
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999933")

@@ -1,0 +1,1 @@
+"""Statistics over runs and units, and figures."""
