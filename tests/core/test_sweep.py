@@ -407,7 +407,7 @@ def test_command_line_entries():
         spaces.parse(["lr=1", "lr=2"])
 
 
-def test_statistics_of_a_sweep_are_those_of_core_stats(whole):
+def test_statistics_of_a_sweep_are_those_of_report_stats(whole):
     summary = whole.summary("eval/return")
     scores = whole.table[whole.table.setting == 4]["eval/return"].to_numpy()
     mine = summary.iloc[4]
