@@ -13,6 +13,7 @@ import numpy as np
 from jaxstack.agents.probe_audit import Audited, Run, discoveries, table
 from jaxstack.report import stats
 from jaxstack.core.errors import UserError
+from jaxstack.report import stats
 
 WARNINGS = (
     "Feed-forward and recurrent probes measure different things (a window of steps against the whole recurrent state): "

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jax.custom_batching import custom_vmap
 from jax.extend import core
 
@@ -92,12 +93,17 @@ def batch_last(function: Callable) -> Callable:
     return wraps(function)(whole)
 
 
+def _aval(variable: Any) -> Any:
+    """Shape and type of a variable of a program."""
+    return variable.aval
+
+
 def _evaluate(program: core.ClosedJaxpr, args: list[Value], batch: Batch) -> list[Value]:
     jaxpr = program.jaxpr
     known = dict(zip(jaxpr.constvars, (Value(c, False) for c in program.consts))) | dict(zip(jaxpr.invars, args))
 
     def read(v: Any) -> Value:
-        return Value(np.asarray(v.val, v.aval.dtype), False) if isinstance(v, core.Literal) else known[v]
+        return Value(np.asarray(v.val, _aval(v).dtype), False) if isinstance(v, core.Literal) else known[v]
 
     for eqn in jaxpr.eqns:
         known |= zip(eqn.outvars, _apply(eqn, [read(v) for v in eqn.invars], batch))
@@ -106,7 +112,7 @@ def _evaluate(program: core.ClosedJaxpr, args: list[Value], batch: Batch) -> lis
 
 def _apply(eqn: core.JaxprEqn, values: list[Value], batch: Batch) -> list[Value]:
     name, params = eqn.primitive.name, eqn.params
-    shapes = [v.aval.shape for v in eqn.invars]
+    shapes = [_aval(v).shape for v in eqn.invars]
     bind = lambda *xs: eqn.primitive.bind(*xs, **params)
     listed = lambda out: list(out) if eqn.primitive.multiple_results else [out]
     if name in CALLS:
@@ -120,12 +126,12 @@ def _apply(eqn: core.JaxprEqn, values: list[Value], batch: Batch) -> list[Value]
     if not any(v.batched for v in values):
         xs = [v.x for v in values]
         # indices have to be known here, so that gathers become slices
-        whole = _concrete(values) and all(not jnp.issubdtype(v.aval.dtype, jnp.inexact) for v in eqn.outvars)
+        whole = _concrete(values) and all(not jnp.issubdtype(_aval(v).dtype, jnp.inexact) for v in eqn.outvars)
         if whole and name in NUMPY:
             return [Value(NUMPY[name](eqn, *map(np.asarray, xs)), False)]
         with jax.ensure_compile_time_eval() if whole else nullcontext():
             return [Value(x, False) for x in listed(bind(*xs))]
-    shape = eqn.outvars[0].aval.shape
+    shape = _aval(eqn.outvars[0]).shape
     if name in ELEMENTWISE:
         return [Value(x, True) for x in listed(bind(*[_full(v, shape, batch) for v in values]))]
     if name in SAME_AXES:
@@ -140,7 +146,7 @@ def _apply(eqn: core.JaxprEqn, values: list[Value], batch: Batch) -> list[Value]
 
 
 def _concrete(values: list[Value]) -> bool:
-    return not any(v.batched or isinstance(v.x, jax.core.Tracer) for v in values)
+    return not any(v.batched or isinstance(v.x, Tracer) for v in values)
 
 
 def _full(value: Value, shape: tuple[int, ...], batch: Batch) -> jax.Array:
@@ -159,7 +165,7 @@ def _scan(eqn: core.JaxprEqn, values: list[Value], batch: Batch) -> list[Value]:
     p = eqn.params
     consts, carries = p["num_consts"], p["num_carry"]
     first, xs = values[consts : consts + carries], values[consts + carries :]
-    shapes = [v.aval.shape for v in p["jaxpr"].jaxpr.outvars]
+    shapes = [_aval(v).shape for v in p["jaxpr"].jaxpr.outvars]
 
     def body(carry: list, x: list) -> tuple[list, list]:
         row = [Value(c, True) for c in carry] + [Value(y, v.batched) for y, v in zip(x, xs)]
@@ -190,7 +196,7 @@ def _row_index(index: Value, dims: tuple) -> np.ndarray | None:
 
 def _gather(eqn: core.JaxprEqn, values: list[Value], shapes: list, batch: Batch) -> list | None:
     d, sizes = eqn.params["dimension_numbers"], tuple(eqn.params["slice_sizes"])
-    out = eqn.outvars[0].aval.shape
+    out = _aval(eqn.outvars[0]).shape
     index = _row_index(
         values[1], (tuple(d.collapsed_slice_dims), tuple(d.start_index_map), tuple(d.operand_batching_dims))
     )
@@ -245,7 +251,7 @@ def _slice(eqn: core.JaxprEqn, values: list[Value], shapes: list, batch: Batch) 
 
 
 def _broadcast(eqn: core.JaxprEqn, values: list[Value], shapes: list, batch: Batch) -> list:
-    shape = eqn.outvars[0].aval.shape
+    shape = _aval(eqn.outvars[0]).shape
     axes = (*eqn.params["broadcast_dimensions"], len(shape))
     return [lax.broadcast_in_dim(values[0].x, (*shape, batch.size), axes)]
 
@@ -267,7 +273,7 @@ RULES: dict[str, Callable[[core.JaxprEqn, list[Value], list, Batch], list | None
     "dot_general": _dot,
     "gather": _gather,
     "pad": _pad,
-    "reshape": lambda e, v, s, batch: [v[0].x.reshape(*e.outvars[0].aval.shape, batch.size)],
+    "reshape": lambda e, v, s, batch: [v[0].x.reshape(*_aval(e.outvars[0]).shape, batch.size)],
     "scatter-add": _scatter_add,
     "slice": _slice,
     "split": lambda e, v, s, batch: list(lax.split(v[0].x, e.params["sizes"], e.params["axis"])),

@@ -21,6 +21,7 @@ from jaxstack.envs import rollout, vector
 from jaxstack.envs.base import Discrete, Environment
 from jaxstack.measures import crossplay, probes
 from jaxstack.measures.partners import Partner
+from jaxstack.report import plots, stats
 
 
 class AuditReport(NamedTuple):

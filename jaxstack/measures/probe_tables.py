@@ -8,6 +8,7 @@ import numpy as np
 from jaxstack.report import stats
 from jaxstack.core.errors import UserError
 from jaxstack.measures.probes import Probe
+from jaxstack.report import stats
 
 
 class Gap(NamedTuple):
