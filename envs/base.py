@@ -281,7 +281,7 @@ def action_from(spec: Spec, noise: Array, action_mask: Array | None = None) -> A
     space = spec.action_space
     if isinstance(space, Discrete):
         if action_mask is not None:
-            # one number for an agent: noise for every action would be several times dearer
+            # one number for an agent: noise for every action would be several times more expensive
             place = jnp.cumsum(action_mask, axis=-1, dtype=jnp.int32)
             skip = (noise * place[..., -1]).astype(jnp.int32)
             return jnp.sum(place <= skip[..., None], axis=-1, dtype=jnp.int32)

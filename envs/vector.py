@@ -30,7 +30,7 @@ class VecState(NamedTuple):
     first: Array
     """[N] bool: `ts` starts an episode (recurrent policies reset here)."""
     episode_return: Array
-    """[N, A] return so far of the episode that goes on; `rollout.collect` keeps it, `step` leaves it alone."""
+    """[N, A] return so far of the current episode; `rollout.collect` keeps it, `step` leaves it alone."""
     episode_length: Array
     """[N] int32, likewise its steps."""
 

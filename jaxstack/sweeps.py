@@ -2,8 +2,8 @@
 
 Row (setting, seed) starts from `jax.random.key(seed)`, so all settings of a seed share their start, and
 `runner.train(make_learner(**static), seeds=[seed], hypers=setting)` repeats a row alone (1e-5 relative, one step from
-the same state; the sweep repeats itself to the bit). Numeric names are traced: their number and values change nothing
-about how often is compiled. Static names multiply: one program for each combination.
+the same state; the sweep repeats itself bitwise). Numeric names are traced: their number and values never trigger
+recompilation. Static names multiply: one program for each combination.
 """
 
 import inspect

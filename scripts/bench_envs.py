@@ -7,7 +7,7 @@
 
 Each form is one jitted scan over rollouts of 128 steps of `width` environments with uniformly random legal actions:
 
-    pool     jaxstack, new episodes from a pool of starts made once a rollout (the default)
+    pool     jaxstack, new episodes from a pool of starts made once per rollout (the default)
     exact    jaxstack, a reset in every step
     library  the library's own auto-reset: `step` of JaxMARL and gymnax under vmap, brax with its training wrappers
 

@@ -23,7 +23,7 @@ def cpu() -> str:
 def write(path: Path, rows: list[dict[str, Any]], **facts: Any) -> None:
     """Write `rows` and `facts` to `path`, whose folder is made."""
     report = {
-        # where clones lie is nobody's business
+        # paths are machine-specific
         "command": [Path(a).name if Path(a).is_absolute() else a for a in sys.argv],
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": {p: importlib.metadata.version(p) for p in PACKAGES},

@@ -49,12 +49,12 @@ GUARANTEES: tuple[Guarantee, ...] = (
     ),
     Guarantee(
         "a run that is resumed on another number of devices",
-        "rounding of each step, as above; the stored state itself moves to the bit",
+        "rounding of each step, as above; the stored state itself is moved bitwise identically",
         "tests/core/test_devices.py::test_environments_spread_over_devices_and_checkpoints_move_between_layouts",
     ),
     Guarantee(
         "over how many processes a run is spread",
-        "1e-5 relative over the first steps; all processes hold the same numbers to the bit",
+        "1e-5 relative over the first steps; all processes hold bitwise identical numbers",
         "tests/core/test_distributed.py::test_two_processes_equal_one",
     ),
 )

@@ -4,9 +4,9 @@ Seeds never talk to each other, so spreading them costs nothing. Devices along "
 XLA's partitioner inserts what they exchange, so results are those of one device up to rounding:
 
     divided by env_devices    environment states, rollouts, forward and backward passes over minibatches
-    a copy on every device    parameters, optimiser, start-state pool, evaluation, and once an update the whole rollout,
+    a copy on every device    parameters, optimiser, start-state pool, evaluation, the whole rollout once per update,
                               from which shuffled minibatches are drawn
-    exchanged                 one flag an environment in every environment step, the rollout once an update, gradients
+    exchanged                 one flag per environment and environment step, the rollout once per update, gradients
                               in every minibatch
 
 So it pays where stepping environments and large minibatches dominate, and memory falls only by the environments' own

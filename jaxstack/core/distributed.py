@@ -110,7 +110,7 @@ def share(value: Any) -> Any:
 
 
 def share_arrays(table: dict[str, np.ndarray] | None) -> dict[str, np.ndarray]:
-    """The first process' table of arrays, to the bit, on all."""
+    """Return the first process' table of arrays, bitwise identical, on all processes."""
     if count() == 1:
         return table or {}
     table = table or {}

@@ -2,7 +2,7 @@
 
 run.yaml        agent, config, seeds, run options: what `resume` needs, below its checksum; a copy is in checksums/
 run.json        command, versions, device, git commit, start, status
-metrics.jsonl   one line a step and seed; pandas.read_json(path, lines=True, precise_float=True) reads it to the bit
+metrics.jsonl   one line per step and seed; pandas.read_json(path, lines=True, precise_float=True) reads it exactly
 ledger.json     compiles of the last process
 checkpoints/    orbax, with checksums/ beside it
 damaged/        whatever was found damaged, or newer than the checkpoint that a resume went on from

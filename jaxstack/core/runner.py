@@ -32,7 +32,7 @@ class RunOptions(config.Config):
     """How a run is carried out; none of it changes results."""
 
     chunk: int = 0
-    """Steps between two looks of the host; 0 picks about 50 looks a run."""
+    """Training steps per dispatch; 0 picks about 50 dispatches per run."""
     dispatch: Literal["auto", "scan", "loop"] = "auto"
     """scan: many steps in one program; loop: one step a call (faster for convolutions on CPU)."""
     eval_every: int = 0
@@ -82,7 +82,7 @@ class Result(NamedTuple):
 
 
 class Job(NamedTuple):
-    """What is to be done, checked and with defaults filled in."""
+    """Validated run specification."""
 
     learner: Learner
     num_steps: int
@@ -95,7 +95,7 @@ class Job(NamedTuple):
     sinks: Sequence[Sink]
     book: ledger.Ledger
     stop: list[int]
-    """Signals that came."""
+    """Signals received."""
     said: list[str]
     """Why seeds were frozen, in the order in which it was seen."""
     settings: list[int] | None = None
@@ -119,7 +119,7 @@ def train(
     sinks: Sequence[Sink] = (),
     **changes: Any,
 ) -> Result:
-    """Train `learner` for `num_steps` steps, or `total_samples` samples a seed, with each of `seeds` at once.
+    """Train `learner` for `num_steps` steps, or `total_samples` samples per seed, with each of `seeds` at once.
 
     Steps default to the learner's, and so does `data`, the source of its batches; `hypers` may have leaves [S] (one
     setting a seed). `settings` [S] numbers them: rows are then pairs (setting, seed), in which seeds may repeat,
@@ -173,8 +173,9 @@ def resume(
     sinks: Sequence[Sink] = (),
     **changes: Any,
 ) -> Result:
-    """Continue a run from its newest undamaged checkpoint, to the bit as if it had not stopped; from its beginning when
-    it was stopped before the first one.
+    """Continue a run from its newest undamaged checkpoint, bitwise identical to one that had not stopped.
+
+    It starts from its beginning when it was stopped before the first checkpoint.
 
     Steps default to those the run was made with. With another number, the learner's schedules end with the new last
     step (`extend`: the learning rate goes on from where the longer schedule would be), or where the stored run had them
@@ -417,8 +418,7 @@ def _loop(
     step: int,
     table: Sequence[Row] = (),
 ) -> Result:
-    """Chunks until the last step, a signal or the death of all seeds; the host's side of the run. `table` has the rows
-    before `step`."""
+    """Run chunks until the last step, a signal or all seeds have diverged. `table` has the rows before `step`."""
     options, total = job.options, job.num_steps
     table, stop = list(table), _agreed(job)
     if run is not None:
@@ -639,7 +639,7 @@ def _data(learner: Learner, data: Source | None) -> Source | None:
     if learner.takes_batch and data is None:
         raise UserError(f"{learner.name}: data is needed, e.g. ArrayData(arrays, batch_size)")
     if data is not None and not learner.takes_batch and learner.source is None:
-        raise UserError(f"{learner.name}: makes its own data; data must be None")
+        raise UserError(f"{learner.name}: generates its own batches; data must be None")
     return data
 
 

@@ -36,7 +36,7 @@ class GRU(nn.Module):
 def gru_scan(h: Array, gates: Array, keep: Array, wh: Array, bn: Array) -> tuple[Array, Array]:
     """h [B.., H], gates [T, B.., 3H] (input part of reset, update, candidate), keep [T, B.., 1], wh [H, 3H], bn [H].
 
-    The adjoint is written out: the weight gradient is one matrix product over all T steps instead of one a step.
+    The adjoint is written out: the weight gradient is one matrix product over all T steps instead of one per step.
     `keep` gets no gradient.
     """
 

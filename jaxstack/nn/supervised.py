@@ -104,7 +104,7 @@ def linen(
 
 
 class State(NamedTuple):
-    """All that a run needs to go on."""
+    """Complete training state."""
 
     hypers: Any
     params: Any
@@ -194,7 +194,7 @@ def supervised(
         data_parallel: devices that share the rows of a batch.
         config: the method's config, given to the sources.
         name: of the method.
-        batch_size: examples a step, the unit of progress.
+        batch_size: examples per step, the unit of progress.
         source: config -> training batches; None: the runner is given them.
         eval_source: config -> `Batch`es of a split.
         objective: see `Learner`.

@@ -111,7 +111,7 @@ def _check(q: Array, k: Array, v: Array, decay: Array | None, mask: Array | None
 
 
 def _size(chunk: int | None, length: int, per_key: bool) -> int:
-    """Tokens a chunk: as asked or by default, and no more than the power of two that holds the whole sequence."""
+    """Tokens per chunk: as asked or by default, and no more than the power of two that holds the whole sequence."""
     chunk = CHUNK[per_key] if chunk is None else chunk
     if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1 or chunk & (chunk - 1):
         raise UserError(f"chunk={chunk!r}: expected a power of two")

@@ -113,7 +113,7 @@ MIXERS = Registry(
 
 
 class State(NamedTuple):
-    """All that a run needs to go on."""
+    """Complete training state."""
 
     hypers: Hypers
     params: Any

@@ -249,7 +249,7 @@ def test_total_samples_and_defaults_give_steps():
         ({"chunks": 3}, "did you mean 'chunk'"),
         ({"dispatch": "fast"}, "expected one of"),
         ({"devices": 99, "seeds": 99}, "devices=99: expected at most"),
-        ({"data": object()}, "makes its own data"),
+        ({"data": object()}, "generates its own batches"),
         ({"max_compiles": 1}, "max_compiles=1: 'init' would be one more compile after chunk"),
     ],
 )

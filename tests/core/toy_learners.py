@@ -97,7 +97,7 @@ def numbers(tree):
 
 
 def assert_same(a, b):
-    """Equal to the bit."""
+    """Bitwise equal."""
     import numpy as np
 
     a, b = numbers(a), numbers(b)
