@@ -18,7 +18,6 @@ from jaxstack.core import losses
 from jaxstack.core.config import require
 from jaxstack.core.learner import Key, Learner, Metrics
 from jaxstack.envs.base import Environment
-from jaxstack.fast import packing
 from jaxstack.nn import team
 from jaxstack.nn.distributions import TeamDistribution
 from jaxstack.nn.minibatches import minibatch_sgd, transitions

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from jaxstack.agents.probe_audit import Audited, Run, discoveries, table
-from jaxstack.report import stats
 from jaxstack.core.errors import UserError
 from jaxstack.report import stats
 

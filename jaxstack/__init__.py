@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from jaxstack.core.errors import UserError
     from jaxstack.core.learner import Learner
     from jaxstack.core.runner import train
-    from jaxstack.sweeps import sweep
     from jaxstack.envs import make as make_env
     from jaxstack.learners import load_policy
     from jaxstack.learners import make as make_learner

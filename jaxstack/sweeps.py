@@ -18,7 +18,6 @@ import numpy as np
 import yaml
 
 from jaxstack.core import config, runner
-from jaxstack.report import plots, stats
 from jaxstack.core import options as texts
 from jaxstack.core import space as spaces
 from jaxstack.core.errors import UserError, unknown

@@ -17,7 +17,6 @@ import tyro
 from jaxstack import agents
 from jaxstack.agents.team_ppo import make_env
 from jaxstack.core import bundle, config, runner
-from jaxstack.report import plots, stats
 from jaxstack.core import options as texts
 from jaxstack.core.errors import UserError
 from jaxstack.envs.rollout import record

@@ -13,8 +13,8 @@ import yaml
 
 from jaxstack import cli, load_policy
 from jaxstack.core import rundir, runner
-from jaxstack.report import plots
 from jaxstack.core.errors import UserError
+from jaxstack.report import plots
 from jaxstack.sweeps import Sweep
 
 SMALL = (

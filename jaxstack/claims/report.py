@@ -11,7 +11,6 @@ import numpy as np
 
 from jaxstack.claims.judging import RULE, Row, Verdict
 from jaxstack.core import files
-from jaxstack.report import plots, stats
 from jaxstack.core.errors import UserError
 from jaxstack.report import plots, stats
 

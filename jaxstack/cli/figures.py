@@ -42,7 +42,6 @@ def _plot(args: argparse.Namespace, _: list[str]) -> None:
 
 
 def _render(args: argparse.Namespace, _: list[str]) -> None:
-    from jaxstack.report import plots
     from jaxstack.envs.rollout import record
     from jaxstack.report import plots
 

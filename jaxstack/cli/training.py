@@ -233,9 +233,8 @@ def _resume(args: argparse.Namespace, _: list[str]) -> None:
 def _sweep(args: argparse.Namespace, rest: list[str]) -> None:
     import json
 
-    from jaxstack import learners
+    from jaxstack import learners, sweeps
     from jaxstack.core import config, rundir, space
-    from jaxstack import sweeps
     from jaxstack.core.errors import UserError
 
     dimensions = space.parse(args.sweep)

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jaxstack.report import plots, stats
 from jaxstack.core.errors import UserError
 from jaxstack.core.learner import Key, Learner
 from jaxstack.envs import rollout, vector

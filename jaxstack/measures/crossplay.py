@@ -17,7 +17,6 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxstack import envs
-from jaxstack.report import plots, stats
 from jaxstack.core.errors import UserError
 from jaxstack.core.learner import Key, Learner, Policy
 from jaxstack.envs import rollout, vector

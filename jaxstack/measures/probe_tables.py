@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxstack.report import stats
 from jaxstack.core.errors import UserError
 from jaxstack.measures.probes import Probe
 from jaxstack.report import stats

@@ -9,8 +9,8 @@ import optax
 from jaxtyping import Array
 
 from jaxstack.core import devices, groups
-from jaxstack.fast import packing, shuffle
 from jaxstack.core.learner import Key, Metrics
+from jaxstack.fast import packing, shuffle
 
 
 class Loss(Protocol):

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from jaxstack.report import stats
 from jaxstack.core.errors import UserError
 from jaxstack.report import stats
 

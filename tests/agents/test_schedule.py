@@ -9,7 +9,6 @@ from training import make
 from jaxstack.core.errors import UserError
 from jaxstack.core.learner import as_hypers
 from jaxstack.core.runner import resume, train
-from jaxstack.sweeps import grid, sweep
 from jaxstack.sequence import trainer
 from jaxstack.sweeps import grid, sweep
 

@@ -15,10 +15,8 @@ from toy_learners import Hypers, ToyConfig, assert_same, classifier, numbers, re
 import jaxstack
 from jaxstack import agents
 from jaxstack.core import ledger, runner
-from jaxstack.report import stats
 from jaxstack.core import space as spaces
 from jaxstack.core.errors import UserError
-from jaxstack.sweeps import Sweep, choice, grid, log_uniform, sweep, uniform
 from jaxstack.data.sources import IteratorData
 from jaxstack.report import stats
 from jaxstack.sweeps import Sweep, choice, grid, log_uniform, sweep, uniform

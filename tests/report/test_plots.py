@@ -3,7 +3,6 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from jaxstack.report import plots, stats
 from jaxstack.core.errors import UserError
 from jaxstack.report import plots, stats
 

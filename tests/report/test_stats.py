@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from scipy.stats import trim_mean
 
-from jaxstack.report import stats
 from jaxstack.core.errors import UserError
 from jaxstack.report import stats
 

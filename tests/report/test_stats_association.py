@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import scipy.stats as sp
 
-from jaxstack.report import stats
 from jaxstack.core.errors import UserError
 from jaxstack.report import stats
 
