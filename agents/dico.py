@@ -17,7 +17,7 @@ from jaxstack.agents.team_ppo import PPOConfig
 from jaxstack.core.config import require, require_at_least
 from jaxstack.core.learner import Learner
 from jaxstack.nn import team
-from jaxstack.nn.team import Arch, Shape, TeamNet
+from jaxstack.nn.team import Arch, TeamNet, TeamSpec
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def mean_distance(x: Array) -> Array:
     return distance.sum((-1, -2)).mean() / max(count * (count - 1), 1)
 
 
-def dico_team(cfg: Config, shape: Shape, arch: Arch) -> TeamNet:
+def dico_team(cfg: Config, shape: TeamSpec, arch: Arch) -> TeamNet:
     """Shared network, per-agent deviations and the running diversity (the state without gradient)."""
     common = team.shared(shape, arch, with_id=False)
     own = team.separate(shape, arch)
@@ -62,16 +62,16 @@ def dico_team(cfg: Config, shape: Shape, arch: Arch) -> TeamNet:
         seen = jnp.broadcast_to(seen, (*seen.shape[:2], count, *shape.obs_shape))
         return own.actor(params["own"], (), seen, jnp.zeros(seen.shape[:2], bool))[1]
 
-    def prepare(params: Any, extra: Array, obs: Array | None) -> tuple[Any, Array]:
+    def materialise(params: Any, aux_state: Array, obs: Array | None) -> tuple[Any, Array]:
         if obs is None:
-            scale = _scale(cfg, extra)
+            scale = _scale(cfg, aux_state)
         else:
             measured = mean_distance(deviation(params, obs))
             # the first measurement replaces the start value
-            running = jnp.where(extra < 0, measured, (1 - cfg.tau) * extra + cfg.tau * measured)
+            running = jnp.where(aux_state < 0, measured, (1 - cfg.tau) * aux_state + cfg.tau * measured)
             scale = _scale(cfg, running)
-            extra = jax.lax.stop_gradient(running)
-        return params | {"scale": scale}, extra
+            aux_state = jax.lax.stop_gradient(running)
+        return params | {"scale": scale}, aux_state
 
     def actor(w: Any, carry: Any, obs: Array, first: Array) -> tuple[Any, Array]:
         _, base = common.actor(w["common"], carry, obs, first)
@@ -80,13 +80,13 @@ def dico_team(cfg: Config, shape: Shape, arch: Arch) -> TeamNet:
 
     return TeamNet(
         init=init,
-        init_extra=lambda: jnp.float32(-1.0),
-        prepare=prepare,
+        init_aux_state=lambda: jnp.float32(-1.0),
+        materialise=materialise,
         actor=actor,
         critic=lambda w, *args, **options: common.critic(w["common"], *args, **options),
         log_std=lambda w: w["common"].get("log_std"),
         carry=common.carry,
-        penalty=lambda params, extra: jnp.float32(0),
+        penalty=lambda params, aux_state: jnp.float32(0),
         groups=common.groups,
     )
 

@@ -27,13 +27,13 @@ def agent_gradients(task: Task, s: State, batch: Batch) -> Array:
     count = task.shape.num_agents
 
     def one(agent: Array) -> Array:
-        weight = batch.weight * (jnp.arange(count) == agent)
+        weight = batch.agent_mask * (jnp.arange(count) == agent)
         flat, rebuild = ravel_pytree(s.params)
 
         def loss(flat: Array) -> Array:
-            weights, _ = task.team.prepare(rebuild(flat), s.extra, batch.obs)
+            weights, _ = task.team.materialise(rebuild(flat), s.aux_state, batch.obs)
             logp = team_ppo.distribution(task, weights, batch).log_prob(batch.action)
-            return -(logp * batch.advantage * weight).sum() / jnp.maximum(batch.weight.sum(), 1.0)
+            return -(logp * batch.advantage * weight).sum() / jnp.maximum(batch.agent_mask.sum(), 1.0)
 
         return jax.grad(loss)(flat)
 

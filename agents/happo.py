@@ -22,7 +22,7 @@ from jaxstack.nn import team
 from jaxstack.nn.distributions import TeamDistribution
 from jaxstack.nn.minibatches import minibatch_sgd, transitions
 from jaxstack.nn.observations import reading
-from jaxstack.nn.team import Shape, TeamNet
+from jaxstack.nn.team import TeamNet, TeamSpec
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def happo(config: Config = Config()) -> Learner:
     return team_ppo.make_learner("happo", task, sequential_update, init_optimisers)
 
 
-def make_task(config: Config, env: Environment, shape: Shape) -> Task:
+def make_task(config: Config, env: Environment, shape: TeamSpec) -> Task:
     """The task with a network for each agent. The joint advantage couples the agents by design, so that one scale for
     all rewards keeps the team's objective what it is; the rest of an agent's statistics, its clip and its optimiser are
     its own."""
@@ -64,51 +64,51 @@ def sequential_update(task: Task, s: State, batch: Batch, key: Key) -> tuple[Sta
     row = lambda tree, i: jax.tree.map(lambda x: x[i], tree)
 
     def one_agent(c: tuple, inputs: tuple[Array, Key]) -> tuple[tuple, Metrics]:
-        params, opt, factor = c
+        params, opt_state, factor = c
         agent, key = inputs
         own = select(batch, agent)
         mask = _mask(task, batch, agent)
-        new, new_opt, metrics = agent_epochs(task, row(params, agent), row(opt, agent), s, own, mask, factor, key)
+        new, new_opt, metrics = agent_epochs(task, row(params, agent), row(opt_state, agent), s, own, mask, factor, key)
         ratio = jnp.exp(_distribution(task, new, own, mask).log_prob(own.action) - own.logp)[..., 0]
-        factor = factor * jnp.where(own.weight[..., 0] > 0, ratio, 1.0)
+        factor = factor * jnp.where(own.agent_mask[..., 0] > 0, ratio, 1.0)
         put = lambda tree, value: jax.tree.map(lambda x, v: x.at[agent].set(v), tree, value)
-        return (put(params, new), put(opt, new_opt), factor), metrics
+        return (put(params, new), put(opt_state, new_opt), factor), metrics
 
     inputs = (jax.random.permutation(k_order, count), jax.random.split(k_agents, count))
-    (params, opt, factor), metrics = jax.lax.scan(
-        one_agent, (s.params, s.opt, jnp.ones(batch.first.shape, jnp.float32)), inputs
+    (params, opt_state, factor), metrics = jax.lax.scan(
+        one_agent, (s.params, s.opt_state, jnp.ones(batch.first.shape, jnp.float32)), inputs
     )
     metrics = jax.tree.map(jnp.mean, metrics) | {"train/factor": factor.mean()}
-    return s._replace(params=params, opt=opt), metrics
+    return s._replace(params=params, opt_state=opt_state), metrics
 
 
 def agent_epochs(
-    task: Task, params: Any, opt: Any, s: State, own: Batch, mask: Array | None, factor: Array, key: Key
+    task: Task, params: Any, opt_state: Any, s: State, own: Batch, mask: Array | None, factor: Array, key: Key
 ) -> tuple[Any, Any, Metrics]:
     """E epochs of M minibatches on one agent's data: (its parameters, its optimiser, metrics)."""
     cfg = task.cfg
-    params, opt, _, metrics = minibatch_sgd(
-        lambda params, extra, sample: agent_loss(task, params, s, *sample, extra),
+    params, opt_state, _, metrics = minibatch_sgd(
+        lambda params, aux_state, sample: agent_loss(task, params, s, *sample, aux_state),
         team_ppo.optimiser(cfg, s.hypers, total=s.total),
         params,
-        opt,
+        opt_state,
         transitions((own, mask, factor)),
         key,
         epochs=cfg.num_epochs,
         minibatches=cfg.num_minibatches,
     )
-    return params, opt, metrics
+    return params, opt_state, metrics
 
 
 def agent_loss(
-    task: Task, params: Any, s: State, mb: Batch, mask: Array | None, factor: Array, extra: Any = ()
+    task: Task, params: Any, s: State, mb: Batch, mask: Array | None, factor: Array, aux_state: Any = ()
 ) -> tuple[Array, tuple[Any, Metrics]]:
     """Clipped surrogate of M times the joint advantage (the team's mean), value loss and entropy of one agent."""
     cfg, hypers = task.cfg, s.hypers
     dist = _distribution(task, params, mb, mask)
     solo = _solo(task)
     _, value = solo.critic(jax.tree.map(lambda x: x[None], params), (), mb.critic_x, mb.first)
-    advantage = losses.standardise(mb.advantage, mb.weight) if cfg.normalise_advantage else mb.advantage
+    advantage = losses.standardise(mb.advantage, mb.agent_mask) if cfg.normalise_advantage else mb.advantage
     clip = hypers.clip if cfg.clip_value else jnp.inf
     terms = {
         # M is positive, so it may stand outside of the minimum
@@ -116,9 +116,9 @@ def agent_loss(
         "loss/critic": losses.clipped_value(value, mb.value, mb.target, clip),
         "train/entropy": dist.entropy(),
     }
-    means = losses.masked_means(terms, mb.weight)
+    means = losses.masked_means(terms, mb.agent_mask)
     total = means["loss/actor"] + hypers.vf_coef * means["loss/critic"] - hypers.ent_coef * means["train/entropy"]
-    return total, (extra, {"loss/total": total} | means)
+    return total, (aux_state, {"loss/total": total} | means)
 
 
 def select(batch: Batch, agent: Array) -> Batch:
@@ -128,7 +128,7 @@ def select(batch: Batch, agent: Array) -> Batch:
         obs=pick(batch.obs),
         action=pick(batch.action),
         action_mask=None,
-        weight=pick(batch.weight),
+        agent_mask=pick(batch.agent_mask),
         logp=pick(batch.logp),
         value=pick(batch.value),
         advantage=batch.advantage.mean(2, keepdims=True),

@@ -26,7 +26,7 @@ from jaxstack.core.learner import Learner
 from jaxstack.fast.products import FewRows, product
 from jaxstack.nn.init import orthogonal
 from jaxstack.nn.networks import ACTIVATIONS, Activation, initial_carry
-from jaxstack.nn.team import Arch, Modules, Shape, TeamNet, modules, states
+from jaxstack.nn.team import Arch, Modules, TeamNet, TeamSpec, modules, states
 
 
 @dataclass(frozen=True)
@@ -208,7 +208,7 @@ def apply_per_sample(weights: list[tuple[Array, Array]], x: Array, activation: A
     return x
 
 
-def hyper_team(cfg: Config, shape: Shape, arch: Arch) -> TeamNet:
+def hyper_team(cfg: Config, shape: TeamSpec, arch: Arch) -> TeamNet:
     """The team network: parameters are embeddings, hypernetworks and (recurrent) the shared torsos."""
     mods = modules(shape, arch)
     actor_net, critic_net = _hypernets(cfg, shape, arch)
@@ -238,15 +238,15 @@ def hyper_team(cfg: Config, shape: Shape, arch: Arch) -> TeamNet:
             params["log_std"] = jnp.zeros(shape.actions.params, jnp.float32)
         return params
 
-    def prepare(params: Any, extra: Any, obs: Array | None) -> tuple[Any, Any]:
+    def materialise(params: Any, aux_state: Any, obs: Array | None) -> tuple[Any, Any]:
         weights = {k: params[k] for k in ("actor_torso", "critic_torso", "log_std") if k in params}
         ea, ec = embeddings(params)
         if per_sample:  # nothing can be generated before the sample is seen
-            return weights | {"hyper": (params["actor"], params["critic"], ea, ec)}, extra
+            return weights | {"hyper": (params["actor"], params["critic"], ea, ec)}, aux_state
         return weights | {
             "actor": actor_net.apply(params["actor"], ea),
             "critic": critic_net.apply(params["critic"], ec),
-        }, extra
+        }, aux_state
 
     def actor(w: Any, carry: Any, obs: Array, first: Array) -> tuple[Any, Array]:
         carry, x = mods.actor_torso.apply(w["actor_torso"], carry, obs, first)  # pyright: ignore[reportGeneralTypeIssues]
@@ -255,10 +255,10 @@ def hyper_team(cfg: Config, shape: Shape, arch: Arch) -> TeamNet:
             return carry, apply_per_sample(net, x, arch.activation)  # pyright: ignore[reportArgumentType]
         return carry, apply_generated(w["actor"], x, arch.activation)
 
-    def critic(w: Any, carry: Any, x: Array, first: Array, every: bool = False) -> tuple[Any, Array]:
+    def critic(w: Any, carry: Any, x: Array, first: Array, return_all_states: bool = False) -> tuple[Any, Array]:
         x = x[:, :, None] if shape.central else x
         carry, x = mods.critic_torso.apply(w["critic_torso"], carry, x, first)  # pyright: ignore[reportGeneralTypeIssues]
-        carry = states(arch, carry, x, every)
+        carry = states(arch, carry, x, return_all_states)
         if per_sample:
             x = jnp.broadcast_to(x, (*x.shape[:2], count, x.shape[-1]))
             net = critic_net.apply(w["hyper"][1], _with_input(w["hyper"][3], x))
@@ -268,18 +268,18 @@ def hyper_team(cfg: Config, shape: Shape, arch: Arch) -> TeamNet:
     copies = 1 if shape.central else count
     return TeamNet(
         init=init,
-        init_extra=lambda: (),
-        prepare=prepare,
+        init_aux_state=lambda: (),
+        materialise=materialise,
         actor=actor,
         critic=critic,
         log_std=lambda w: w.get("log_std"),
         carry=lambda b: (initial_carry(arch.gru, b, count), initial_carry(arch.gru, b, copies)),
-        penalty=lambda params, extra: jnp.float32(0),
+        penalty=lambda params, aux_state: jnp.float32(0),
         groups=(0,) * count,
     )
 
 
-def _hypernets(cfg: Config, shape: Shape, arch: Arch) -> tuple[HyperNet, HyperNet]:
+def _hypernets(cfg: Config, shape: TeamSpec, arch: Arch) -> tuple[HyperNet, HyperNet]:
     trunk_gain = 2**0.5 if arch.gru else None  # as released: lecun in feed-forward nets, orthogonal in recurrent ones
     inputs = [arch.gru or int(np.prod(s)) for s in (shape.obs_shape, shape.critic_shape)]
     actor = target_layers(inputs[0], arch.hidden, shape.actions.params, 0.01)
@@ -293,7 +293,7 @@ def _hypernets(cfg: Config, shape: Shape, arch: Arch) -> tuple[HyperNet, HyperNe
     return net(actor, inputs[0]), net(critic, inputs[1])
 
 
-def _init_torsos(mods: Modules, shape: Shape, k_actor: Array, k_critic: Array) -> dict[str, Any]:
+def _init_torsos(mods: Modules, shape: TeamSpec, k_actor: Array, k_critic: Array) -> dict[str, Any]:
     out = {}
     for name, torso, size, key in (
         ("actor_torso", mods.actor_torso, shape.obs_shape, k_actor),

@@ -18,7 +18,7 @@ from jaxstack.agents.team_ppo import PPOConfig
 from jaxstack.core.config import require, require_at_least
 from jaxstack.core.learner import Learner
 from jaxstack.nn import team
-from jaxstack.nn.team import Arch, Shape, TeamNet
+from jaxstack.nn.team import Arch, TeamNet, TeamSpec
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def kaleidoscope_mask(weight: Array, threshold: Array) -> Array:
     return jnp.sign(weight) * jax.nn.relu(jnp.abs(weight) - jax.nn.sigmoid(threshold))
 
 
-def masked_team(cfg: Config, shape: Shape, arch: Arch) -> TeamNet:
+def masked_team(cfg: Config, shape: TeamSpec, arch: Arch) -> TeamNet:
     """Shared weights, one set of thresholds for each agent and weight of the actor."""
     common = team.shared(shape, arch, with_id=False)
     own = team.per_agent_functions(team.modules(shape, arch), shape, arch)
@@ -68,22 +68,22 @@ def masked_team(cfg: Config, shape: Shape, arch: Arch) -> TeamNet:
 
         return jax.tree.map(one, params["actor_head"], params["thresholds"])
 
-    def prepare(params: Any, extra: Any, obs: Array | None) -> tuple[Any, Any]:
+    def materialise(params: Any, aux_state: Any, obs: Array | None) -> tuple[Any, Any]:
         copies = jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), params["actor_torso"])
         return {"own_torso": copies, "own_head": masked(params)} | {
             k: v for k, v in params.items() if k != "thresholds"
-        }, extra
+        }, aux_state
 
     def actor(w: Any, carry: Any, obs: Array, first: Array) -> tuple[Any, Array]:
         return own["actor"]({"actor_torso": w["own_torso"], "actor_head": w["own_head"]}, carry, obs, first)
 
-    def penalty(params: Any, extra: Any) -> Array:
+    def penalty(params: Any, aux_state: Any) -> Array:
         return -cfg.diversity_coef * mask_diversity(masked(params))
 
     return TeamNet(
         init=init,
-        init_extra=lambda: (),
-        prepare=prepare,
+        init_aux_state=lambda: (),
+        materialise=materialise,
         actor=actor,
         critic=common.critic,
         log_std=common.log_std,

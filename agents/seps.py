@@ -95,10 +95,10 @@ def codes(data: tuple[Array, Array, Array, Array], count: int, key: Array, optio
         return (jnp.square(out - target[index]).sum(-1) + options.kl * kl).mean()
 
     def step(c: tuple, inputs: tuple[Array, Array]) -> tuple[tuple, None]:
-        params, opt = c
+        params, opt_state = c
         index, key = inputs
-        updates, opt = tx.update(jax.grad(loss)(params, index, key), opt)
-        return (optax.apply_updates(params, updates), opt), None
+        updates, opt_state = tx.update(jax.grad(loss)(params, index, key), opt_state)
+        return (optax.apply_updates(params, updates), opt_state), None
 
     batches = size // min(options.batch, size)
 

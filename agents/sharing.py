@@ -10,7 +10,7 @@ from jaxstack.agents.team_ppo import PPOConfig
 from jaxstack.core.config import require, require_at_least
 from jaxstack.envs.base import Environment
 from jaxstack.nn import team
-from jaxstack.nn.team import Shape, TeamNet
+from jaxstack.nn.team import TeamNet, TeamSpec
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class SharingConfig(PPOConfig):
         require(self, "cnn", not (self.cnn and self.sharing in ("full+id", "id")), "off with ids in the input")
 
 
-def team_network(config: SharingConfig, shape: Shape, env: Environment) -> TeamNet:
+def team_network(config: SharingConfig, shape: TeamSpec, env: Environment) -> TeamNet:
     """Raises `UserError` when `groups` does not name every agent."""
     require(config, "common_torso", not (config.common_torso and shape.central), "off with a central critic")
     if config.sharing == "none":

@@ -30,7 +30,7 @@ from jaxstack.nn.distributions import Actions, TeamDistribution, actions_of
 from jaxstack.nn.minibatches import Samples, minibatch_sgd, sequences, transitions
 from jaxstack.nn.networks import Activation
 from jaxstack.nn.observations import Inputs, inputs_of, joint_state, reading
-from jaxstack.nn.team import Arch, Shape, TeamNet
+from jaxstack.nn.team import Arch, TeamNet, TeamSpec
 
 
 class Hypers(NamedTuple):
@@ -126,12 +126,12 @@ class Norms(NamedTuple):
 
 
 class State(NamedTuple):
-    """All that a run needs to go on."""
+    """Complete training state."""
 
     hypers: Hypers
     params: Any
-    extra: Any
-    opt: optax.OptState
+    aux_state: Any
+    opt_state: optax.OptState
     vec: vector.VecState
     carry: tuple[Any, Any]
     """Recurrent states of actor and critic at `vec` [N, A, H]."""
@@ -150,7 +150,7 @@ class Batch(NamedTuple):
     first: Array
     action: Array
     action_mask: Array | None
-    weight: Array
+    agent_mask: Array
     """bool: agents that could act."""
     logp: Array
     value: Array
@@ -165,7 +165,7 @@ class Task(NamedTuple):
 
     cfg: PPOConfig
     vec: vector.VecEnv
-    shape: Shape
+    shape: TeamSpec
     team: TeamNet
     one_objective: bool = False
     """All agents maximise the team's mean return: one scale for all rewards, whatever the groups."""
@@ -201,7 +201,7 @@ def make_env(cfg: PPOConfig) -> Environment:
     return envs.make(cfg.env, **envs.parse_options(cfg.env_args))
 
 
-def team_shape(env: Environment, cfg: PPOConfig, central: bool) -> Shape:
+def team_shape(env: Environment, cfg: PPOConfig, central: bool) -> TeamSpec:
     """Sizes of the team's task; raises `UserError` where config and environment do not fit."""
     spec = env.spec
     inputs = inputs_of(spec, vector.start_shapes(env)[1].obs.dtype)
@@ -210,10 +210,10 @@ def team_shape(env: Environment, cfg: PPOConfig, central: bool) -> Shape:
     real = inputs.kind != "categories"
     require(cfg, "normalise_obs", real or not cfg.normalise_obs, f"off, as observations of {spec.id} are {inputs.name}")
     state = (spec.num_agents * math.prod(seen),) if spec.state_shape is None else (spec.state_dim,)
-    return Shape(spec.num_agents, seen, state if central else seen, central, actions_of(spec))
+    return TeamSpec(spec.num_agents, seen, state if central else seen, central, actions_of(spec))
 
 
-def make_task(cfg: PPOConfig, env: Environment, shape: Shape, team: TeamNet) -> Task:
+def make_task(cfg: PPOConfig, env: Environment, shape: TeamSpec, team: TeamNet) -> Task:
     if not cfg.normalise_obs:  # else they are encoded before their statistics are taken, see `observe`
         team = reading(team, inputs_of(env.spec), shape.central)
     return Task(cfg, vector.vectorise(env, cfg.num_envs, cfg.auto_reset, cfg.pool_size), shape, team)
@@ -243,13 +243,15 @@ def make_learner(
         reward = running.init_reward(cfg.num_envs, spec.num_agents, task.reward_groups) if cfg.normalise_reward else ()
         norms = Norms(running.init_groups((), task.groups) if cfg.normalise_value else (), obs_stats, reward)
         vec = vector.init(task.vec, k_env)
-        opt = optimiser(cfg, hypers, task.groups).init(params) if init_opt is None else init_opt(task, hypers, params)
+        opt_state = (
+            optimiser(cfg, hypers, task.groups).init(params) if init_opt is None else init_opt(task, hypers, params)
+        )
         carry = task.team.carry(cfg.num_envs)
         return State(
             hypers,
             params,
-            task.team.init_extra(),
-            opt,
+            task.team.init_aux_state(),
+            opt_state,
             vec,
             carry,
             norms,
@@ -321,7 +323,7 @@ class Values(NamedTuple):
 
 def gather_batch(task: Task, s: State, key: Key) -> tuple[State, Batch, Metrics]:
     """One rollout with the current parameters, and its values, advantages and targets."""
-    weights, _ = task.team.prepare(s.params, s.extra, None)
+    weights, _ = task.team.materialise(s.params, s.aux_state, None)
     played, metrics = collect(task, s, weights, key)
     valued = bootstrap(task, s, weights, played)
     norms, value, advantage_, target = advantage(task, s, played, valued)
@@ -332,7 +334,7 @@ def gather_batch(task: Task, s: State, key: Key) -> tuple[State, Batch, Metrics]
         first=steps.first,
         action=steps.action,
         action_mask=steps.ts.action_mask,
-        weight=steps.ts.agent_mask,
+        agent_mask=steps.ts.agent_mask,
         logp=steps.extras,
         value=value,
         advantage=advantage_,
@@ -341,7 +343,7 @@ def gather_batch(task: Task, s: State, key: Key) -> tuple[State, Batch, Metrics]
     )
     if task.cfg.normalise_obs:
         seen = task.inputs.encode(steps.ts.obs)
-        norms = norms._replace(obs=running.update_groups(s.norms.obs, seen, batch.weight, task.groups))
+        norms = norms._replace(obs=running.update_groups(s.norms.obs, seen, batch.agent_mask, task.groups))
     return s._replace(vec=played.vec, carry=(played.carry, valued.carry), norms=norms), batch, metrics
 
 
@@ -416,7 +418,7 @@ def values(task: Task, weights: Any, carry: Any, x: Array, first: Array) -> tupl
     blocks = math.gcd(len(x), task.cfg.num_minibatches)
 
     def block(carry: Any, part: tuple[Array, Array]) -> tuple[Any, tuple[Any, Array]]:
-        carries, value = task.team.critic(weights, carry, *part, every=True)
+        carries, value = task.team.critic(weights, carry, *part, return_all_states=True)
         return jax.tree.map(lambda h: h[-1], carries), (carries, value)
 
     parts = (y.reshape(blocks, -1, *y.shape[1:]) for y in (x, first))
@@ -444,20 +446,22 @@ def ppo_epochs(task: Task, s: State, batch: Batch, key: Key) -> tuple[State, Met
     cfg = task.cfg
     tx = optimiser(cfg, s.hypers, task.groups, s.total)
     # before the epochs: their minibatches are drawn from copies of these arrays
-    explained = losses.explained_variance(batch.value, batch.target, batch.weight, task.groups)
-    params, opt, extra, metrics = minibatch_sgd(
-        lambda params, extra, mb: loss(task, params, extra, s.hypers, mb),
+    explained = losses.explained_variance(batch.value, batch.target, batch.agent_mask, task.groups)
+    params, opt_state, aux_state, metrics = minibatch_sgd(
+        lambda params, aux_state, mb: loss(task, params, aux_state, s.hypers, mb),
         tx,
         s.params,
-        s.opt,
+        s.opt_state,
         samples(task, batch),
         key,
         epochs=cfg.num_epochs,
         minibatches=cfg.num_minibatches,
-        extra=s.extra,
+        aux_state=s.aux_state,
         num_groups=groups.number(task.groups),
     )
-    return s._replace(params=params, extra=extra, opt=opt), metrics | {"train/explained_variance": explained}
+    return s._replace(params=params, aux_state=aux_state, opt_state=opt_state), metrics | {
+        "train/explained_variance": explained
+    }
 
 
 def samples(task: Task, batch: Batch) -> Samples:
@@ -475,16 +479,16 @@ def samples(task: Task, batch: Batch) -> Samples:
     return whole._replace(take=take)
 
 
-def loss(task: Task, params: Any, extra: Any, hypers: Hypers, mb: Batch) -> tuple[Array, tuple[Any, Metrics]]:
+def loss(task: Task, params: Any, aux_state: Any, hypers: Hypers, mb: Batch) -> tuple[Array, tuple[Any, Metrics]]:
     """Clipped surrogate + value loss - entropy bonus, averaged over the samples of agents that could act: over each
     group's own, and summed over groups, so that a group's gradient is that of a learner of its own. Metrics are means
     over groups."""
     cfg, team = task.cfg, task.team
-    weights, extra = team.prepare(params, extra, mb.obs)
+    weights, aux_state = team.materialise(params, aux_state, mb.obs)
     dist, value = distribution_and_value(task, weights, mb)
     advantage = mb.advantage
     if cfg.normalise_advantage:
-        advantage = losses.standardise(advantage, mb.weight, groups=task.advantage_groups)
+        advantage = losses.standardise(advantage, mb.agent_mask, groups=task.advantage_groups)
     logp = dist.log_prob(mb.action)
     log_ratio = logp - mb.logp
     ratio = jnp.exp(log_ratio)
@@ -499,11 +503,11 @@ def loss(task: Task, params: Any, extra: Any, hypers: Hypers, mb: Batch) -> tupl
         "train/kl": ratio - 1.0 - log_ratio,
         "train/clip_fraction": (jnp.abs(ratio - 1.0) > hypers.clip).astype(jnp.float32),
     }
-    means = losses.masked_means(terms, mb.weight, task.groups)
+    means = losses.masked_means(terms, mb.agent_mask, task.groups)
     each = means["loss/actor"] + hypers.vf_coef * means["loss/critic"] - hypers.ent_coef * means["train/entropy"]
-    penalty = team.penalty(params, extra)
+    penalty = team.penalty(params, aux_state)
     metrics = {"loss/total": each.mean() + penalty} | jax.tree.map(jnp.mean, means)
-    return each.sum() + penalty, (extra, metrics)
+    return each.sum() + penalty, (aux_state, metrics)
 
 
 def distribution(task: Task, weights: Any, mb: Batch, raw: Array | None = None) -> TeamDistribution:
@@ -514,9 +518,9 @@ def distribution(task: Task, weights: Any, mb: Batch, raw: Array | None = None) 
 
 
 def distribution_and_value(task: Task, weights: Any, mb: Batch) -> tuple[TeamDistribution, Array]:
-    """The same and the critic's values [T, B, A]; a common torso runs once for both."""
-    if task.team.both is not None:
-        raw, value = task.team.both(weights, mb.start[0], mb.obs, mb.first)
+    """Return action distributions and values [T, B, A]; a common torso runs once for both."""
+    if task.team.actor_critic is not None:
+        raw, value = task.team.actor_critic(weights, mb.start[0], mb.obs, mb.first)
         return distribution(task, weights, mb, raw), value
     return distribution(task, weights, mb), task.team.critic(weights, mb.start[1], mb.critic_x, mb.first)[1]
 
@@ -524,7 +528,7 @@ def distribution_and_value(task: Task, weights: Any, mb: Batch) -> tuple[TeamDis
 def evaluate(task: Task, s: State, key: Key) -> Metrics:
     """Fresh episodes with the current parameters, greedy unless the config says otherwise."""
     cfg = task.cfg
-    weights, _ = task.team.prepare(s.params, s.extra, None)
+    weights, _ = task.team.materialise(s.params, s.aux_state, None)
     vec = vector.vectorise(task.env, cfg.eval_episodes)
     act, draw = _actor(task._replace(vec=vec), weights, s.norms.obs, cfg.eval_greedy)
     steps = task.env.spec.horizon or cfg.eval_steps
@@ -535,7 +539,7 @@ def policy(task: Task) -> Policy:
     """Acting alone: generated weights are stored, so that no hypernetwork runs at execution."""
 
     def params(s: State) -> Any:
-        weights, _ = task.team.prepare(s.params, s.extra, None)
+        weights, _ = task.team.materialise(s.params, s.aux_state, None)
         return {"weights": weights, "obs_norm": s.norms.obs}
 
     def act(p: Any, carry: Any, obs: Array, action_mask: Array | None, first: Array, key: Key | None):

@@ -14,18 +14,18 @@ from jaxstack.fast import packing, shuffle
 
 
 class Loss(Protocol):
-    """(parameters, extra, minibatch) -> (loss, (extra, metrics))."""
+    """(parameters, aux_state, minibatch) -> (loss, (aux_state, metrics))."""
 
-    def __call__(self, params: Any, extra: Any, minibatch: Any, /) -> tuple[Array, tuple[Any, Metrics]]:
+    def __call__(self, params: Any, aux_state: Any, minibatch: Any, /) -> tuple[Array, tuple[Any, Metrics]]:
         """Evaluate the loss.
 
         Args:
             params: what the gradient is taken of.
-            extra: state that no gradient touches.
+            aux_state: state that no gradient touches.
             minibatch: what `Samples.take` gives.
 
         Returns:
-            The scalar loss, the next `extra` and scalar metrics.
+            The scalar loss, the next `aux_state` and scalar metrics.
         """
         ...
 
@@ -86,7 +86,7 @@ def minibatch_sgd(
     *,
     epochs: int,
     minibatches: int,
-    extra: Any = (),
+    aux_state: Any = (),
     num_groups: int = 1,
 ) -> tuple[Any, optax.OptState, Any, Metrics]:
     """Take a gradient step on each minibatch of each epoch; every epoch splits the samples anew.
@@ -100,11 +100,11 @@ def minibatch_sgd(
         key: Of the shuffles.
         epochs: Passes over the samples.
         minibatches: Gradient steps in a pass, a divisor of the number of samples.
-        extra: State that no gradient touches, handed from step to step.
+        aux_state: State that no gradient touches, handed from step to step.
         num_groups: Groups of agents with parameters of their own.
 
     Returns:
-        (params, opt_state, extra, metrics): the metrics of `loss` and `train/grad_norm`, the gradient's norm before
+        (params, opt_state, aux_state, metrics): the metrics of `loss` and `train/grad_norm`, the gradient's norm before
         clipping (the mean over groups), averaged over the steps.
 
     Raises:
@@ -115,13 +115,13 @@ def minibatch_sgd(
     pack = packing.packing(params, samples.size // minibatches, num_groups)
 
     def gradient_step(c: tuple, index: Array) -> tuple[tuple, Metrics]:
-        packed, opt, extra = c
-        grads, (extra, metrics) = jax.grad(loss, has_aux=True)(pack.unpack(packed), extra, samples.take(index))
+        packed, opt_state, aux_state = c
+        grads, (aux_state, metrics) = jax.grad(loss, has_aux=True)(pack.unpack(packed), aux_state, samples.take(index))
         grads = pack.pack(grads)
-        updates, opt = tx.update(grads, opt, packed)
+        updates, opt_state = tx.update(grads, opt_state, packed)
         norm = optax.global_norm(grads) if num_groups == 1 else groups.norms(grads).mean()
-        return (optax.apply_updates(packed, updates), opt, extra), {**metrics, "train/grad_norm": norm}
+        return (optax.apply_updates(packed, updates), opt_state, aux_state), {**metrics, "train/grad_norm": norm}
 
-    start = (pack.pack(params), pack.pack_in(opt_state), extra)
-    (packed, opt, extra), metrics = jax.lax.scan(gradient_step, start, order)
-    return pack.unpack(packed), pack.unpack_in(opt), extra, jax.tree.map(jnp.mean, metrics)
+    start = (pack.pack(params), pack.pack_in(opt_state), aux_state)
+    (packed, opt_state, aux_state), metrics = jax.lax.scan(gradient_step, start, order)
+    return pack.unpack(packed), pack.unpack_in(opt_state), aux_state, jax.tree.map(jnp.mean, metrics)

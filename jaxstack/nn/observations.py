@@ -119,16 +119,20 @@ def reading(net: TeamNet, inputs: Inputs, central: bool) -> TeamNet:
     """
     if inputs.kind == "real":
         return net
-    both = net.both
+    actor_critic = net.actor_critic
 
     def critic(w: Any, carry: Any, x: Array, first: Array, **options: Any) -> tuple[Any, Array]:
         return net.critic(w, carry, x if central else inputs.encode(x), first, **options)
 
     return net._replace(
-        prepare=lambda params, extra, obs: net.prepare(params, extra, None if obs is None else inputs.encode(obs)),
+        materialise=lambda params, aux_state, obs: net.materialise(
+            params, aux_state, None if obs is None else inputs.encode(obs)
+        ),
         actor=lambda w, carry, obs, first: net.actor(w, carry, inputs.encode(obs), first),
         critic=critic,
-        both=None if both is None else lambda w, carry, obs, first: both(w, carry, inputs.encode(obs), first),
+        actor_critic=None
+        if actor_critic is None
+        else lambda w, carry, obs, first: actor_critic(w, carry, inputs.encode(obs), first),
     )
 
 

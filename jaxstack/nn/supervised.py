@@ -114,7 +114,7 @@ class State(NamedTuple):
     """Averages of parameters and of statistics, as variables; empty where none are kept."""
     teacher: Any
     """Variables of the teacher; empty without one."""
-    opt: optax.OptState
+    opt_state: optax.OptState
     key: Key
     step: Array
     total: Array
@@ -216,8 +216,8 @@ def supervised(
         stats = {k: v for k, v in start.items() if k != "params"}
         # copies: buffers of a state are donated one by one
         kept = jax.tree.map(jnp.copy, {"params": params, **stats}) if ema else {}
-        opt = optimiser.make(given, num_steps).init(params)
-        return State(given, params, stats, kept, taught, opt, key, jnp.int32(0), jnp.int32(num_steps))
+        opt_state = optimiser.make(given, num_steps).init(params)
+        return State(given, params, stats, kept, taught, opt_state, key, jnp.int32(0), jnp.int32(num_steps))
 
     def wanted(s: State, inputs: Any, targets: Any) -> Any:
         return targets if teacher is None else (targets, jax.lax.stop_gradient(teacher(s.teacher, inputs)))
@@ -232,7 +232,7 @@ def supervised(
             return loss(outputs, targets, s.hypers).mean(), (outputs, stats)
 
         (value, (outputs, stats)), grads = jax.value_and_grad(total, has_aux=True)(s.params)
-        updates, opt = optimiser.make(s.hypers, s.total).update(grads, s.opt, s.params)
+        updates, opt_state = optimiser.make(s.hypers, s.total).update(grads, s.opt_state, s.params)
         params = optax.apply_updates(s.params, updates)
         stats = {**s.stats, **stats}
         average = s.ema
@@ -242,7 +242,7 @@ def supervised(
         found = {f"train/{k}": mean(f(outputs, targets, s.hypers)) for k, f in metrics.items()}
         rate = optimiser.rate(s.hypers, s.step, s.total)
         found |= {"loss/train": value, "train/lr": rate, "train/grad_norm": optax.global_norm(grads)}
-        return State(s.hypers, params, stats, average, s.teacher, opt, key, s.step + 1, s.total), found
+        return State(s.hypers, params, stats, average, s.teacher, opt_state, key, s.step + 1, s.total), found
 
     def evaluate(s: State, key: Key, batch: Batch) -> Metrics:
         inputs, targets = batch.data

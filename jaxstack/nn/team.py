@@ -17,7 +17,7 @@ from jaxstack.nn.distributions import Actions
 from jaxstack.nn.networks import MLP, Activation, Torso, initial_carry
 
 
-class Shape(NamedTuple):
+class TeamSpec(NamedTuple):
     """Static sizes of a team's task. `critic_shape` is the critic's input: an observation, or the global state."""
 
     num_agents: int
@@ -39,29 +39,29 @@ class Arch(NamedTuple):
 class TeamNet(NamedTuple):
     """Pure functions of a team's parameters.
 
-    `prepare` runs once for each parameter value (once a rollout, once a gradient step): a hypernetwork generates its
-    weights there. `extra` is state that no gradient touches (running diversity, masks' schedule); most have none.
+    `materialise` runs once for each parameter value (once per rollout and gradient step): a hypernetwork generates its
+    weights there. `aux_state` is state that no gradient touches (running diversity, masks' schedule); most have none.
     """
 
     init: Callable[[Array], Any]
-    init_extra: Callable[[], Any]
-    prepare: Callable[[Any, Any, Array | None], tuple[Any, Any]]
-    """(params, extra, obs [T, B, A, ...] of the gradient step or None) -> (weights, extra)."""
+    init_aux_state: Callable[[], Any]
+    materialise: Callable[[Any, Any, Array | None], tuple[Any, Any]]
+    """(params, aux_state, obs [T, B, A, ...] of the gradient step or None) -> (weights, aux_state)."""
     actor: Callable[[Any, Any, Array, Array], tuple[Any, Array]]
     """(weights, carry, obs [T, B, A, *obs_shape], first [T, B]) -> (carry, raw [T, B, A, actions.params])."""
     critic: Callable[..., tuple[Any, Array]]
     """(weights, carry, x, first) -> (carry, values [T, B, A]); x [T, B, A, *obs_shape], or [T, B, state] if central.
-    With `every=True` the recurrent states after each step come back [T, B, ...] instead of the last one."""
+    With `return_all_states=True` the recurrent states after each step come back [T, B, ...] instead of the last one."""
     log_std: Callable[[Any], Array | None]
     """weights -> [k] or [A, k], None for discrete actions."""
     carry: Callable[[int], tuple[Any, Any]]
     """B -> zero recurrent states (actor's, critic's)."""
     penalty: Callable[[Any, Any], Array]
-    """(params, extra) -> scalar added to the loss."""
+    """(params, aux_state) -> scalar added to the loss."""
     groups: tuple[int, ...]
     """The parameter group of each agent: 0 for all where they share a network, 0, 1, ... where none do. With several
     groups every leaf of the parameters is [G, ...], and nothing of one group reaches another: see core/groups.py."""
-    both: Callable[[Any, Any, Array, Array], tuple[Array, Array]] | None = None
+    actor_critic: Callable[[Any, Any, Array, Array], tuple[Array, Array]] | None = None
     """Where actor and critic have one torso: (weights, carry, obs, first) -> (raw, values), the torso run once."""
 
 
@@ -74,7 +74,7 @@ class Modules(NamedTuple):
     critic_head: MLP
 
 
-def modules(shape: Shape, arch: Arch) -> Modules:
+def modules(shape: TeamSpec, arch: Arch) -> Modules:
     """Actor head with gain 0.01, critic head with gain 1, as is usual for PPO."""
     ndim = len(shape.critic_shape)
     return Modules(
@@ -85,7 +85,7 @@ def modules(shape: Shape, arch: Arch) -> Modules:
     )
 
 
-def shared(shape: Shape, arch: Arch, with_id: bool, with_obs: bool = True, common_torso: bool = False) -> TeamNet:
+def shared(shape: TeamSpec, arch: Arch, with_id: bool, with_obs: bool = True, common_torso: bool = False) -> TeamNet:
     """Full parameter sharing (FuPS); `with_id` appends a one-hot agent id to flat inputs (FuPS+ID).
 
     `with_obs=False` feeds the id alone ("no state"). `common_torso`: convolutions and GRU serve actor and critic, whose
@@ -112,13 +112,13 @@ def shared(shape: Shape, arch: Arch, with_id: bool, with_obs: bool = True, commo
         carry, x = m.actor_torso.apply(w["actor_torso"], carry, ids(obs, len(shape.obs_shape)), first)  # pyright: ignore
         return carry, m.actor_head.apply(w["actor_head"], x)  # pyright: ignore[reportReturnType]
 
-    def critic(w: Any, carry: Any, x: Array, first: Array, every: bool = False) -> tuple[Any, Array]:
+    def critic(w: Any, carry: Any, x: Array, first: Array, return_all_states: bool = False) -> tuple[Any, Array]:
         x = critic_input(shape, x, 1 if single else count)
         carry, x = m.critic_torso.apply(w[critic_torso], carry, ids(x, len(shape.critic_shape)), first)  # pyright: ignore
         v = m.critic_head.apply(w["critic_head"], x)[..., 0]  # pyright: ignore
-        return states(arch, carry, x, every), jnp.broadcast_to(v, (*v.shape[:-1], count))
+        return states(arch, carry, x, return_all_states), jnp.broadcast_to(v, (*v.shape[:-1], count))
 
-    def both(w: Any, carry: Any, obs: Array, first: Array) -> tuple[Array, Array]:
+    def actor_critic(w: Any, carry: Any, obs: Array, first: Array) -> tuple[Array, Array]:
         _, x = m.actor_torso.apply(w["actor_torso"], carry, ids(obs, len(shape.obs_shape)), first)  # pyright: ignore
         return m.actor_head.apply(w["actor_head"], x), m.critic_head.apply(w["critic_head"], x)[..., 0]  # pyright: ignore
 
@@ -128,52 +128,52 @@ def shared(shape: Shape, arch: Arch, with_id: bool, with_obs: bool = True, commo
 
     return TeamNet(
         init=init,
-        init_extra=lambda: (),
-        prepare=lambda params, extra, obs: (params, extra),
+        init_aux_state=lambda: (),
+        materialise=lambda params, aux_state, obs: (params, aux_state),
         actor=actor,
         critic=critic,
         log_std=lambda w: w.get("log_std"),
         carry=lambda b: (initial_carry(arch.gru, b, count), initial_carry(arch.gru, b, 1 if single else count)),
-        penalty=lambda params, extra: jnp.float32(0),
+        penalty=lambda params, aux_state: jnp.float32(0),
         groups=(0,) * count,
-        both=both if common_torso else None,
+        actor_critic=actor_critic if common_torso else None,
     )
 
 
-def separate(shape: Shape, arch: Arch, groups: tuple[int, ...] | None = None) -> TeamNet:
+def separate(shape: TeamSpec, arch: Arch, groups: tuple[int, ...] | None = None) -> TeamNet:
     """A network for each agent (NoPS), or for each group: `groups[i]` is the parameter set of agent i (SePS)."""
     m = modules(shape, arch)
     index = np.arange(shape.num_agents) if groups is None else np.asarray(groups)
     identity = bool((index == np.arange(shape.num_agents)).all())
 
-    def prepare(params: Any, extra: Any, obs: Array | None) -> tuple[Any, Any]:
-        return (params if identity else jax.tree.map(lambda x: x[index], params)), extra
+    def materialise(params: Any, aux_state: Any, obs: Array | None) -> tuple[Any, Any]:
+        return (params if identity else jax.tree.map(lambda x: x[index], params)), aux_state
 
     return TeamNet(
         init=lambda key: jax.vmap(lambda k: init_modules(k, m, shape))(jax.random.split(key, int(index.max()) + 1)),
-        init_extra=lambda: (),
-        prepare=prepare,
+        init_aux_state=lambda: (),
+        materialise=materialise,
         **per_agent_functions(m, shape, arch),
-        penalty=lambda params, extra: jnp.float32(0),
+        penalty=lambda params, aux_state: jnp.float32(0),
         groups=tuple(int(g) for g in index),
     )
 
 
-def per_agent_functions(m: Modules, shape: Shape, arch: Arch) -> dict[str, Any]:
+def per_agent_functions(m: Modules, shape: TeamSpec, arch: Arch) -> dict[str, Any]:
     """actor, critic, log_std and carry of a TeamNet whose weights have a leading agent axis in every leaf."""
     count = shape.num_agents
 
-    def run(torso: Torso, head: MLP, axis: int | None, every: bool = False) -> Callable:
+    def run(torso: Torso, head: MLP, axis: int | None, return_all_states: bool = False) -> Callable:
         def one(wt: Any, wh: Any, carry: Any, x: Array, first: Array) -> tuple[Any, Array]:
             carry, x = torso.apply(wt, carry, x, first)  # pyright: ignore[reportAssignmentType]
-            return states(arch, carry, x, every), head.apply(wh, x)  # pyright: ignore[reportReturnType]
+            return states(arch, carry, x, return_all_states), head.apply(wh, x)  # pyright: ignore[reportReturnType]
 
-        return jax.vmap(one, in_axes=(0, 0, 1, axis, None), out_axes=(2 if every else 1, 2))
+        return jax.vmap(one, in_axes=(0, 0, 1, axis, None), out_axes=(2 if return_all_states else 1, 2))
 
     act = run(m.actor_torso, m.actor_head, 2)
 
-    def critic(w: Any, carry: Any, x: Array, first: Array, every: bool = False) -> tuple[Any, Array]:
-        value = run(m.critic_torso, m.critic_head, None if shape.central else 2, every)
+    def critic(w: Any, carry: Any, x: Array, first: Array, return_all_states: bool = False) -> tuple[Any, Array]:
+        value = run(m.critic_torso, m.critic_head, None if shape.central else 2, return_all_states)
         carry, v = value(w["critic_torso"], w["critic_head"], carry, x, first)
         return carry, v[..., 0]
 
@@ -185,12 +185,12 @@ def per_agent_functions(m: Modules, shape: Shape, arch: Arch) -> dict[str, Any]:
     )
 
 
-def states(arch: Arch, last: Any, features: Array, every: bool) -> Any:
+def states(arch: Arch, last: Any, features: Array, return_all_states: bool) -> Any:
     """What a critic returns as its carry: a GRU's features are its states after each step."""
-    return features if every and arch.gru else last
+    return features if return_all_states and arch.gru else last
 
 
-def critic_input(shape: Shape, x: Array, copies: int) -> Array:
+def critic_input(shape: TeamSpec, x: Array, copies: int) -> Array:
     """Give a central state [T, B, G] an agent axis of length `copies`; observations pass through."""
     if not shape.central:
         return x
@@ -198,7 +198,7 @@ def critic_input(shape: Shape, x: Array, copies: int) -> Array:
 
 
 def init_modules(
-    key: Array, m: Modules, shape: Shape, num_ids: int = 0, with_obs: bool = True, critic_agents: int | None = None
+    key: Array, m: Modules, shape: TeamSpec, num_ids: int = 0, with_obs: bool = True, critic_agents: int | None = None
 ) -> dict[str, Any]:
     """Parameters of one actor and one critic; with `num_ids` inputs are flat and carry a one-hot id.
 

@@ -117,7 +117,7 @@ class State(NamedTuple):
 
     hypers: Hypers
     params: Any
-    opt: optax.OptState
+    opt_state: optax.OptState
     key: Key
     step: Array
     total: Array
@@ -296,21 +296,21 @@ def build(model: SequenceModel, task: Task, config: Config) -> Learner:
         params = model.init(k_params, jnp.zeros(example.tokens.shape, example.tokens.dtype))["params"]
         if config.init_std:
             params = reinitialise(params, k_std, config.init_std)
-        opt = optimiser(config, hypers).init(params)
-        return State(hypers, params, opt, key, jnp.int32(0), jnp.int32(config.num_updates))
+        opt_state = optimiser(config, hypers).init(params)
+        return State(hypers, params, opt_state, key, jnp.int32(0), jnp.int32(config.num_updates))
 
     def step(state: State, batch: Batch | None = None) -> tuple[State, Metrics]:
         key, k_data = jax.random.split(state.key)
         batch = draw(k_data, config.batch_size) if batch is None else batch
         loss, grads = gradient(state.params, batch)
-        updates, opt = optimiser(config, state.hypers, state.total).update(grads, state.opt, state.params)
+        updates, opt_state = optimiser(config, state.hypers, state.total).update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics: Metrics = {
             "loss/train": loss,
             "train/grad_norm": optax.global_norm(grads),
             "train/lr": learning_rate(config, state.hypers, state.step, state.total),
         }
-        return state._replace(params=params, opt=opt, key=key, step=state.step + 1), metrics
+        return state._replace(params=params, opt_state=opt_state, key=key, step=state.step + 1), metrics
 
     return Learner(
         init=init,

@@ -36,7 +36,9 @@ def test_next_values_are_those_of_the_true_next_inputs(agent, count, gru):
         steps = steps._replace(ts=steps.ts._replace(obs=noise[0]), final_obs=noise[1])
         shape = lambda obs: obs.reshape(*obs.shape[:2], -1) if task.shape.central else obs
         critic_x = lambda obs, _: shape(obs)
-        carries, value = task.team.critic(state.params, state.carry[1], shape(noise[0]), steps.first, every=True)
+        carries, value = task.team.critic(
+            state.params, state.carry[1], shape(noise[0]), steps.first, return_all_states=True
+        )
         next_value = jnp.concatenate([value[1:], jnp.zeros_like(value[:1])])
         return steps, value, team_ppo.value_of_cut(task, state.params, cuts, carries, next_value, critic_x)
 

@@ -53,7 +53,7 @@ def test_no_update_sees_the_rewards_of_another_group(agent, options):
         scaled = task._replace(vec=task.vec._replace(env=Scaled(task.env, scale)))
         learner = team_ppo.make_learner(agent, scaled)
         state, _ = jax.lax.scan(lambda s, _: learner.step(s), learner.init(jax.random.key(0)), None, length=3)
-        return {"params": state.params, "opt": state.opt, "norms": state.norms._replace(reward=())}, state
+        return {"params": state.params, "opt": state.opt_state, "norms": state.norms._replace(reward=())}, state
 
     small, state = run(1.0)
     large, other = run(1000.0)
@@ -77,7 +77,7 @@ def test_an_independent_agent_learns_what_a_single_learner_would():
     @jax.jit
     def run(key):
         state, batch, _ = team_ppo.gather_batch(task, learner.init(key), key)
-        batch = batch._replace(weight=jax.random.bernoulli(key, 0.7, batch.weight.shape))
+        batch = batch._replace(agent_mask=jax.random.bernoulli(key, 0.7, batch.agent_mask.shape))
         return state, batch, team_ppo.ppo_epochs(task, state, batch, key)
 
     key = jax.random.key(3)
@@ -88,7 +88,7 @@ def test_an_independent_agent_learns_what_a_single_learner_would():
         pick = lambda x: jax.lax.dynamic_slice_in_dim(x, i, 1, axis=2)
         own = jax.tree.map(lambda x: x if x.ndim < 3 else pick(x), batch)
         row = jax.tree.map(lambda x: x[i], state.params)
-        fresh = state._replace(params=row, opt=team_ppo.optimiser(alone.cfg, state.hypers).init(row))
+        fresh = state._replace(params=row, opt_state=team_ppo.optimiser(alone.cfg, state.hypers).init(row))
         return team_ppo.ppo_epochs(alone, fresh, own, key)
 
     each = [single(i) for i in range(3)]
@@ -112,7 +112,7 @@ def test_happo_agents_meet_in_the_joint_advantage_and_the_factor_alone():
         return happo.sequential_update(task, state, batch, order)[0]
 
     small, large = run(1.0), run(1000.0)
-    for a, b in zip(jax.tree.leaves((small.params, small.opt)), jax.tree.leaves((large.params, large.opt))):
+    for a, b in zip(jax.tree.leaves((small.params, small.opt_state)), jax.tree.leaves((large.params, large.opt_state))):
         np.testing.assert_array_equal(a[0], b[0])
     np.testing.assert_array_equal(small.norms.value.mean[:2], large.norms.value.mean[:2])
     assert float(large.norms.value.var[2]) > 1e3 * float(small.norms.value.var[2])
@@ -139,7 +139,7 @@ def test_a_bandit_with_one_large_reward(agent, options, equal):
     @jax.jit
     def right(key):
         state, _, _ = train(learner, 60, key)
-        weights, _ = task.team.prepare(state.params, state.extra, None)
+        weights, _ = task.team.materialise(state.params, state.aux_state, None)
         obs = jnp.broadcast_to(jnp.array([1.0, 0.0]), (1, 1, 3, 2))
         _, raw = task.team.actor(weights, (), obs, jnp.zeros((1, 1), bool))
         return jax.nn.softmax(raw, -1)[0, 0, :, 1]
@@ -183,14 +183,14 @@ def test_the_return_of_an_agent_ends_at_its_last_live_step(agent, monkeypatch):
     @jax.jit
     def run(key):
         state = learner.init(key)
-        weights, _ = task.team.prepare(state.params, state.extra, None)
+        weights, _ = task.team.materialise(state.params, state.aux_state, None)
         cut = jnp.full((1, 1, 3), 5.0) if task.shape.central else jnp.full((1, 1, 3, 1), 5.0)
         value = task.team.critic(weights, state.carry[1], cut, jnp.zeros((1, 1), bool))[1]
         return team_ppo.gather_batch(task, state, key)[1], value[0, 0]
 
     batch, after = run(jax.random.key(0))
     # after the first two episodes; lambda 1: returns hold no value but that of the cut
-    seen, target = np.asarray(batch.weight[:8, 0]), np.asarray(batch.target[:8, 0])
+    seen, target = np.asarray(batch.agent_mask[:8, 0]), np.asarray(batch.target[:8, 0])
     np.testing.assert_array_equal(seen, [[True, t % 4 < 2, True] for t in range(8)])
     tail = lambda t, end: sum(gamma ** (k - t) * (k + 1) for k in range(t, end))
     for t in range(8):

@@ -17,10 +17,10 @@ from jaxstack.agents.kaleidoscope import Config as KaleidoscopeConfig
 from jaxstack.agents.kaleidoscope import kaleidoscope_mask, mask_diversity, masked_team
 from jaxstack.core.learner import as_hypers
 from jaxstack.nn.distributions import Actions
-from jaxstack.nn.team import Arch, Shape
+from jaxstack.nn.team import Arch, TeamSpec
 
 A, B, D = 3, 7, 4
-SHAPE = Shape(A, (D,), (D,), False, Actions("discrete", (5,)))
+SHAPE = TeamSpec(A, (D,), (D,), False, Actions("discrete", (5,)))
 ARCH = Arch((8,), "tanh")
 OBS = jax.random.normal(jax.random.key(9), (1, B, A, D))
 FIRST = jnp.zeros((1, B), bool)
@@ -54,7 +54,7 @@ def test_happo_with_one_agent_is_ppo(options):
     task, state, batch = happo_parts(1, num_epochs=3, lr=1e-2, **options)
     key = jax.random.key(2)
     got, metrics = jax.jit(lambda s: happo.sequential_update(task, s, batch, key))(state)
-    plain = state._replace(opt=team_ppo.optimiser(task.cfg, state.hypers).init(state.params))
+    plain = state._replace(opt_state=team_ppo.optimiser(task.cfg, state.hypers).init(state.params))
     want, expected = jax.jit(lambda s: team_ppo.ppo_epochs(task, s, batch, key))(plain)
     close(got.params, want.params)
     for name in ("loss/total", "loss/actor", "loss/critic", "train/entropy"):
@@ -63,7 +63,7 @@ def test_happo_with_one_agent_is_ppo(options):
 
 def by_hand(task, state, batch, order):
     """One epoch, agent after agent: (parameters, M), with a loss of its own on the team's joint network."""
-    hypers, weight = state.hypers, batch.weight
+    hypers, weight = state.hypers, batch.agent_mask
     tx = optax.chain(optax.clip_by_global_norm(hypers.max_grad_norm), optax.adam(hypers.lr, eps=1e-5))
     joint = batch.advantage.mean(-1)
 
@@ -100,9 +100,9 @@ def by_hand(task, state, batch, order):
 
 def test_happo_multiplies_by_the_ratios_of_the_agents_before():
     task, state, batch = happo_parts(A, num_epochs=1, lr=3e-2)
-    absent = jax.random.bernoulli(jax.random.key(3), 0.3, batch.weight.shape)
+    absent = jax.random.bernoulli(jax.random.key(3), 0.3, batch.agent_mask.shape)
     noise = jax.random.normal(jax.random.key(4), batch.advantage.shape)
-    batch = batch._replace(weight=~absent, advantage=noise)
+    batch = batch._replace(agent_mask=~absent, advantage=noise)
     update = jax.jit(lambda key: happo.sequential_update(task, state, batch, key))
     seen = set()
     for seed in range(3):
@@ -143,40 +143,40 @@ def dico(**options):
         params = team.init(jax.random.key(0))
         return jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape), params)
 
-    return team._replace(prepare=jax.jit(team.prepare)), grown()
+    return team._replace(materialise=jax.jit(team.materialise)), grown()
 
 
 @pytest.mark.parametrize("wanted", [0.5, 2.0])
 def test_dico_reaches_the_wanted_diversity(wanted):
     team, params = dico(diversity=wanted, tau=1.0)
-    weights, extra = team.prepare(params, team.init_extra(), OBS)
+    weights, aux_state = team.materialise(params, team.init_aux_state(), OBS)
     assert spread(team, weights, OBS) == pytest.approx(wanted, rel=1e-5)
     # acting uses the stored measurement
-    stored, same = team.prepare(params, extra, None)
+    stored, same = team.materialise(params, aux_state, None)
     assert float(stored["scale"]) == pytest.approx(float(weights["scale"]), rel=1e-6)
-    assert float(same) == float(extra)
+    assert float(same) == float(aux_state)
 
 
 def test_dico_at_zero_is_homogeneous_and_at_minus_one_unconstrained():
     none, params = dico(diversity=0.0)
     free, _ = dico(diversity=-1.0)
     for obs in (None, OBS):
-        assert spread(none, none.prepare(params, none.init_extra(), obs)[0], OBS) == 0.0
-        weights, _ = free.prepare(params, free.init_extra(), obs)
+        assert spread(none, none.materialise(params, none.init_aux_state(), obs)[0], OBS) == 0.0
+        weights, _ = free.materialise(params, free.init_aux_state(), obs)
         assert float(weights["scale"]) == 1.0
         assert spread(free, weights, OBS) > 0.1
 
 
 def test_dico_measures_a_running_mean_whose_last_term_has_a_gradient():
     team, params = dico(diversity=1.0, tau=0.25)
-    measure = lambda params, extra, obs: team.prepare(params, extra, obs)[1]
-    first = measure(params, team.init_extra(), OBS)
-    fresh = measure(params, team.init_extra(), 2.0 * OBS)
+    measure = lambda params, aux_state, obs: team.materialise(params, aux_state, obs)[1]
+    first = measure(params, team.init_aux_state(), OBS)
+    fresh = measure(params, team.init_aux_state(), 2.0 * OBS)
     assert float(first) == pytest.approx(spread(team, params | {"scale": 1.0}, OBS), rel=1e-5)
     assert float(measure(params, first, 2.0 * OBS)) == pytest.approx(
         0.75 * float(first) + 0.25 * float(fresh), rel=1e-5
     )
-    scale = lambda p, obs: team.prepare(p, first, obs)[0]["scale"]
+    scale = lambda p, obs: team.materialise(p, first, obs)[0]["scale"]
     norm = lambda g: float(optax.global_norm(g))
     grad = jax.jit(jax.grad(lambda p: scale(p, OBS)))(params)
     direct = jax.jit(jax.grad(lambda p: -0.25 * measure_without_stop(team, p) / first**2))(params)
@@ -220,7 +220,7 @@ def masked(**options):
 
 def test_kaleidoscope_masks_kernels_of_the_actor_only():
     team, params = masked(start_threshold=-6.0)
-    weights, _ = team.prepare(params, (), None)
+    weights, _ = team.materialise(params, (), None)
     silent = []
     for layer, shared in params["actor_head"]["params"].items():
         own = weights["own_head"]["params"][layer]
@@ -235,24 +235,24 @@ def test_kaleidoscope_masks_kernels_of_the_actor_only():
 
 def test_kaleidoscope_bonus_is_the_mean_distance_and_drives_agents_apart():
     team, params = masked(start_threshold=-1.0, diversity_coef=0.5)
-    own = team.prepare(params, (), None)[0]["own_head"]
+    own = team.materialise(params, (), None)[0]["own_head"]
     flat = np.concatenate([np.asarray(x).reshape(A, -1) for x in jax.tree.leaves(own)], -1)
     want = np.mean([np.abs(flat[i] - flat[k]).mean() for i, k in itertools.combinations(range(A), 2)])
     assert float(mask_diversity(own)) == pytest.approx(want, rel=1e-5)
     assert float(team.penalty(params, ())) == pytest.approx(-0.5 * want, rel=1e-5)
     down = jax.jit(jax.grad(lambda p: team.penalty(p, ())))(params)
     moved = jax.tree.map(lambda p, g: p - 10.0 * g, params, down)
-    assert float(mask_diversity(team.prepare(moved, (), None)[0]["own_head"])) > 1.01 * want
+    assert float(mask_diversity(team.materialise(moved, (), None)[0]["own_head"])) > 1.01 * want
 
 
 def test_gradient_steps_of_one_agents_samples_leave_the_other_thresholds_alone():
     task = network("kaleidoscope", config("kaleidoscope", A, diversity_coef=0.0, start_threshold=-6.0))
     learner = team_ppo.make_learner("kaleidoscope", task)
     state, batch, _ = jax.jit(lambda: team_ppo.gather_batch(task, learner.init(jax.random.key(0)), jax.random.key(1)))()
-    only = jnp.zeros_like(batch.weight).at[..., 1].set(True)
+    only = jnp.zeros_like(batch.agent_mask).at[..., 1].set(True)
     noise = jax.random.normal(jax.random.key(4), batch.advantage.shape)
     hypers = as_hypers(task.cfg.hypers)
-    batch = team_ppo.samples(task, batch._replace(weight=only, advantage=noise)).take(jnp.arange(20))
+    batch = team_ppo.samples(task, batch._replace(agent_mask=only, advantage=noise)).take(jnp.arange(20))
     grads = jax.jit(jax.grad(lambda p: team_ppo.loss(task, p, (), hypers, batch)[0]))(state.params)
     for s in jax.tree.leaves(grads["thresholds"]):
         if s.size:

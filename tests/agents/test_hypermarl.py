@@ -17,10 +17,10 @@ from jaxstack.core.metrics import on_host
 from jaxstack.nn import team
 from jaxstack.nn.distributions import Actions
 from jaxstack.nn.init import orthogonal
-from jaxstack.nn.team import Arch, Shape
+from jaxstack.nn.team import Arch, TeamSpec
 
 A, B, D, HIDDEN = 3, 20, 4, (8, 8)
-SHAPE = Shape(A, (D,), (D,), False, Actions("discrete", (5,)))
+SHAPE = TeamSpec(A, (D,), (D,), False, Actions("discrete", (5,)))
 ARCH = Arch(HIDDEN, "tanh")
 ONE_HOT = dict(kind="linear", embedding="one_hot")
 
@@ -51,7 +51,7 @@ def batch(task, seed=0, weights=None):
         first=jnp.zeros((1, B), bool),
         action=jax.random.randint(k[1], lead, 0, s.actions.sizes[0]),
         action_mask=None,
-        weight=jnp.ones(lead) if weights is None else weights,
+        agent_mask=jnp.ones(lead) if weights is None else weights,
         logp=-jnp.log(2.0) + 0.1 * jax.random.normal(k[2], lead),
         value=jax.random.normal(k[3], lead),
         advantage=jax.random.normal(k[4], lead),
@@ -126,7 +126,7 @@ def test_linear_one_hot_without_biases_trains_as_separate_networks():
 
 
 def test_linear_one_hot_starts_with_orthogonal_weights():
-    w, _ = net(**ONE_HOT).prepare(net(**ONE_HOT).init(jax.random.key(0)), (), None)
+    w, _ = net(**ONE_HOT).materialise(net(**ONE_HOT).init(jax.random.key(0)), (), None)
     for kernel, bias in (w["actor"][0], w["actor"][1], w["critic"][0], w["critic"][1]):
         for i in range(A):  # rows <= columns: W W^T = gain^2 I
             np.testing.assert_allclose(kernel[i] @ kernel[i].T, 2 * np.eye(kernel.shape[1]), atol=1e-5)
@@ -150,7 +150,7 @@ def test_normalised_init_has_the_nominal_gain(kind):
     hyper = net(shape, arch, kind=kind, init="normalised", embedding_dim=8, hyper_hidden=(32,))
 
     def ratios(key):
-        w, _ = hyper.prepare(hyper.init(key), (), None)
+        w, _ = hyper.materialise(hyper.init(key), (), None)
         nominal = (np.sqrt(2 * 16), 0.01 * np.sqrt(5), np.sqrt(2 * 16), 1.0)
         layers = (w["actor"][0], w["actor"][-1], w["critic"][0], w["critic"][-1])
         return jnp.stack([jnp.linalg.norm(k, axis=(1, 2)) / n for (k, _), n in zip(layers, nominal)])
@@ -203,7 +203,7 @@ def test_a_step_of_adam_moves_generated_weights_by_the_learning_rate_whatever_th
     def moved(key, level, width):
         hyper = net(shape, arch, hyper_hidden=(width,), init="normalised", level_steps=level)
         params = hyper.init(key)
-        kernel = lambda p: hyper.prepare(p, (), None)[0]["actor"][0][0]
+        kernel = lambda p: hyper.materialise(p, (), None)[0]["actor"][0][0]
         before, pull = jax.vjp(kernel, params)
         # the first step of Adam is the sign of the gradient
         after = kernel(
@@ -231,7 +231,7 @@ def test_features_of_orthogonal_embeddings_are_correlated_by_rectifying(activati
 
 
 def test_default_init_differs():
-    w, _ = net(init="default").prepare(net(init="default").init(jax.random.key(0)), (), None)
+    w, _ = net(init="default").materialise(net(init="default").init(jax.random.key(0)), (), None)
     kernel = w["actor"][0][0][0]
     assert float(jnp.abs(kernel @ kernel.T - 2 * jnp.eye(D)).max()) > 0.1
 
@@ -245,10 +245,10 @@ def test_gradient_is_the_sum_of_jacobians_times_agents_gradients(options):
     task = network("hypermarl", config(**options))
     params = noisy(task.team.init(jax.random.key(0)))
     mb, hypers = batch(task), as_hypers(task.cfg.hypers)
-    generate = lambda p: task.team.prepare(p, (), None)[0]
+    generate = lambda p: task.team.materialise(p, (), None)[0]
 
     def loss_of_weights(w):
-        fixed = task._replace(team=task.team._replace(prepare=lambda p, extra, obs: (w, extra)))
+        fixed = task._replace(team=task.team._replace(materialise=lambda p, aux_state, obs: (w, aux_state)))
         return team_ppo.loss(fixed, params, (), hypers, mb)[0]
 
     z = jax.jit(jax.grad(loss_of_weights))(generate(params))  # Z_i: leaves [A, ...]
@@ -270,7 +270,7 @@ def test_agents_couple_only_through_the_hypernetwork(embedding, coupled):
     def weights(h):
         p = jax.tree.map(lambda x: x, params)
         p["actor"]["params"]["layer_0"]["kernel_head"]["kernel"] = h
-        return hyper.prepare(p, (), None)[0]["actor"][0][0].reshape(A, -1)
+        return hyper.materialise(p, (), None)[0]["actor"][0][0].reshape(A, -1)
 
     jac = jax.jacrev(weights)(heads["h"]).reshape(A, D * HIDDEN[0], -1)
     cross = jnp.einsum("ip,jp->ij", jac[0], jac[1])
@@ -330,7 +330,7 @@ def test_the_policy_stores_generated_weights_only():
 def test_recurrent_networks_share_the_torso_and_generate_the_rest():
     arch = Arch((7,), "tanh", gru=6)
     hyper = net(SHAPE, arch)
-    w, _ = hyper.prepare(hyper.init(jax.random.key(0)), (), None)
+    w, _ = hyper.materialise(hyper.init(jax.random.key(0)), (), None)
     assert [k.shape for k, _ in w["actor"]] == [(A, 6, 7), (A, 7, 5)]
     assert w["actor_torso"]["params"]["GRU_0"]["recurrent"].shape == (6, 18)
 

@@ -52,8 +52,8 @@ def test_a_common_torso_gives_actor_and_critic_the_same_features(sharing):
     obs = jax.random.normal(jax.random.key(1), (5, 4, A, OBS))
     first = jax.random.bernoulli(jax.random.key(2), 0.3, (5, 4))
     start = jax.tree.map(lambda h: h + 0.5, net.carry(4))
-    assert net.both is not None
-    raw, value = net.both(params, start[0], obs, first)
+    assert net.actor_critic is not None
+    raw, value = net.actor_critic(params, start[0], obs, first)
     carry, want = net.actor(params, start[0], obs, first)
     np.testing.assert_allclose(raw, want, atol=1e-6)
     after, want = net.critic(params, start[1], obs, first)

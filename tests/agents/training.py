@@ -78,6 +78,6 @@ def values(agent: str, trained: Trained, obs: Any) -> jax.Array:
     """The trained critic [B, A] on observations [B, A, 2], feed-forward."""
     task = network(agent, trained.learner.config)
     obs = jnp.asarray(obs, jnp.float32)
-    weights, _ = task.team.prepare(trained.state.params, trained.state.extra, None)
+    weights, _ = task.team.materialise(trained.state.params, trained.state.aux_state, None)
     x = obs.reshape(obs.shape[0], -1) if task.shape.central else obs
     return task.team.critic(weights, (), x[None], jnp.zeros((1, len(obs)), bool))[1][0]

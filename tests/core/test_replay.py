@@ -105,14 +105,14 @@ def replaying(buffer):
 
     def init(key, hypers):
         s = regression().init(key, hypers)
-        return s._replace(params={"w": jnp.zeros(())}, opt=buffer.init(jnp.zeros(())))
+        return s._replace(params={"w": jnp.zeros(())}, opt_state=buffer.init(jnp.zeros(())))
 
     def step(s):
         key, k_new, k_draw = jax.random.split(s.key, 3)
-        stored = buffer.add(s.opt, jax.random.normal(k_new, (2,)))
+        stored = buffer.add(s.opt_state, jax.random.normal(k_new, (2,)))
         drawn = buffer.sample(stored, k_draw).items
         params = {"w": 0.9 * s.params["w"] + 0.1 * drawn.mean()}
-        return s._replace(params=params, opt=stored, key=key, step=s.step + 1), {"loss/total": params["w"]}
+        return s._replace(params=params, opt_state=stored, key=key, step=s.step + 1), {"loss/total": params["w"]}
 
     return regression()._replace(init=init, step=step, evaluate=None)
 
@@ -125,7 +125,7 @@ def test_contents_are_part_of_checkpoints(make, tmp_path):
     got = resume(learner, tmp_path / "r", 7, progress=False)
     assert_same(got.state, whole.state)
     assert got.metrics.equals(whole.metrics)
-    assert whole.state.opt.experience.shape == (2, 1, 6)  # a buffer a seed
+    assert whole.state.opt_state.experience.shape == (2, 1, 6)  # a buffer a seed
 
 
 @pytest.mark.parametrize(

@@ -162,15 +162,15 @@ def test_the_guard_looks_at_the_whole_state_losses_and_what_it_is_told():
         found = guard.checks(old, old._replace(**changes), metrics or {}, unchecked=lambda s: s.key)
         return [name for name, ok in found.items() if not ok]
 
-    state = LEARNER.init(jax.random.key(0), Hypers())._replace(params={"w": good}, opt=(good, good), key=good)
-    assert failing(state, params={"w": good + 1}, step=state.step + 1, opt=(good + 1, good + 1)) == []
+    state = LEARNER.init(jax.random.key(0), Hypers())._replace(params={"w": good}, opt_state=(good, good), key=good)
+    assert failing(state, params={"w": good + 1}, step=state.step + 1, opt_state=(good + 1, good + 1)) == []
     assert failing(state, params={"w": bad}) == ["state.params['w'] is"]
-    assert failing(state, opt=(good, bad)) == ["state.opt[1] is"]
-    assert failing(state, opt=(jnp.full(guard.LARGE, jnp.inf), good)) == []  # a large buffer
+    assert failing(state, opt_state=(good, bad)) == ["state.opt_state[1] is"]
+    assert failing(state, opt_state=(jnp.full(guard.LARGE, jnp.inf), good)) == []  # a large buffer
     assert failing(state, key=bad) == []  # may hold anything
     # not finite from the start on: a best value so far, but never parameters
-    state = state._replace(params={"w": bad}, opt=(bad, good))
-    assert failing(state, params={"w": bad + 1}, opt=(bad + 1, good)) == ["state.params['w'] is"]
+    state = state._replace(params={"w": bad}, opt_state=(bad, good))
+    assert failing(state, params={"w": bad + 1}, opt_state=(bad + 1, good)) == ["state.params['w'] is"]
     state = state._replace(params={"w": good})
     metrics = {
         "loss/x": jnp.float32(jnp.nan),
@@ -184,18 +184,18 @@ def test_the_guard_looks_at_the_whole_state_losses_and_what_it_is_told():
 def test_the_guard_rolls_back_all_but_large_buffers():
     size = guard.LARGE
     state = LEARNER.init(jax.random.key(0), Hypers())._replace(
-        params={"w": jnp.zeros(size)}, opt=(jnp.zeros(size), jnp.zeros(size + 1), jnp.zeros(3), jax.random.key(1))
+        params={"w": jnp.zeros(size)}, opt_state=(jnp.zeros(size), jnp.zeros(size + 1), jnp.zeros(3), jax.random.key(1))
     )
 
     def step(s):
-        opt = (*(x + 1 for x in s.opt[:3]), jax.random.key(2))
-        return s._replace(params={"w": s.params["w"] + 1}, opt=opt), {"loss/x": jnp.float32(jnp.nan)}
+        opt_state = (*(x + 1 for x in s.opt_state[:3]), jax.random.key(2))
+        return s._replace(params={"w": s.params["w"] + 1}, opt_state=opt_state), {"loss/x": jnp.float32(jnp.nan)}
 
     alive, causes = jax.tree.map(lambda x: x[0], guard.start(1)), []
     new, alive, _ = jax.jit(guard.guarded(step, None, causes))(state, alive, 5)
     assert (bool(alive.ok), int(alive.failed_step), causes[alive.cause]) == (False, 5, "loss/x is")
-    assert [float(x[0]) for x in (new.params["w"], *new.opt[:3])] == [0.0, 0.0, 1.0, 0.0]
-    assert_same(new.opt[3], state.opt[3])
+    assert [float(x[0]) for x in (new.params["w"], *new.opt_state[:3])] == [0.0, 0.0, 1.0, 0.0]
+    assert_same(new.opt_state[3], state.opt_state[3])
 
 
 def test_split_seeds_gives_the_same_runs(whole):

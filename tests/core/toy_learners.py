@@ -26,7 +26,7 @@ class ToyConfig(Config):
 class State(NamedTuple):
     hypers: Any
     params: Any
-    opt: Any
+    opt_state: Any
     key: Any
     step: Any
 
@@ -51,9 +51,9 @@ def regression(config: ToyConfig = ToyConfig(), conv: bool = False) -> Learner:
         x = jax.random.normal(k, (8, config.width))
         value, grads = jax.value_and_grad(loss)(s.params, x)
         value = jnp.where(s.step + 1 == s.hypers.poison, jnp.nan, value)
-        updates, opt = tx.update(grads, s.opt)
+        updates, opt_state = tx.update(grads, s.opt_state)
         params = jax.tree.map(lambda p, u: p - s.hypers.lr * u, s.params, updates)
-        return State(s.hypers, params, opt, key, s.step + 1), {"loss/total": value, "train/w0": params["w"][0]}
+        return State(s.hypers, params, opt_state, key, s.step + 1), {"loss/total": value, "train/w0": params["w"][0]}
 
     def evaluate(s, key):
         x = jax.random.normal(key, (16, config.width))
@@ -81,9 +81,9 @@ def classifier(features: int = 64, classes: int = 10) -> Learner:
             return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean(), accuracy
 
         (value, accuracy), grads = jax.value_and_grad(loss, has_aux=True)(s.params)
-        updates, opt = tx.update(grads, s.opt)
+        updates, opt_state = tx.update(grads, s.opt_state)
         params = optax.apply_updates(s.params, updates)
-        return State(s.hypers, params, opt, s.key, s.step + 1), {"loss/total": value, "train/accuracy": accuracy}
+        return State(s.hypers, params, opt_state, s.key, s.step + 1), {"loss/total": value, "train/accuracy": accuracy}
 
     return Learner(init, step, Hypers(), None, "softmax", samples_per_step=32, takes_batch=True)
 

@@ -145,7 +145,7 @@ def seen(batch_size=4, **options):
     """A learner that keeps the last batch of integers that it saw, and tells their sum."""
 
     def init(key, hypers):
-        return regression().init(key, hypers)._replace(params=jnp.zeros(batch_size), opt=())
+        return regression().init(key, hypers)._replace(params=jnp.zeros(batch_size), opt_state=())
 
     def step(s, batch):
         s = s._replace(params=batch.astype(jnp.float32), step=s.step + 1)

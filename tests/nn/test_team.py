@@ -5,7 +5,7 @@ import pytest
 
 from jaxstack.nn import team
 from jaxstack.nn.distributions import Actions
-from jaxstack.nn.team import Arch, Shape
+from jaxstack.nn.team import Arch, TeamSpec
 
 T, B, A, D, N = 4, 5, 3, 6, 2
 MODES = {
@@ -19,7 +19,7 @@ MODES = {
 
 def shape(central=False, kind="discrete", obs=(D,)):
     critic = (A * int(np.prod(obs)),) if central else obs
-    return Shape(A, obs, critic, central, Actions(kind, (N,)))
+    return TeamSpec(A, obs, critic, central, Actions(kind, (N,)))
 
 
 def data(s, seed=0):
@@ -30,7 +30,7 @@ def data(s, seed=0):
 
 
 def outputs(net, params, obs, x, first, carry=None):
-    weights, _ = net.prepare(params, net.init_extra(), None)
+    weights, _ = net.materialise(params, net.init_aux_state(), None)
     ca, cc = net.carry(B) if carry is None else carry
     ca, raw = net.actor(weights, ca, obs, first)
     cc, value = net.critic(weights, cc, x, first)
@@ -53,7 +53,7 @@ def test_shapes_and_step_by_step(mode, central, gru):
     obs, x, first = data(s)
     carry, raw, value = jax.jit(lambda p: outputs(net, p, obs, x, first))(params)
     assert (raw.shape, value.shape) == ((T, B, A, N), (T, B, A))
-    weights, _ = net.prepare(params, (), None)
+    weights, _ = net.materialise(params, (), None)
     assert net.log_std(weights).shape in ((N,), (A, N))
     step = jax.jit(lambda p, c, o, x, f: outputs(net, p, o, x, f, c))
     c = net.carry(B)
@@ -103,7 +103,7 @@ def test_groups_share_weights_and_sum_their_gradients():
     net, single = team.separate(s, Arch((7,)), (0, 1, 0)), team.separate(s, Arch((7,)))
     params = noisy(net.init(jax.random.key(0)))
     obs, x, first = data(s)
-    copies, _ = net.prepare(params, (), None)
+    copies, _ = net.materialise(params, (), None)
     f = lambda n: lambda p: jnp.square(outputs(n, p, obs, x, first)[1]).sum()
     together, apart = jax.grad(f(net))(params), jax.grad(f(single))(copies)
     for a, b in zip(jax.tree.leaves(together), jax.tree.leaves(apart)):
