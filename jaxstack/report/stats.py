@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from jaxstack.core.errors import UserError
 from jaxstack.report.association import (
     Association,
     Estimate,
