@@ -55,9 +55,22 @@ FAMILIES = Registry(
 
 
 def make(id: str, **options: Any) -> Environment:
-    """The environment `id`, or `module:attribute` of one's own; options go to its constructor.
+    """Make an environment by its id.
 
-    Raises `UnknownName` (with the nearest ids) or `UserError` for an option that the environment does not take.
+    Args:
+        id: One of `jaxstack list envs`, or `module:attribute` of one's own.
+        **options: Of its constructor; `jaxstack info ID` lists them.
+
+    Returns:
+        The environment, a frozen object of pure functions.
+
+    Raises:
+        UnknownName: For an unknown id, with the nearest ones.
+        UserError: For an option that the environment does not take.
+
+    Example:
+        env = jaxstack.make_env("dispersion", num_agents=4)
+        state, ts = env.reset(jax.random.key(0))
     """
     family, _, rest = id.partition("/")
     if rest:

@@ -197,20 +197,55 @@ class Environment:
         raise UserError(f"{type(self).__name__} declares no spec")
 
     def reset(self, key: jax.Array) -> tuple[Any, TimeStep]:
-        """A start state and its TimeStep (reward 0, nothing ended)."""
+        """Start an episode.
+
+        Args:
+            key: Of the start state.
+
+        Returns:
+            (state, its TimeStep with reward 0 and nothing ended).
+        """
         raise UserError(f"{type(self).__name__} has no reset")
 
     def step(self, key: jax.Array, state: Any, action: Array) -> tuple[Any, TimeStep]:
-        """One transition; action [A] (Discrete) or [A, k]. Stepping an ended episode is undefined."""
+        """Make one transition. Stepping an ended episode is undefined.
+
+        Args:
+            key: Of the transition.
+            state: From `reset` or `step`.
+            action: [A] numbers (Discrete), or [A, k] components (MultiDiscrete, Box).
+
+        Returns:
+            (next state, its TimeStep); the observation is the true next one, also at an episode's end.
+        """
         raise UserError(f"{type(self).__name__} has no step")
 
     def frame(self, state: Any) -> np.ndarray:
-        """[H, W, 3] uint8 picture of one (unbatched) state; runs on the host. Raises `UserError` where none exists."""
+        """Draw one state, on the host.
+
+        Args:
+            state: Without a batch axis.
+
+        Returns:
+            A picture [H, W, 3] of uint8.
+
+        Raises:
+            UserError: Where the environment cannot be drawn.
+        """
         raise UserError(f"environment {self.spec.id!r} cannot be drawn")
 
 
 def first_step(spec: Spec, obs: Array, **fields: Any) -> TimeStep:
-    """The TimeStep of a reset: zero reward, nothing ended, every agent present; `fields` override."""
+    """Make the TimeStep of a reset: zero reward, nothing ended, every agent present.
+
+    Args:
+        spec: Of the environment.
+        obs: Observations [A, *obs_shape].
+        **fields: Replace fields of the TimeStep.
+
+    Returns:
+        The TimeStep.
+    """
     base: dict[str, Any] = dict(
         obs=obs,
         reward=jnp.zeros(spec.num_agents, jnp.float32),

@@ -232,10 +232,30 @@ def sweep(
     """Train every setting of `space` with every seed.
 
     The settings are the product of the lists of values or, when a name is drawn at random, `num` draws of the numeric
-    names (the same for each combination of static ones). `make_learner(**static)` makes the learner; without arguments
-    it tells which names are numeric, the fields of its `hypers`. `options`, also by name, are the runner's: a sweep
-    that does not fit into memory is refused or, with `split_seeds`, run in groups of rows. In `run_dir` each static
-    combination is a run of its own, `static_0`, ... Raises `UserError` for whatever is wrong before anything compiles.
+    names (the same for each combination of static ones).
+
+    Args:
+        make_learner: `make_learner(**static)` makes the learner; without arguments it tells which names are numeric,
+            the fields of its `hypers`.
+        space: Name of an option -> the values it takes.
+        seeds: Seeds of each setting, or how many.
+        num_steps: Steps of each run; default: the learner's own.
+        num: Draws, where a name is random.
+        search_seed: Of the draws.
+        data: Source of batches; default: the learner's.
+        run_dir: Where each combination of static options is a run of its own, `static_0`, ...; default: nowhere.
+        options: Of the runner. A sweep that does not fit into memory is refused or, with `split_seeds`, run in groups
+            of rows.
+        **changes: Fields of `options` by name.
+
+    Returns:
+        Scores, curves and runs of all settings.
+
+    Raises:
+        UserError: For whatever is wrong, before anything compiles.
+
+    Example:
+        result = sweep(lambda **o: make_agent("ippo", env="dispersion", **o), {"lr": grid(1e-4, 1e-3)}, seeds=4)
     """
     options = config.replace(options, **changes)
     seeds = runner.check_seeds(seeds)

@@ -34,7 +34,18 @@ class LoadedPolicy(NamedTuple):
     def act(
         self, obs: Any, carry: Any = None, *, action_mask: Any = None, first: Any = None, key: Any = None
     ) -> tuple[Any, Any]:
-        """(carry, actions); no key means the most likely action. `first` [B] marks new episodes (default: none)."""
+        """Act in B environments.
+
+        Args:
+            obs: Observations [B, A, *obs_shape].
+            carry: Recurrent state from the last call; default: that of a first step.
+            action_mask: Legal actions [B, A, n], if the environment has a mask.
+            first: [B] bool, which environments begin an episode; default: none.
+            key: Samples actions; default: the most likely ones.
+
+        Returns:
+            (carry, actions [B, A, ...]).
+        """
         obs = jnp.asarray(obs)
         batch = obs.shape[0]
         carry = self.init_carry(batch) if carry is None else carry

@@ -24,7 +24,7 @@ class Mean(NamedTuple):
 Metric = Array | Mean
 
 
-def mean(x: Array, where: Array | None = None) -> Mean:
+def mean(x: Array, where: Array | bool | None = None) -> Mean:
     """The mean of all entries of x, or of those for which `where` (broadcast to x) holds."""
     x = x.astype(jnp.float32)
     if where is None:

@@ -45,7 +45,7 @@ class Programs(NamedTuple):
 
 
 def initial(
-    learner: Learner, seeds: Sequence[int], hypers: Any, given: Any = None, length: Any = None
+    learner: Learner, seeds: Sequence[int] | jax.Array, hypers: Any, given: Any = None, length: Any = None
 ) -> tuple[Any, guard.Alive]:
     """States [S, ...] of `seeds`: seed s starts from `jax.random.key(s)`; leaves of `hypers` are scalars or [S], those
     of `given` (default: the learner's) [S, ...]. Schedules end after `length` steps (default: the learner's).

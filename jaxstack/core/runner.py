@@ -119,15 +119,34 @@ def train(
     sinks: Sequence[Sink] = (),
     **changes: Any,
 ) -> Result:
-    """Train `learner` for `num_steps` steps, or `total_samples` samples per seed, with each of `seeds` at once.
+    """Train a learner with all seeds at once.
 
-    Steps default to the learner's, and so does `data`, the source of its batches; `hypers` may have leaves [S] (one
-    setting a seed). `settings` [S] numbers them: rows are then pairs (setting, seed), in which seeds may repeat,
-    metrics have a column `setting`, and rows that all went non-finite are returned instead of raised. Options can be
-    given by name: `train(learner, 100, chunk=10)`. Schedules of the learner end with the last step. `plan` is stored
-    in the run directory beside what `resume` needs.
-    Raises `UserError` for wrong arguments, a run that does not fit into memory, or when every seed went non-finite;
-    `Interrupted` after SIGINT or SIGTERM.
+    Args:
+        learner: What is trained.
+        num_steps: Its steps (PPO: updates); default: the learner's own. Its schedules end with the last one.
+        seeds: S seeds, or how many: 0, 1, ...
+        total_samples: Samples per seed, instead of `num_steps`.
+        hypers: Hyperparameters with scalar leaves, or leaves [S]: one setting per seed; default: the learner's.
+        settings: [S] numbers of the settings. Rows are then pairs (setting, seed), in which seeds may repeat, metrics
+            have a column `setting`, and rows that all went non-finite are returned instead of raised.
+        data: Source of batches; default: the learner's.
+        run_dir: Where the run is stored; default: nowhere.
+        plan: What is stored there beside what `resume` needs.
+        options: Chunks, checkpoints, evaluation, devices, see `RunOptions`.
+        sinks: Where metrics go as they come.
+        **changes: Fields of `options` by name.
+
+    Returns:
+        The last states [S, ...], metrics as a table, which seeds are alive, and the ledger of compiled programs.
+
+    Raises:
+        UserError: For wrong arguments, a run that does not fit into memory, or when every seed went non-finite.
+        Interrupted: After SIGINT or SIGTERM.
+
+    Example:
+        learner = jaxstack.make_agent("ippo", env="dispersion")
+        result = jaxstack.train(learner, 100, seeds=4, chunk=10)
+        result.metrics.groupby("step")["rollout/return"].mean()
     """
     options = config.replace(options, **changes)
     num_steps = _num_steps(learner, num_steps, total_samples)
@@ -177,11 +196,28 @@ def resume(
 
     It starts from its beginning when it was stopped before the first checkpoint.
 
-    Steps default to those the run was made with. With another number, the learner's schedules end with the new last
-    step (`extend`: the learning rate goes on from where the longer schedule would be), or where the stored run had them
-    end (`keep`: it stays at its final value, zero for one annealed to zero); which one is printed. What is damaged is
-    named and moved to `damaged/` in the run directory. Raises `UserError` when every checkpoint is damaged, or naming
-    the fields in which the learner's config (or `plan`'s) differs from that of the run.
+    What is damaged is named and moved to `damaged/` in the run directory.
+
+    Args:
+        learner: The learner that the run was made with.
+        run_dir: Of the run.
+        num_steps: Steps of the whole run; default: those it was made with.
+        schedule: Where the learner's schedules end with another number of steps. `extend`: with the new last step, so
+            the learning rate goes on from where the longer schedule would be; `keep`: where the stored run had them
+            end, so it stays at its final value, zero for one annealed to zero. Which one is printed.
+        hypers: Those given to `train`, checked against the stored ones.
+        data: As in `train`.
+        plan: Whose config is compared with the run's; default: the learner's.
+        options: As in `train`.
+        sinks: As in `train`.
+        **changes: Fields of `options` by name.
+
+    Returns:
+        As `train` does, with the metrics of all steps.
+
+    Raises:
+        UserError: When every checkpoint is damaged, for fewer steps than the run has reached, or naming the fields in
+            which the config differs from that of the run.
     """
     options = config.replace(options, **changes)
     old = distributed.share(distributed.on_first(lambda: read_plan(run_dir)))

@@ -5,13 +5,14 @@ A sink is `write(rows)` and `close()`; rows are flat dicts with `step`, `samples
 
 import math
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from jaxstack.core.errors import UserError
 
 Row = dict[str, Any]
 
 
+@runtime_checkable
 class Sink(Protocol):
     def write(self, rows: list[Row]) -> None: ...
     def close(self) -> None: ...

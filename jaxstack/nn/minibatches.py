@@ -1,7 +1,7 @@
 """Epochs of gradient steps over shuffled minibatches: what a method that learns from rollouts calls once an update."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from jaxstack.core.learner import Key, Metrics
 from jaxstack.fast import packing, shuffle
 
 
+@runtime_checkable
 class Loss(Protocol):
     """(parameters, aux_state, minibatch) -> (loss, (aux_state, metrics))."""
 

@@ -6,7 +6,7 @@ of a program, a teacher's weights included.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax
@@ -45,6 +45,7 @@ class Hypers(NamedTuple):
     """Share of the teacher in the loss of distillation."""
 
 
+@runtime_checkable
 class Loss(Protocol):
     """(outputs, targets, hypers) -> the value of each example."""
 
