@@ -111,7 +111,7 @@ def collect(
     *,
     finals: Literal["every", "cuts"] = "every",
 ) -> Rollout:
-    """T steps; `draw` makes the random numbers that `act` gets, by default a key a step.
+    """T steps; `draw` makes the random numbers that `act` gets, by default one key per step.
 
     The true next observations stand in the steps (finals="every"), or only those of cut episodes are kept, as
     `TruncatedFinals` ("cuts"; None where an environment never truncates): what values bootstrap from, in a

@@ -103,7 +103,7 @@ def _spread_obs(lib: Any) -> Callable[[Any], dict[str, Array]]:
     n = lib.num_agents
 
     def others(x: Array) -> Array:
-        """[A, A, k] without its diagonal, a row an agent."""
+        """[A, A, k] without its diagonal, one row per agent."""
         k = x.shape[2]
         return x.reshape(n * n, k)[1:].reshape(n - 1, n + 1, k)[:, :-1].reshape(n, (n - 1) * k)
 

@@ -1,4 +1,4 @@
-"""One executable experiment a method: what its paper claims, at small and at full scale."""
+"""One executable experiment per method: what its paper claims, at small and at full scale."""
 
 from jaxstack.methods import CLAIMS
 

@@ -23,7 +23,7 @@ all other options are those of `jaxstack train LEARNER`, which its --help lists:
   jaxstack sweep hypermarl --env dispersion --sweep lr=log_uniform:1e-5:1e-2 --sweep ent_coef=uniform:0:0.05 \\
       --num 16 --seeds 0 1 2 --total-steps 200000 --split-seeds auto --out random
 
-DIR gets table.jsonl (a row a setting and seed), curves.jsonl, space.yaml, config.yaml, ledger.json, sweep.json, a
+DIR gets table.jsonl (a row per setting and seed), curves.jsonl, space.yaml, config.yaml, ledger.json, sweep.json, a
 figure and the runs. Settings are ranked by interquartile mean over seeds with 95% bootstrap intervals; one with a
 failed seed (numbers not finite) ranks after all that have none.
 """

@@ -141,7 +141,7 @@ class Learner(NamedTuple):
     unchecked: Callable[[Any], Any] | None = None
     """state -> those parts of it that may hold numbers that are not finite, see guard.py: environment states."""
     given: Any = None
-    """Arrays [S, ...], a row a seed, for `init`: weights to start from, a teacher, the states of earlier stages."""
+    """Arrays [S, ...], one row per seed, for `init`: weights to start from, a teacher, the states of earlier stages."""
 
 
 def as_hypers(hypers: Any) -> Any:

@@ -65,7 +65,9 @@ def initial(
     for path, x in jax.tree_util.tree_leaves_with_path(given):
         if jnp.shape(x)[:1] != (count,):
             where = jax.tree_util.keystr(path)
-            raise UserError(f"{learner.name}.given{where}: shape {jnp.shape(x)}, expected ({count}, ...), a row a seed")
+            raise UserError(
+                f"{learner.name}.given{where}: shape {jnp.shape(x)}, expected ({count}, ...), one row per seed"
+            )
     args = (keys, hypers) if given is None else (keys, hypers, given)
     state = jax.lax.map(one, args) if jax.default_backend() == "cpu" else jax.vmap(one)(args)
     if learner.with_length is not None and length is not None:

@@ -32,7 +32,7 @@ class Packed(NamedTuple):
     """A tree as one vector and the leaves that are not in it."""
 
     small: Array
-    """[P] float32, the small leaves one after another; [G, P] of parameters in groups, a row a group."""
+    """[P] float32, the small leaves one after another; [G, P] of parameters in groups, one row per group."""
     large: tuple[Any, ...]
     """The other leaves as they are: large ones, and those of other types."""
 

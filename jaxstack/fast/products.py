@@ -49,7 +49,7 @@ FEW = 32
 
 
 class FewRows(nn.Module):
-    """nn.Dense for inputs [R, D] with few rows and many outputs, such as a hypernetwork's: a row an agent.
+    """nn.Dense for inputs [R, D] with few rows and many outputs, such as a hypernetwork's: one row per agent.
 
     On CPU the gradient to the input is faster as (kernel g^T)^T; that to the bias is written as additions, which can
     join the loops of what uses it. The values are those of nn.Dense.

@@ -61,7 +61,7 @@ class MultiCategorical:
     """Independent categoricals; `squeeze`: a single one whose actions have no last axis."""
 
     def __init__(self, logits: list[Array], squeeze: bool = False):
-        # one row a sample: XLA's sums over a short last axis are several times slower on arrays of higher rank (CPU)
+        # one row per sample: XLA's sums over a short last axis are several times slower on arrays of higher rank (CPU)
         self.logits = [x.reshape(-1, x.shape[-1]) for x in logits]
         self.lead, self.squeeze = logits[0].shape[:-1], squeeze
 

@@ -34,7 +34,7 @@ class MLP(nn.Module):
     def __call__(self, x: Array) -> Array:
         """x [..., D] -> [..., out]."""
         lead = x.shape[:-1]
-        # one row a sample: XLA turns the weight gradients of higher ranks into products of transposed copies
+        # one row per sample: XLA turns the weight gradients of higher ranks into products of transposed copies
         x = x.reshape(-1, x.shape[-1])
         for width in self.hidden:
             x = ACTIVATIONS[self.activation](nn.Dense(width, kernel_init=orthogonal(2**0.5))(x))

@@ -28,7 +28,7 @@ class GRU(nn.Module):
         wh = self.param("recurrent", _orthogonal_blocks, (f, 3 * f), jnp.float32)
         bn = self.param("candidate_bias", nn.initializers.zeros_init(), (f,), jnp.float32)
         keep = 1.0 - first.astype(x.dtype).reshape(*first.shape, *[1] * (x.ndim - first.ndim))
-        gates = x.reshape(-1, x.shape[-1]) @ wi + bi  # one row a sample: see networks.MLP
+        gates = x.reshape(-1, x.shape[-1]) @ wi + bi  # one row per sample: see networks.MLP
         return gru_scan(h, gates.reshape(*x.shape[:-1], 3 * f), keep, wh, bn)
 
 

@@ -125,7 +125,7 @@ def test_contents_are_part_of_checkpoints(make, tmp_path):
     got = resume(learner, tmp_path / "r", 7, progress=False)
     assert_same(got.state, whole.state)
     assert got.metrics.equals(whole.metrics)
-    assert whole.state.opt_state.experience.shape == (2, 1, 6)  # a buffer a seed
+    assert whole.state.opt_state.experience.shape == (2, 1, 6)  # one buffer per seed
 
 
 @pytest.mark.parametrize(

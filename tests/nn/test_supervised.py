@@ -263,7 +263,7 @@ for x, y in zip(jax.tree.leaves(two.state.stats), jax.tree.leaves(one.state.stat
 learner = make(2)
 state = learner.init(jax.random.key(0), learner.hypers)
 batch = np.zeros((16, 8, 8, 1), np.uint8), np.zeros(16, np.int32)
-two = runner.train(make(1), seeds=2, devices=2, progress=False)  # a seed a device, batches with them
+two = runner.train(make(1), seeds=2, devices=2, progress=False)  # one seed per device, batches with them
 one = runner.train(make(1), seeds=2, progress=False)
 for name in ("loss/train", "eval/loss", "eval/accuracy"):
     np.testing.assert_allclose(two.metrics[name].dropna(), one.metrics[name].dropna(), rtol=1e-4)
