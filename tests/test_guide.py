@@ -16,7 +16,7 @@ def test_the_guide_works_as_it_stands(tmp_path):
             (tmp_path / name).write_text(code, encoding="utf-8")
         else:
             registrations.append(code)
-    assert len(list(tmp_path.glob("*.py"))) == 5
+    assert len(list(tmp_path.glob("*.py"))) == 6
     assert len(registrations) == 3
     main = "\n".join(registrations) + "\nimport sys\nfrom jaxstack.cli import main\nsys.exit(main(sys.argv[1:]))\n"
     (tmp_path / "main.py").write_text(main, encoding="utf-8")
@@ -28,6 +28,8 @@ def test_the_guide_works_as_it_stands(tmp_path):
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
+    done = subprocess.run([sys.executable, "coverage.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "[0.25 0.75]", done.stderr
     assert "countdown" in run("list", "envs", "--family", "native")
     out = run(
         *"train ippo --env countdown --env-args agents=3 --total-steps 3840 --num-envs 8 --num-steps 12".split(),
