@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from jaxstack.core import shapes
 from jaxstack.core.errors import UserError
 from jaxstack.report.association import (
     Association,
@@ -89,6 +90,7 @@ def mean(x: Array) -> Array:
 
 def median(x: Array) -> Array:
     """Median over tasks of the mean over runs."""
+    shapes.assert_rank(2, x=x)
     return jnp.median(x.mean(0))
 
 
@@ -104,22 +106,28 @@ def optimality_gap(x: Array, target: float = 1.0) -> Array:
 
 def improvement(x: Array, y: Array) -> Array:
     """Probability that a run of X beats a run of Y on a task (ties count half), averaged over tasks."""
+    shapes.assert_rank(2, x=x, y=y)
+    shapes.assert_same_shape(x=x[0], y=y[0])
     wins = (x[:, None] > y[None]) + 0.5 * (x[:, None] == y[None])
     return wins.astype(jnp.float32).mean()
 
 
 def profile(x: Array, taus: Array) -> Array:
     """[K] share of runs with a score above each of `taus` [K]."""
+    shapes.assert_rank(2, x=x)
+    shapes.assert_rank(1, taus=taus)
     return (x[None] > taus[:, None, None]).astype(jnp.float32).mean((1, 2))
 
 
 def by_task(x: Array) -> Array:
     """[M] mean over runs of each task: with positions of a learning curve as tasks, a curve."""
+    shapes.assert_rank(2, x=x)
     return x.mean(0)
 
 
 def iqm_by_task(x: Array) -> Array:
     """[M] interquartile mean over runs of each task."""
+    shapes.assert_rank(2, x=x)
     return _middle(x)
 
 
