@@ -10,10 +10,11 @@ import pytest
 from jaxstack import agents, envs
 from jaxstack.agents import AGENTS, seps, team_ppo
 from jaxstack.core import running
-from jaxstack.core.bundle import load_policy, save_policy
+from jaxstack.core.bundle import save_policy
 from jaxstack.core.errors import UserError
 from jaxstack.core.metrics import on_host
 from jaxstack.envs.base import Discrete, Environment, Image, Spec, first_step
+from jaxstack.learners import load_policy
 from jaxstack.measures import crossplay
 from jaxstack.nn import team
 
