@@ -125,8 +125,8 @@ def test_a_run_is_evaluated_in_other_environments(runs, capsys):
     long, short = "matrix_game:num_agents=2:horizon=4", "matrix_game:num_agents=2:horizon=1"
     assert cli.main(["evaluate", str(runs / "a"), "--env", long, "--env", short, "--episodes", "2"]) == 0
     text = capsys.readouterr().out
-    assert all(1 < s <= 4 for s in scores(text, f"{runs / 'a'}  {long}"))
-    assert all(s <= 1 for s in scores(text, f"{runs / 'a'}  {short}"))
+    assert all(1 < s <= 4 for s in scores(text, f"{runs / 'a'}  {long}  eval/return"))
+    assert all(s <= 1 for s in scores(text, f"{runs / 'a'}  {short}  eval/return"))
 
 
 def test_crossplay_writes_the_matrix_of_all_members(runs, tmp_path, capsys):

@@ -1,5 +1,7 @@
 """What every learner of the registry must do; agents that act have another contract, agents/test_contract.py."""
 
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,6 +25,7 @@ TINY = {
     "sequence": dict(
         task="parity", task_args=("length=6",), features=4, depth=1, batch_size=4, num_updates=3, eval_examples=8
     ),
+    "classifier": dict(features=(4,), batch_size=16, num_updates=3),
 }
 OPTIONS = dict(progress=False, chunk=1)
 
@@ -62,14 +65,18 @@ def test_a_learner_trains_resumes_is_stored_and_names_bad_input(name, tmp_path):
     for a, b in zip(leaves(load_state(learner, tmp_path / "whole")), leaves(whole.state), strict=True):
         np.testing.assert_array_equal(a, b)
     # resumed: bitwise identical
-    train(learner, 2, seeds=[0, 3], run_dir=tmp_path / "part", eval_every=-1, **OPTIONS)
-    got = resume(learner, tmp_path / "part", 3, **OPTIONS)
+    shutil.rmtree(tmp_path / "whole" / "checkpoints" / "3")  # as if it had been stopped after two steps
+    got = resume(learner, tmp_path / "whole", **OPTIONS)
     for a, b in zip(leaves(whole.state), leaves(got.state), strict=True):
         np.testing.assert_array_equal(a, b)
     # a seed among others takes the step it takes alone, up to rounding
-    state = jax.tree.map(lambda x: x[1], load_state(learner, tmp_path / "part"))
-    both = jax.jit(jax.vmap(learner.step))(got.state)[0]
-    alone = jax.jit(learner.step)(state)[0]
+    batch = ()
+    if learner.source is not None:
+        source = learner.source(learner.config)
+        item = jax.tree.map(lambda x: x[1] if source.per_seed else x, source.item([0, 3]))
+        batch = (source.batch(source.constants(), item, jax.random.key(0)),)
+    both = jax.jit(jax.vmap(lambda s: learner.step(s, *batch)))(got.state)[0]
+    alone = jax.jit(learner.step)(jax.tree.map(lambda x: x[1], got.state), *batch)[0]
     for a, b in zip(leaves(both.params), leaves(alone.params), strict=True):
         np.testing.assert_allclose(a[1], b, rtol=1e-3, atol=1e-5)
     with pytest.raises(UserError, match="lr=-1"):
