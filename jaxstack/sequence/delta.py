@@ -121,8 +121,8 @@ class DeltaNet(nn.Module):
     def _validate(self) -> None:
         checks = [
             ("features", self.features, self.features >= 1, "a whole number >= 1"),
-            ("expand_k", self.expand_k, self.widths[0] >= 1, "keys of at least one number a head"),
-            ("expand_v", self.expand_v, self.widths[1] >= 1, "values of at least one number a head"),
+            ("expand_k", self.expand_k, self.widths[0] >= 1, "keys of at least one number per head"),
+            ("expand_v", self.expand_v, self.widths[1] >= 1, "values of at least one number per head"),
             ("conv_size", self.conv_size, self.conv_size >= 1, "a whole number >= 1"),
             ("method", self.method, self.method in METHODS, f"one of {METHODS}"),
         ]

@@ -5,7 +5,7 @@
 alpha_t is a vector over the key dimensions (gated linear attention, Yang et al., 2024, arXiv 2312.06635), a number per
 head (Mamba-2, Dao and Gu, 2024, arXiv 2405.21060) or 1 (linear attention). Forms:
 
-    recurrent    lax.scan over T, one token a step
+    recurrent    lax.scan over T, one token per step
     chunked      matrix products inside chunks of C tokens, lax.scan over the T/C chunks (Yang et al., section 4)
 
 Within a chunk the weight of token j at token i is exp(l_{j+1} + ... + l_i). That exponent is summed, never a difference

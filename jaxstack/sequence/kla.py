@@ -64,8 +64,8 @@ def kla_scan(
     mask [B, T]: what stands at False is ignored. masked="freeze" (padding): the state stays, y and its variance are 0.
     masked="predict" (a gap in the data): time passes without an observation, q still reads the prediction.
     read="prior": y is the one-step-ahead prediction, from abar mean and abar^2 / precision + pbar.
-    method: "sequential" (one fused scan), "associative", "chunked" (`chunk` steps each, see scan.py), "pallas" (one
-    GPU/TPU kernel; `interpret=True` runs it anywhere, slowly) or "auto" (the fastest measured, see `scan.choose`).
+    method: "sequential" (one fused scan), "associative", "chunked" (see scan.py; `chunk` steps per chunk), "pallas"
+    (one GPU/TPU kernel; `interpret=True` runs it anywhere, slowly) or "auto" (the fastest measured, see `scan.choose`).
     Computes in float32, or float64 if an input has it. Differentiable in all six arrays and the state. `UserError`.
     """
     dtype = scan.compute_dtype(v, obs_precision, k, q, abar, pbar)

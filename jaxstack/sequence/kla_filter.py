@@ -210,7 +210,7 @@ def _filter_bwd(prior: bool, saved: Any, cotangent: Any) -> Any:
 
 def _adjoint(prior: bool, spans: Any, abar: Array, pbar: Array, starts: Any, cotangent: Any) -> Any:
     """Span by span from the last: forward again, then back. The states of a span are written into one buffer that all
-    spans share; the scan's own outputs would be filled with zeros anew for every span."""
+    spans share; the scan's own outputs would be filled with zeros again for every span."""
     d_y, d_var, d_lam, d_mean = cotangent
     length, span = d_y.shape[0], spans[0].v.shape[1]
     steps = jnp.arange(span, dtype=jnp.uint32)

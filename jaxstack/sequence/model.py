@@ -44,7 +44,7 @@ class SwiGLU(nn.Module):
 
 
 class SequenceModel(nn.Module):
-    """See the module's docstring. `mixers` are unbound modules as in mixer.py, one a block, of one width D."""
+    """See the module's docstring. `mixers` are unbound modules as in mixer.py, one per block, all of width D."""
 
     mixers: tuple[Any, ...]
     num_tokens: int
@@ -234,7 +234,7 @@ def cast(params: Any, dtype: Any) -> Any:
 
 
 def reinitialise(params: Any, key: Key, std: float) -> Any:
-    """Every linear weight and embedding, those inside mixers too, drawn anew from N(0, std^2) (Shaj et al., 2026)."""
+    """Redraw every linear weight and embedding, those inside mixers too, from N(0, std^2) (Shaj et al., 2026)."""
     leaves, tree = jax.tree_util.tree_flatten_with_path(params)
     keys = jax.random.split(key, len(leaves))
     new = [
@@ -278,7 +278,7 @@ def generate(
     temperature: float = 1.0,
     top_k: int = 0,
 ) -> Array:
-    """Continue prompts [B, T] by `steps` tokens [B, steps]: a parallel prefill, then one step a token, in one program.
+    """Continue prompts [B, T] by `steps` tokens [B, steps]: parallel prefill, then one step per token, one program.
 
     mask [B, T]: False marks padding of shorter prompts, best on the left; every row needs a token. Raises `UserError`
     for an empty prompt or row, a token that is not of the vocabulary, a negative temperature or top_k, a model of other

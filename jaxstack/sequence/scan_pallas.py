@@ -1,4 +1,4 @@
-"""The Kalman filter of Kalman Linear Attention as one Pallas kernel a direction, for GPU (Triton) and TPU (Mosaic).
+"""The Kalman filter of Kalman Linear Attention as one Pallas kernel per direction, for GPU (Triton) and TPU (Mosaic).
 
 A program owns one (batch, block of channels) and walks through time with its state [S, channels] at hand, so that
 nothing of size T M S is read, and the forward pass without gradients writes none either. The backward pass reads the
@@ -78,7 +78,7 @@ def kalman_filter(
     narrow = lambda x: jnp.pad(x, ((0, 0), (0, pad_t), (0, pad_s)))[:, :, :, None]
     token = Token(wide(tokens.v), wide(tokens.precision), narrow(tokens.k), narrow(tokens.q))
     keep = jnp.pad(keep, ((0, 0), (0, pad_t)))[:, :, None, None].astype(abar.dtype)
-    # an added filter has k = q = 0: it sees nothing and nobody reads it; abar = 1, pbar = 0 keep it where it is
+    # an added filter has k = q = 0: it observes nothing and no output reads it; abar = 1, pbar = 0 keep its state
     coefficient = lambda x, fill: jnp.pad(x.T, ((0, pad_s), (0, pad_m)), constant_values=fill)
     state = lambda x, fill: jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, pad_s), (0, pad_m)), constant_values=fill)
     y, var, lam, mean = _filter(

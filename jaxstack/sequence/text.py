@@ -135,10 +135,10 @@ def blocks(corpus: np.ndarray, length: int, batch_size: int) -> list[Batch]:
 
 
 def perplexity(nats: float) -> float:
-    """exp of a mean cross entropy in nats a byte."""
+    """Return exp of a mean cross entropy in nats per byte."""
     return math.exp(nats)
 
 
 def bits_per_byte(nats: float) -> float:
-    """The same in bits."""
+    """Convert nats to bits."""
     return nats / math.log(2.0)

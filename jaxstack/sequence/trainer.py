@@ -48,7 +48,7 @@ class Config(configs.Config):
     task_args: tuple[str, ...] = ()
     """Options of the task, each `name=value`."""
     mixers: tuple[str, ...] = ("kla",)
-    """Mixers by name: one for all blocks, or one a block."""
+    """Mixers by name: one for all blocks, or one per block."""
     mixer_args: tuple[str, ...] = ()
     """Options of the mixers, each `option=value` for all or `mixer.option=value` for those of one name."""
     depth: int = 2
@@ -171,7 +171,7 @@ def learning_rate(config: Config, hypers: Hypers, step: Any, total: Any = None) 
 
 
 def optimiser(config: Config, hypers: Hypers, total: Any = None) -> optax.GradientTransformation:
-    """AdamW on clipped gradients, built anew inside each step from traced hyperparameters."""
+    """AdamW on clipped gradients, built inside each step from traced hyperparameters."""
     return optimisers.adamw(
         lambda step: learning_rate(config, hypers, step, total),
         b1=hypers.b1,
