@@ -226,9 +226,9 @@ claim = Claim(
             experiments=(
                 dispersion(SHORT, 1_000_000, 250_000, (32, 32)),
                 matrix_game("specialisation", 4, 600, GAME_ARMS),
-                matrix_game("specialisation", 8, 400, GAME_ARMS[:5]),
                 matrix_game("synchronisation", 4, 400, ("NoPS", "FuPS", "FuPS+ID", "HyperMARL")),
                 gradient_cosine(),
+                matrix_game("specialisation", 8, 400, GAME_ARMS[:5]),
             ),
             checks=(*GAME_CHECKS, *dispersion_checks(SHORT)),
         ),
