@@ -269,7 +269,7 @@ claim = Claim(
             ),
             checks=checks("accuracy@64", "accuracy", "accuracy@32"),
             seeds=6,
-            minutes=0,
+            minutes=83,
         ),
         "full": Scale(
             experiments=(
