@@ -231,6 +231,7 @@ claim = Claim(
                 matrix_game("specialisation", 8, 400, GAME_ARMS[:5]),
             ),
             checks=(*GAME_CHECKS, *dispersion_checks(SHORT)),
+            minutes=37,
         ),
         "long": Scale(
             experiments=(dispersion(LONG, 5_000_000, 250_000, (32, 32)),),
