@@ -115,7 +115,9 @@ def test_groups_of_seeds_get_their_own_rows_of_what_is_given(whole, tmp_path):
 
 def test_what_is_given_has_a_row_a_seed():
     learner = second({"fit": regression().init(jax.random.key(0), regression().hypers)})
-    with pytest.raises(UserError, match=r"second.given\['params'\]\['b'\]: shape \(\), expected \(2, ...\), one row per"):
+    with pytest.raises(
+        UserError, match=r"second.given\['params'\]\['b'\]: shape \(\), expected \(2, ...\), one row per"
+    ):
         runner.train(learner, 1, 2, data=ArrayData(ROWS, 8), **OPTIONS)
 
 
