@@ -8,11 +8,11 @@ from jaxstack.core import space
 
 def test_every_arm_of_dispersion_tries_as_many_settings():
     spaces = [hypermarl.SPACES.get(arm, {"lr": hypermarl.RATES}) for arm in hypermarl.DISPERSION_ARMS]
-    assert {math.prod(len(d.values) for d in s.values()) for s in spaces} == {8}
+    assert {math.prod(len(d.values) for d in s.values()) for s in spaces} == {4}
     for s in spaces:
         learner = hypermarl.particles("HyperMARL", 2048, (4,), **{k: d.values[0] for k, d in s.items() if k != "lr"})
         numeric = space.numeric_settings(s, learner.hypers._fields, None, 0)
-        assert len(numeric) * len(space.static_settings(s, learner.hypers._fields)) == 8
+        assert len(numeric) * len(space.static_settings(s, learner.hypers._fields)) == 4
 
 
 def test_dispersion_runs_the_tuned_form_and_stores_its_curve():
