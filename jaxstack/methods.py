@@ -80,6 +80,8 @@ METHODS: tuple[Method, ...] = (
         "Remembering the Markov property in cooperative MARL",
         2025,
         arxiv=("2507.18333",),
+        claim="jaxstack.claims.markov_property:claim",
+        tests="tests/measures/test_conventions.py",
     ),
     Method(
         "ptgood",
