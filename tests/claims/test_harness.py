@@ -51,6 +51,9 @@ TABLE = (
         (Check("e", "noisy + 1", "score", "above", 0.8, other="noisy"), "fails"),
         (Check("e", "noisy + 1", "score", "above", 0.8, other="noisy", paired=True), "holds"),
         (Check("e", "noisy + 1", "score", "within", 1.1, other="noisy", paired=True), "holds"),
+        (Check("e", "noisy + 1", "score", "signed_rank", 0.032, other="noisy", paired=True), "holds"),  # 5 of 5: 1/32
+        (Check("e", "noisy + 1", "score", "signed_rank", 0.03, other="noisy", paired=True), "fails"),
+        (Check("e", "noisy", "score", "signed_rank", 0.05, other="noisy + 1", paired=True), "fails"),
         (Check("e", "high", "score", "times_at_least", 1.8, other="low"), "holds"),
         (Check("e", "high", "score", "times_at_least", 2.0, other="low"), "fails"),
         (Check("e", "low", "score", "times_at_most", 0.55, other="high"), "holds"),
