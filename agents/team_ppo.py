@@ -395,7 +395,7 @@ def advantage(task: Task, s: State, played: rollout.Rollout, valued: Values) -> 
         valued.now,
     )
     alive = steps.ts.agent_mask
-    # an agent that is gone after a step has no value there, whether the team goes on or not
+    # an agent that is gone after a step has no value there, whether the team continues or not
     terminated = steps.terminated[..., None] | ~steps.final_mask
     done = steps.done[..., None] | ~steps.final_mask
     if cfg.normalise_reward:

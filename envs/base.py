@@ -121,7 +121,7 @@ class TimeStep(NamedTuple):
     terminated: Bool[Array, ""]
     """The task ended: no value beyond this step."""
     truncated: Bool[Array, ""]
-    """The episode was cut (time limit): the value goes on. Never true together with `terminated`."""
+    """The episode was cut (time limit): the value continues. Never true together with `terminated`."""
     agent_mask: Bool[Array, "A"]
     """Agents that can act now (dead or absent ones are False); their samples carry no policy gradient otherwise."""
     action_mask: Bool[Array, "A n"] | None

@@ -381,7 +381,7 @@ def test_sigterm_saves_and_exits_with_143(tmp_path):
     finally:
         job.kill()
     assert job.returncode == 143, err
-    assert f"`jaxstack resume {path}` goes on" in err
+    assert f"`jaxstack resume {path}` continues" in err
     assert json.loads((path / "run.json").read_text())["status"] == "interrupted"
     assert cli.main(["evaluate", str(path), "--episodes", "2"]) == 0
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 EPILOG = """\
-Rows are kept in WORK/METHOD-SCALE/rows.jsonl as they come; the same command goes on where it was stopped.
+Rows are kept in WORK/METHOD-SCALE/rows.jsonl as they come; the same command continues where it was stopped.
 
   jaxstack reproduce hypermarl                          run what is missing, print verdicts, write the record
   jaxstack reproduce hypermarl --only gradients --fresh one experiment anew; others keep their rows

@@ -1,7 +1,7 @@
 """Claims: what a paper says, as experiments with baselines, margins and a verdict.
 
 A `Claim` has scales; a `Scale` has experiments and checks. An `Experiment` runs one arm with given seeds and yields
-one row per seed. `run_claim` appends rows to a file as they come and goes on from there after a stop; it prints the
+one row per seed. `run_claim` appends rows to a file as they come and continues from there after a stop; it prints the
 verdicts and stores everything as JSON and figures. Checks are decided by 95% bootstrap intervals over seeds.
 
 A claim names all baselines of its paper that run here, gives every arm the same tuning budget (the record holds it),
@@ -145,7 +145,7 @@ def run_claim(
         try:
             results = [_run(store, plan, e, mark, options) for e, mark in zip(plan.experiments, marks)]
         except (KeyboardInterrupt, Interrupted):
-            say(f"stopped; the same command goes on, finished rows are in {store.path}")
+            say(f"stopped; the same command continues, finished rows are in {store.path}")
             raise
         rows = _rows(store, results, seeds)
         partial = bool(only or arms) and any(r.why for r in results)

@@ -109,5 +109,6 @@ claim = Claim(
         "independent PPO, feed-forward and GRU."
     ),
     scales={"small": scale(200, 1000, 5, 18.0), "full": scale(400, 8000, 10, 60.0)},
+    baselines=("FF",),
     ours="GRU",
 )

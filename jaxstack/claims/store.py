@@ -1,4 +1,4 @@
-"""Rows of a claim on disk: appended as they come, read again when the claim goes on.
+"""Rows of a claim on disk: appended as they come, read again when the claim continues.
 
 One JSON object per line, with a `kind`: "session" (environment of a process), "tuning" and "row" (of one experiment and
 arm), "done" (an arm's seeds and seconds) and "drop" (forget what stands above for an arm). Every line of an arm carries

@@ -39,7 +39,7 @@ class NoCheckpoint(UserError):
 
 class Checkpoints:
     """The checkpoints of one run directory. With `read_only` nothing there is moved, written or cleaned up, so that a
-    run can be looked at while it goes on."""
+    run can be looked at while it continues."""
 
     def __init__(self, directory: Path, retention: Retention = Retention(), read_only: bool = False):
         import orbax.checkpoint as ocp

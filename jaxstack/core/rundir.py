@@ -31,7 +31,7 @@ from jaxstack.core.files import free_name, set_aside, write_whole
 
 CHECKSUM = "# sha256 "
 FREE = "num_steps or options"
-"""What may be changed in a run.yaml: a run goes on with it. All else was decided when the run began."""
+"""What may be changed in a run.yaml: a run continues with it. All else was decided when the run began."""
 UNBORN = {".lock", ".run.yaml.part"}
 """What a process leaves behind that was killed before run.yaml existed."""
 
@@ -168,7 +168,7 @@ class RunDir:
 def read_plan(path: str | Path) -> dict[str, Any]:
     """run.yaml of a run directory; raises `UserError` when it is missing, corrupt or not what was written.
 
-    `num_steps` and `options` may be changed, where the checksum is removed; the run then goes on with them. Any other
+    `num_steps` and `options` may be changed, where the checksum is removed; the run then continues with them. Any other
     change would apply to a part of the run only and is refused.
     """
     file, copy = Path(path) / "run.yaml", Path(path) / "checksums" / "run.yaml"

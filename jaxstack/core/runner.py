@@ -203,7 +203,7 @@ def resume(
         run_dir: Of the run.
         num_steps: Steps of the whole run; default: those it was made with.
         schedule: Where the learner's schedules end with another number of steps. `extend`: with the new last step, so
-            the learning rate goes on from where the longer schedule would be; `keep`: where the stored run had them
+            the learning rate continues from where the longer schedule would be; `keep`: where the stored run had them
             end, so it stays at its final value, zero for one annealed to zero. Which one is printed.
         hypers: Those given to `train`, checked against the stored ones.
         data: As in `train`.
@@ -569,7 +569,7 @@ def _interrupt(job: Job, run: RunDir | None, where: str, **facts: int) -> NoRetu
     if job.run_dir is not None:
         longer = f" --steps {job.num_steps}" if job.num_steps != job.plan["num_steps"] else ""
         kept = " --schedule keep" if longer and job.length is None else ""
-        how = f"`jaxstack resume {job.run_dir}{longer}{kept}` goes on"
+        how = f"`jaxstack resume {job.run_dir}{longer}{kept}` continues"
     raise Interrupted(job.stop[0], f"stopped {where}; {how}")
 
 

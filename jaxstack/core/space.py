@@ -102,7 +102,7 @@ def check(space: Any, numeric: Sequence[str], static: Sequence[str] | None, num:
 
 def numeric_settings(space: Space, numeric: Sequence[str], num: int | None, seed: int) -> list[dict[str, float]]:
     """Values of the numeric names: their product, or `num` draws. A draw depends on `seed`, its name and its number
-    alone: a larger `num` goes on where a smaller one ended."""
+    alone: a larger `num` continues where a smaller one ended."""
     names = [n for n in space if n in numeric]
     if num is None:
         return [dict(zip(names, map(float, v))) for v in itertools.product(*(_values(space[n]) for n in names))]

@@ -1,7 +1,7 @@
 """Methods in several stages: each is a run of its own, and its learner is made from the states of those before it.
 
 In a run directory each stage has a folder, a run like any other, beside one run.yaml that names them in order. A run
-that was stopped anywhere, also between two stages, goes on in the right one, bitwise identical to a run that was not.
+that was stopped anywhere, also between two stages, continues in the right one, bitwise identical to a run that was not.
 """
 
 import contextlib
@@ -216,7 +216,7 @@ def _progress(path: Path) -> str:
 def _interrupt(run: RunDir | None, path: Path | None, stop: list[int], where: str) -> NoReturn:
     if run is not None:
         run.status("interrupted")
-    how = "nothing was saved: the run has no directory" if path is None else f"`jaxstack resume {path}` goes on"
+    how = "nothing was saved: the run has no directory" if path is None else f"`jaxstack resume {path}` continues"
     raise Interrupted(stop[0], f"stopped {where.replace(', stopped', ',')}; {how}")
 
 

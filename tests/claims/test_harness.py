@@ -181,7 +181,7 @@ def test_a_killed_claim_goes_on_without_running_finished_seeds_again(run, tmp_pa
     stopped = claim._replace(scales={"small": small._replace(experiments=(small.experiments[0]._replace(run=killed),))})
     with pytest.raises(KeyboardInterrupt):
         run(stopped, keep_rows=True)
-    assert "stopped; the same command goes on" in capsys.readouterr().out
+    assert "stopped; the same command continues" in capsys.readouterr().out
     assert CALLS.list == [("high", 0), ("high", 1), ("high", 2), ("low", 0), ("low", 1)]
     file = tmp_path / "work" / "toy-small" / "rows.jsonl"
     file.write_bytes(file.read_bytes() + b'{"kind": "row", "exper')  # killed while it wrote a line

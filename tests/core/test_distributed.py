@@ -63,7 +63,7 @@ def test_two_processes_equal_one(tmp_path):
     four = train(tracker(), 4, 4, **RUN)
     np.testing.assert_allclose(first["arr_0"], four.state.params["w"], rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(first["arr_2"], four.state.params["w"], rtol=1e-5, atol=1e-5)
-    # what they stored goes on here, on one device
+    # what they stored continues here, on one device
     six = resume(tracker(), tmp_path / "both", 6, **RUN)
     whole = train(tracker(), 6, 4, **RUN)
     np.testing.assert_allclose(six.metrics["loss/total"], whole.metrics["loss/total"], rtol=1e-5, atol=1e-5)
@@ -90,7 +90,7 @@ def test_a_signal_to_one_process_ends_all_after_the_same_chunk(tmp_path):
     assert status["status"] == "interrupted"
     assert [p.name for p in (run / "checkpoints").iterdir()] == [str(status["step"])]
     for log in logs:
-        assert f"stopped after step {status['step']} of 10000000; `jaxstack resume {run}` goes on" in log
+        assert f"stopped after step {status['step']} of 10000000; `jaxstack resume {run}` continues" in log
     assert read_metrics(run).step.max() == status["step"]
 
 

@@ -292,7 +292,8 @@ def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path, capsys, m
     os.kill(child.pid, signal.SIGTERM)
     assert children.finish(child) == 143, log.read_text()
     assert (
-        f"jaxstack: stopped after step {steps_of(run)} of 10000000; `jaxstack resume {run}` goes on" in log.read_text()
+        f"jaxstack: stopped after step {steps_of(run)} of 10000000; `jaxstack resume {run}` continues"
+        in log.read_text()
     )
 
 
@@ -309,7 +310,7 @@ def test_a_signal_while_compiling_leaves_a_run_that_can_be_resumed(signum, code,
     monkeypatch.setattr(program, "build", raise_signal)
     argv = [*TRAIN, "--hidden", "4", "--total-steps", "16", "--run-dir", str(run)]
     assert cli.main(argv) == code
-    assert f"stopped after step 0 of 2; `jaxstack resume {run}` goes on" in capsys.readouterr().err
+    assert f"stopped after step 0 of 2; `jaxstack resume {run}` continues" in capsys.readouterr().err
     assert cli.main(["resume", str(run)]) == code
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
     monkeypatch.undo()

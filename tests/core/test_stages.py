@@ -78,9 +78,9 @@ def test_a_stage_starts_where_the_one_before_ended_and_metrics_name_it(whole):
 @pytest.mark.parametrize(
     ("stage", "step", "message"),
     [
-        ("fit", 2, r"stopped in stage fit, after step 2 of 5; `jaxstack resume \S+/r` goes on"),
-        ("fit", 5, r"stopped before stage table; `jaxstack resume \S+/r` goes on"),
-        ("table", 4, r"stopped in stage table, after step 4 of 6; `jaxstack resume \S+/r` goes on"),
+        ("fit", 2, r"stopped in stage fit, after step 2 of 5; `jaxstack resume \S+/r` continues"),
+        ("fit", 5, r"stopped before stage table; `jaxstack resume \S+/r` continues"),
+        ("table", 4, r"stopped in stage table, after step 4 of 6; `jaxstack resume \S+/r` continues"),
     ],
 )
 def test_a_run_that_was_stopped_anywhere_goes_on_in_the_right_stage(whole, tmp_path, stage, step, message):
