@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxstack import agents, envs
+from jaxstack import agents
 from jaxstack.core.runner import train
 from jaxstack.envs.base import Discrete, Environment, Spec, first_step
 
@@ -66,14 +66,11 @@ class Faulty(Environment):
         return new, first_step(self.spec, obs, reward=reward)._replace(truncated=t == 100)
 
 
-envs.NATIVE.add("faulty", "test_finite:Faulty")
-
-
 @pytest.mark.parametrize("normalised", [True, False])
 def test_a_fault_of_the_environment_is_told_by_its_name_and_enters_nothing(normalised, capsys):
     """A hundred seeds in one program, each with a fault of its own; what an environment keeps to itself is none."""
     options = SHORT | dict(num_envs=1) | (NORMALISED if normalised else {})
-    learner = agents.make("ippo", env="faulty", **options)
+    learner = agents.make("ippo", env=f"{__name__}:Faulty", **options)
     got = train(learner, 2, 100, progress=False, eval_every=-1)
     text = capsys.readouterr().out
     env, seen = got.state.vec.env, set()

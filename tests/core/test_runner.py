@@ -296,7 +296,8 @@ def test_a_stopped_run_in_groups_resumes_as_one(tmp_path, seed, done):
                 super().write(rows)
 
     sink = Stopping(at=4, signum=signal.SIGTERM)
-    with pytest.raises(Interrupted, match=f"stopped with {done} of 2 groups of seeds done; `jaxstack resume {path}` g"):
+    told = f"stopped with {done} of 2 groups of seeds done; `jaxstack resume {path}` continues"
+    with pytest.raises(Interrupted, match=told):
         run(**options, run_dir=path, sinks=[sink])
     assert sink.closed == 1
     assert json.loads((path / "run.json").read_text())["status"] == "interrupted"
