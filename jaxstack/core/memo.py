@@ -10,6 +10,7 @@ import enum
 import functools
 import types
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -56,6 +57,14 @@ def keep(store: OrderedDict[Any, Any], key: Any, value: Any) -> None:
     store[key] = value
     while len(store) > PROGRAMS:
         store.popitem(last=False)
+
+
+def jit(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`jax.jit(function)`, or the one made before from a function that computes the same."""
+    store = programs(function)
+    if "jit" not in store:
+        keep(store, "jit", jax.jit(function))
+    return store["jit"]
 
 
 def forget() -> None:

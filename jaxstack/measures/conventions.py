@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from jaxstack.core import memo
 from jaxstack.core.errors import UserError
 from jaxstack.core.learner import Key, Learner
 from jaxstack.envs import rollout, vector
@@ -127,7 +128,6 @@ def with_partner(
     steps = crossplay.longest(learner, env)
     vec = vector.vectorise(env, episodes)
 
-    @jax.jit
     def run(states: Any, key: Key) -> Array:
         def one(params: Any) -> Array:
             act = crossplay.act_with(policy, params, greedy=True)
@@ -144,7 +144,7 @@ def with_partner(
 
         return jax.vmap(one)(jax.vmap(policy.params)(states))
 
-    return np.asarray(run(states, key), np.float64)
+    return np.asarray(memo.jit(run)(states, key), np.float64)
 
 
 def record(learner: Learner, states: Any, env: Environment, key: Key, episodes: int = 200) -> list[probes.Trajectories]:
@@ -157,7 +157,6 @@ def record(learner: Learner, states: Any, env: Environment, key: Key, episodes: 
     steps = crossplay.longest(learner, env)
     vec = vector.vectorise(env, episodes)
 
-    @jax.jit
     def run(states: Any, key: Key) -> tuple:
         def one(params: Any) -> tuple:
             act = crossplay.act_with(policy, params, greedy=True)
@@ -177,7 +176,7 @@ def record(learner: Learner, states: Any, env: Environment, key: Key, episodes: 
 
         return jax.vmap(one)(jax.vmap(policy.params)(states))
 
-    obs, action, carry, alive = jax.tree.map(np.asarray, run(states, key))
+    obs, action, carry, alive = jax.tree.map(np.asarray, memo.jit(run)(states, key))
     carries = jax.tree.leaves(carry)
     out = []
     for k in range(len(obs)):
@@ -243,5 +242,5 @@ def _chance(env: Environment, key: Key, episodes: int) -> float:
     vec = vector.vectorise(env, episodes)
     act, draw = rollout.random_policy(vec)
     steps = env.spec.horizon or 1000
-    played = jax.jit(lambda k: rollout.episodes(vec, act, k, (), steps, draw).returns.mean())(key)
+    played = memo.jit(lambda k: rollout.episodes(vec, act, k, (), steps, draw).returns.mean())(key)
     return float(played) / _unit(env)

@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxstack import envs
+from jaxstack.core import memo
 from jaxstack.core.errors import UserError
 from jaxstack.core.learner import Key, Learner, Policy
 from jaxstack.envs import rollout, vector
@@ -123,7 +124,7 @@ def evaluate_many(
 
             return _map(one, jax.vmap(policy.params)(states), count, at_once)
 
-        found[name] = jax.tree.map(np.asarray, jax.jit(run)(states, key))
+        found[name] = jax.tree.map(np.asarray, memo.jit(run)(states, key))
     return found
 
 
@@ -159,7 +160,6 @@ def cross_play(
     vec, steps = vector.vectorise(env, episodes), longest(learner, env)
     teams = [x.ravel() for x in np.meshgrid(np.asarray(slots), np.arange(count), np.arange(count), indexing="ij")]
 
-    @jax.jit
     def run(states: Any, key: Key) -> Array:
         params = jax.vmap(policy.params)(states)
 
@@ -172,7 +172,7 @@ def cross_play(
 
         return _map(one, tuple(map(jnp.asarray, teams)), len(teams[0]), at_once)
 
-    returns = np.asarray(run(states, key), np.float64)
+    returns = np.asarray(memo.jit(run)(states, key), np.float64)
     return CrossPlay(returns.reshape(len(slots), count, count, episodes), slots)
 
 

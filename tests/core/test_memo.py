@@ -13,6 +13,7 @@ from jaxstack import agents
 from jaxstack.core import memo
 from jaxstack.core.errors import UserError
 from jaxstack.core.runner import train
+from jaxstack.measures import conventions, crossplay, partners
 
 QUIET = dict(progress=False)
 
@@ -118,3 +119,24 @@ def test_few_learners_are_kept():
     for i in range(memo.PROGRAMS + 2):
         memo.keep(store, i, i)
     assert list(store) == list(range(2, memo.PROGRAMS + 2))
+
+
+def test_a_second_evaluation_compiles_nothing():
+    """Of members across environments, in mixed teams, and with given partners."""
+    options = dict(env="matrix_game", num_envs=2, num_steps=4, num_minibatches=1, hidden=(4,), total_steps=8)
+
+    def scores(states=None):
+        learner = agents.make("ippo", **options)
+        if states is None:
+            states = jax.jit(jax.vmap(learner.init))(jax.random.split(jax.random.key(0), 2))
+        env = learner.env
+        return states, (
+            crossplay.evaluate_many(learner, states, episodes=3)[env.spec.id].returns,
+            crossplay.cross_play(learner, states, episodes=3).returns,
+            conventions.with_partner(learner, states, env, partners.constant(1), jax.random.key(1), 3),
+        )
+
+    states, first = scores()
+    (_, second), count = compiled(lambda: scores(states))
+    assert count == 0
+    assert_same(first, second)
