@@ -41,6 +41,7 @@ NATIVE = Registry(
         "follow_partner": "jaxstack.envs.follow_partner:FollowPartner",
         "match_now": "jaxstack.envs.cue_tasks:MatchNow",
         "repeat_last": "jaxstack.envs.cue_tasks:RepeatLast",
+        "hidden_corner": "jaxstack.envs.hidden_corner:HiddenCorner",
     },
 )
 

@@ -220,6 +220,30 @@ class Environment:
         """
         raise UserError(f"{type(self).__name__} has no step")
 
+    @property
+    def num_tasks(self) -> int:
+        """How many named tasks there are, see `envs.tasks`; raises `UserError` where tasks have no names."""
+        raise UserError(f"environment {self.spec.id!r} has no sets of tasks")
+
+    def tasks(self, name: str) -> Any:
+        """Look up a set of tasks, see `envs.tasks`.
+
+        Args:
+            name: Of a set, or of tasks, joined by commas.
+
+        Returns:
+            The tasks, a NamedTuple of arrays with a leading axis; row k fits `reset(key, theta)`.
+
+        Raises:
+            UserError: For an unknown name, or an environment without tasks.
+        """
+        raise UserError(f"environment {self.spec.id!r} has no sets of tasks")
+
+    def task_of(self, state: Any) -> Array:
+        """Read the number of the task, in 0..num_tasks-1, from states with any leading axes; raises `UserError` where
+        tasks have no names."""
+        raise UserError(f"environment {self.spec.id!r} has no sets of tasks")
+
     def frame(self, state: Any) -> np.ndarray:
         """Draw one state, on the host.
 

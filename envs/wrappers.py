@@ -29,8 +29,18 @@ class Wrapper(Config, Environment):
     def spec(self) -> Spec:
         return self.env.spec
 
-    def reset(self, key: jax.Array) -> tuple[Any, TimeStep]:
-        return self.env.reset(key)
+    @property
+    def num_tasks(self) -> int:
+        return self.env.num_tasks
+
+    def tasks(self, name: str) -> Any:
+        return self.env.tasks(name)
+
+    def task_of(self, state: Any) -> Array:
+        return self.env.task_of(state)
+
+    def reset(self, key: jax.Array, *theta: Any) -> tuple[Any, TimeStep]:
+        return self.env.reset(key, *theta)
 
     def step(self, key: jax.Array, state: Any, action: Array) -> tuple[Any, TimeStep]:
         return self.env.step(key, state, action)
@@ -63,8 +73,11 @@ class TimeLimit(Wrapper):
         exact = not inner.can_truncate or inner.truncates_at_horizon
         return replace(inner, horizon=horizon, can_truncate=True, truncates_at_horizon=exact)
 
-    def reset(self, key: jax.Array) -> tuple[Timed, TimeStep]:
-        state, ts = self.env.reset(key)
+    def task_of(self, state: Timed) -> Array:
+        return self.env.task_of(state.env)
+
+    def reset(self, key: jax.Array, *theta: Any) -> tuple[Timed, TimeStep]:
+        state, ts = self.env.reset(key, *theta)
         return Timed(state, jnp.int32(0)), ts
 
     def step(self, key: jax.Array, state: Timed, action: Array) -> tuple[Timed, TimeStep]:
@@ -101,8 +114,8 @@ class AgentId(Wrapper):
         low, high = (_vector(b, width) + (ids,) * count for b, ids in bounds)
         return _with_obs(inner, Box((width + count,), low, high, space.dtype))
 
-    def reset(self, key: jax.Array) -> tuple[Any, TimeStep]:
-        state, ts = self.env.reset(key)
+    def reset(self, key: jax.Array, *theta: Any) -> tuple[Any, TimeStep]:
+        state, ts = self.env.reset(key, *theta)
         return state, self._named(ts)
 
     def step(self, key: jax.Array, state: Any, action: Array) -> tuple[Any, TimeStep]:
@@ -156,8 +169,11 @@ class FrameStack(Wrapper):
         low, high = (_tiled(b, frames) for b in (space.low, space.high))
         return _with_obs(inner, Box(shape, low, high, space.dtype))
 
-    def reset(self, key: jax.Array) -> tuple[Stacked, TimeStep]:
-        state, ts = self.env.reset(key)
+    def task_of(self, state: Stacked) -> Array:
+        return self.env.task_of(state.env)
+
+    def reset(self, key: jax.Array, *theta: Any) -> tuple[Stacked, TimeStep]:
+        state, ts = self.env.reset(key, *theta)
         frames = jnp.concatenate([self._last_axis(ts.obs)] * self.frames, -1)
         return Stacked(state, frames), ts._replace(obs=frames)
 

@@ -124,3 +124,21 @@ def spread(pos, vel, landmarks, group_of, action):
         rel = [landmarks[:, k] - pos[:, i] for k in range(landmarks.shape[1])]
         obs.append(np.concatenate([vel[:, i], pos[:, i], *rel], -1))
     return pos, vel, reward, np.stack(obs, 1)
+
+
+def hidden_corner(pos, corner, turned, action, size):
+    """One step. pos [E, 2, 2] cells (row, column), corner [E, 2] 0 or 1, turned [E] bool, action [E, 2] -> (cells
+    before agents that met are put elsewhere, reward [E])."""
+    compass = [(0, 0), (-1, 0), (1, 0), (0, -1), (0, 1)]
+    clockwise = {1: 4, 4: 2, 2: 3, 3: 1, 0: 0}
+    after, reward = pos.copy(), np.zeros(len(pos))
+    for e in range(len(pos)):
+        for i in range(2):
+            a = int(action[e, i])
+            row, column = compass[clockwise[a] if turned[e] else a]
+            cell = pos[e, i, 0] + row, pos[e, i, 1] + column
+            if 0 <= cell[0] < size and 0 <= cell[1] < size:
+                after[e, i] = cell
+        wanted = [0 if c == 0 else size - 1 for c in corner[e]]
+        reward[e] = all(after[e, i].tolist() == wanted for i in range(2))
+    return after, reward

@@ -1,11 +1,11 @@
 import itertools
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import references as ref
+from playing import play
 from scipy import stats
 
 from jaxstack import envs
@@ -16,31 +16,7 @@ from jaxstack.envs.dispersion import Dispersion
 from jaxstack.envs.matrix_game import MatrixGame
 from jaxstack.envs.navigation import Navigation
 
-EPISODES = 200
 NATIVE = (MatrixGame(), Dispersion(), Navigation(), BlindParticleSpread())
-
-
-def play(env, episodes=EPISODES, steps=None, seed=0):
-    """Random play: (states before, actions, states after, TimeSteps), leaves [T, E, ...] numpy; `alive` [T, E]."""
-    steps = steps or env.spec.horizon
-
-    @jax.jit
-    def run(key):
-        k_reset, key = jax.random.split(key)
-        start = jax.vmap(env.reset)(jax.random.split(k_reset, episodes))
-
-        def body(carry, key):
-            k_act, k_step = jax.random.split(key)
-            action = jax.vmap(partial(sample_action, env.spec))(jax.random.split(k_act, episodes), carry[1])
-            new = jax.vmap(env.step)(jax.random.split(k_step, episodes), carry[0], action)
-            return new, (carry[0], action, *new)
-
-        return jax.lax.scan(body, start, jax.random.split(key, steps))[1]
-
-    before, action, after, ts = jax.tree.map(np.asarray, run(jax.random.key(seed)))
-    done = ts.terminated | ts.truncated
-    alive = np.cumsum(done, 0) - done == 0
-    return before, action, after, ts, alive
 
 
 def same(ours, theirs, alive):
@@ -58,9 +34,9 @@ def test_matrix_game_is_its_definition(kind):
     assert alive.all()
     for t in range(7):
         np.testing.assert_allclose(ts.reward[t], ref.matrix_reward(kind, action[t]), atol=1e-6)
-        np.testing.assert_array_equal(ts.obs[t], np.repeat(np.eye(3)[action[t]].reshape(EPISODES, 1, 15), 5, axis=1))
+        np.testing.assert_array_equal(ts.obs[t], np.repeat(np.eye(3)[action[t]].reshape(200, 1, 15), 5, axis=1))
     np.testing.assert_array_equal(ts.state, ts.obs[:, :, 0])
-    np.testing.assert_array_equal(ts.terminated, np.repeat(np.arange(7)[:, None] == 6, EPISODES, 1))
+    np.testing.assert_array_equal(ts.terminated, np.repeat(np.arange(7)[:, None] == 6, 200, 1))
     _, start = env.reset(jax.random.key(0))
     assert not np.any(start.obs)
     assert np.all(MatrixGame(temporal=False).reset(jax.random.key(0))[1].obs == np.ones((4, 1)))
