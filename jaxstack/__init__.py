@@ -14,6 +14,7 @@ _EXPORTS: dict[str, tuple[str, str | None]] = {
     "train": ("jaxstack.core.runner", "train"),
     "sweep": ("jaxstack.sweeps", "sweep"),
     "load_policy": ("jaxstack.learners", "load_policy"),
+    "load_dataset": ("jaxstack.data.files", "load_dataset"),
     "make_env": ("jaxstack.envs", "make"),
     "make_agent": ("jaxstack.agents", "make"),
     "make_learner": ("jaxstack.learners", "make"),
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from jaxstack.core.errors import UserError
     from jaxstack.core.learner import Learner
     from jaxstack.core.runner import train
+    from jaxstack.data.files import load_dataset
     from jaxstack.envs import make as make_env
     from jaxstack.learners import load_policy
     from jaxstack.learners import make as make_learner
@@ -39,6 +41,7 @@ __all__ = [
     "Learner",
     "UserError",
     "__version__",
+    "load_dataset",
     "load_policy",
     "make_agent",
     "make_env",

@@ -7,6 +7,8 @@ from typing import Any
 
 from jaxstack.cli.parsing import Commands
 
+SUFFIXES = (".npz", ".hdf5", ".h5")
+"""Of data sets."""
 WHAT = ("methods", "agents", "learners", "envs", "claims")
 
 
@@ -16,7 +18,10 @@ def add_commands(commands: Commands) -> None:
     p.add_argument("what", nargs="?", choices=WHAT, help="only these")
     p.add_argument("--family", help="environments of one family: native, jaxmarl, gymnax, brax")
     p = commands.add(
-        "info", _info, "Describe a method, a learner (options and defaults) or an environment (shapes, horizon, notes)."
+        "info",
+        _info,
+        "Describe a method, a learner (options and defaults), an environment (shapes, horizon, notes) or the file of a "
+        "data set.",
     )
     p.add_argument("name", metavar="NAME", nargs="?")
     p.add_argument("--determinism", action="store_true", help="what repeats bitwise, and what to rounding only")
@@ -67,7 +72,12 @@ def _info(args: argparse.Namespace, _: list[str]) -> None:
         print(determinism.report())
         return
     if args.name is None:
-        raise UserError("info: expected the NAME of a method, learner or environment, or --determinism")
+        raise UserError("info: expected the NAME of a method, learner, environment or data set, or --determinism")
+    if args.name.endswith(SUFFIXES):
+        from jaxstack.data.files import load_dataset
+
+        print("\n".join(load_dataset(args.name).describe()))
+        return
     if args.name in METHOD:
         _print_method(METHOD[args.name])
     if args.name in LEARNERS or (own(args.name) and hasattr(LEARNERS.module(args.name), "Config")):

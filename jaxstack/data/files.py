@@ -1,0 +1,135 @@
+"""Files of transitions: NPZ of this project, and HDF5 in the form of D4RL (Fu et al., 2020).
+
+Nothing is unpickled. D4RL's HDF5 needs the extra `offline` (h5py).
+"""
+
+import dataclasses
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxstack.core.errors import UserError
+from jaxstack.data.offline import DatasetInfo, OfflineDataset, dataset
+
+FORMAT = 1
+SUFFIXES = (".npz", ".hdf5", ".h5")
+D4RL_KEYS = {
+    "observations": "obs",
+    "actions": "action",
+    "rewards": "reward",
+    "next_observations": "next_obs",
+    "terminals": "terminated",
+    "timeouts": "truncated",
+    "infos/action_log_probs": "log_prob",
+}
+NEEDED = ("observations", "actions", "rewards", "terminals")
+
+
+def load_dataset(path: str | Path) -> OfflineDataset:
+    """Read a data set from its file.
+
+    Args:
+        path: `.npz` as `save_dataset` writes it, or `.hdf5` (`.h5`) with the keys of D4RL.
+
+    Returns:
+        All rows; `learning_view()` are those that a learner can bootstrap from.
+
+    Raises:
+        UserError: naming the file and the array that is missing, damaged or does not fit.
+
+    Example:
+        data = jaxstack.load_dataset("medium.npz")
+        data.episode_returns().mean()
+    """
+    path = Path(path)
+    if path.suffix not in SUFFIXES:
+        raise UserError(f"{path}: found a name ending in {path.suffix!r}, expected one of {', '.join(SUFFIXES)}")
+    if not path.is_file():
+        raise UserError(f"{path}: found no such file, expected a data set")
+    return _npz(path) if path.suffix == ".npz" else _d4rl(path)
+
+
+def save_dataset(path: str | Path, data: OfflineDataset) -> Path:
+    """Write a data set as NPZ; equal data give equal bytes.
+
+    Args:
+        path: of the file, ending in `.npz`.
+        data: the data set.
+
+    Raises:
+        UserError: for another ending, or a folder that cannot be written.
+    """
+    path = Path(path)
+    if path.suffix != ".npz":
+        raise UserError(f"{path}: found a name ending in {path.suffix!r}, expected .npz")
+    text = json.dumps({"format": FORMAT} | dataclasses.asdict(data.info), sort_keys=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as file:
+            np.savez_compressed(file, info=np.array(text), **data.arrays())
+    except OSError as e:
+        raise UserError(f"{path}: cannot be written ({e.strerror})") from e
+    return path
+
+
+def _npz(path: Path) -> OfflineDataset:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays: dict[str, Any] = {}
+            for key in file.files:
+                try:
+                    arrays[key] = file[key]
+                except ValueError as e:
+                    if "pickle" in str(e).lower():
+                        raise UserError(f"{path}: {key}: found pickled objects, expected numbers") from e
+                    raise
+    except UserError:
+        raise
+    except (OSError, ValueError, zipfile.BadZipFile, EOFError, KeyError) as e:
+        raise UserError(f"{path}: not a readable NPZ file ({' '.join(str(e).split())[:120]})") from e
+    known = {*OfflineDataset._fields, "info"}
+    if unknown := sorted(set(arrays) - known):
+        raise UserError(f"{path}: found array {unknown[0]!r}, expected only {', '.join(sorted(known))}")
+    info = _info(path, arrays.pop("info", None))
+    return dataset(str(path), info, **arrays)
+
+
+def _info(path: Path, text: Any) -> DatasetInfo:
+    if text is None:
+        return DatasetInfo()
+    try:
+        fields = json.loads(str(text))
+        form = fields.pop("format", None)
+        info = DatasetInfo(**fields | {"env_args": tuple(fields.get("env_args", ()))})
+    except (ValueError, TypeError, AttributeError) as e:
+        raise UserError(f"{path}: info: not a description of a data set ({e})") from e
+    if form != FORMAT:
+        raise UserError(f"{path}: format {form!r}, expected {FORMAT}")
+    return info
+
+
+def _d4rl(path: Path) -> OfflineDataset:
+    try:
+        import h5py  # pyright: ignore[reportMissingImports]
+    except ImportError as e:
+        raise UserError(f"{path}: HDF5 needs h5py, expected `pip install 'jaxstack[offline]'`") from e
+    try:
+        with h5py.File(path, "r") as file:
+            read = lambda key: np.asarray(file[key])
+            found = [*file.keys()]
+            for key in NEEDED:
+                if key not in file:
+                    raise UserError(f"{path}: key {key!r} is missing, found {', '.join(found) or 'none'}")
+            arrays = {ours: read(theirs) for theirs, ours in D4RL_KEYS.items() if theirs in file}
+    except OSError as e:
+        raise UserError(f"{path}: not a readable HDF5 file ({' '.join(str(e).split())[:120]})") from e
+    terminated = arrays["terminated"].reshape(-1).astype(bool)
+    # a time limit that falls onto a termination says nothing more
+    if "truncated" in arrays:
+        arrays["truncated"] = arrays["truncated"].reshape(-1).astype(bool) & ~terminated
+    if np.issubdtype(arrays["action"].dtype, np.integer) and arrays["action"].ndim == 1:
+        arrays["action"] = arrays["action"].astype(np.int32)
+    return dataset(str(path), DatasetInfo(env=path.stem), **arrays)
