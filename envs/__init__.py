@@ -42,6 +42,8 @@ NATIVE = Registry(
         "match_now": "jaxstack.envs.cue_tasks:MatchNow",
         "repeat_last": "jaxstack.envs.cue_tasks:RepeatLast",
         "hidden_corner": "jaxstack.envs.hidden_corner:HiddenCorner",
+        "cliff_walking": "jaxstack.envs.cliff_walking:CliffWalking",
+        "taxi": "jaxstack.envs.taxi:Taxi",
     },
 )
 

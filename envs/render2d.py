@@ -1,5 +1,7 @@
 """Pictures of states, drawn on the host with Pillow."""
 
+from collections.abc import Iterable
+
 import numpy as np
 from PIL import Image, ImageDraw
 
@@ -57,8 +59,9 @@ def choices(actions: np.ndarray, num_actions: int) -> np.ndarray:
     return np.asarray(image)
 
 
-def grid(layers: np.ndarray) -> np.ndarray:
-    """[H, W, 3] of a grid observation [rows, cols, C]: each cell coloured by its highest active layer."""
+def grid(layers: np.ndarray, walls: Iterable[tuple[int, int]] = ()) -> np.ndarray:
+    """[H, W, 3] of a grid observation [rows, cols, C]: each cell coloured by its highest active layer; `walls` are
+    drawn at the right side of their cells (row, column)."""
     image, draw = _canvas()
     rows, cols, _ = layers.shape
     cell = SIZE / max(rows, cols)
@@ -67,6 +70,8 @@ def grid(layers: np.ndarray) -> np.ndarray:
             active = np.flatnonzero(layers[y, x])
             fill = COLOURS[int(active[-1]) % len(COLOURS)] if active.size else PAPER
             draw.rectangle((x * cell, y * cell, (x + 1) * cell - 1, (y + 1) * cell - 1), fill=fill, outline=SOFT)
+    for y, x in walls:
+        draw.line(((x + 1) * cell, y * cell, (x + 1) * cell, (y + 1) * cell), fill=INK, width=5)
     return np.asarray(image)
 
 

@@ -108,7 +108,7 @@ def test_list_and_info(capsys):
     assert all(name in text for name in ("hypermarl", "dispersion", "jaxmarl/MPE_simple_spread_v3", "brax/ant"))
     assert cli.main(["list", "envs", "--family", "native"]) == 0
     native = ["matrix_game", "dispersion", "navigation", "blind_particle_spread"]
-    native += ["follow_partner", "match_now", "repeat_last", "hidden_corner"]
+    native += ["follow_partner", "match_now", "repeat_last", "hidden_corner", "cliff_walking", "taxi"]
     assert sorted(capsys.readouterr().out.split()) == sorted(native)
     assert cli.main(["list", "learners"]) == 0
     assert {"hypermarl", "sequence"} <= set(capsys.readouterr().out.split())

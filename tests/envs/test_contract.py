@@ -40,6 +40,8 @@ SHORT = {
     "dispersion": {"horizon": 12},
     "navigation": {"horizon": 12},
     "blind_particle_spread": {"horizon": 12},
+    "cliff_walking": {"horizon": 12, "eps": 0.2, "eps_spread": 0.1},
+    "taxi": {"horizon": 12, "eps": 0.2},
     "jaxmarl/MPE": {"max_steps": 12},
     "jaxmarl/smax": {"max_steps": 12},
     "jaxmarl/overcooked": {"max_steps": 12},
