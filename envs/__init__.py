@@ -44,6 +44,9 @@ NATIVE = Registry(
         "hidden_corner": "jaxstack.envs.hidden_corner:HiddenCorner",
         "cliff_walking": "jaxstack.envs.cliff_walking:CliffWalking",
         "taxi": "jaxstack.envs.taxi:Taxi",
+        "lbf": "jaxstack.envs.lbf:Lbf",
+        "boulder_push": "jaxstack.envs.boulder_push:BoulderPush",
+        "zone_spread": "jaxstack.envs.zone_spread:ZoneSpread",
     },
 )
 

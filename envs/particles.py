@@ -13,14 +13,16 @@ def moves(action: Array) -> Array:
     return jnp.asarray(MOVES, jnp.float32)[action]
 
 
-def contact_force(pos: Array, min_dist: float, stiffness: float = 100.0, margin: float = 1e-3) -> Array:
-    """Soft repulsion between all pairs [A, 2]: 100 d/|d| k log(1 + exp(-(|d| - r) / k)) for |d| <= r, as in VMAS (the
-    original MPE has no cut-off); zero for coinciding points."""
+def contact_force(
+    pos: Array, min_dist: float, stiffness: float = 100.0, margin: float = 1e-3, *, cut_off: bool = True
+) -> Array:
+    """Soft repulsion between all pairs [A, 2]: 100 d/|d| k log(1 + exp(-(|d| - r) / k)), zero for coinciding points.
+    With `cut_off` only for |d| <= r, as in VMAS; MPE has none."""
     delta = pos[:, None] - pos[None]
     square = jnp.sum(jnp.square(delta), -1)
     apart = square > 0
     dist = jnp.sqrt(jnp.where(apart, square, 1.0))
-    touching = apart & (dist <= min_dist)
+    touching = apart & (dist <= min_dist) if cut_off else apart
     depth = jax.nn.softplus(-(dist - min_dist) / margin) * margin
     size = jnp.where(touching, stiffness * depth / dist, 0.0)
     return jnp.sum(delta * size[..., None], axis=1)

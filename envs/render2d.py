@@ -1,6 +1,6 @@
 """Pictures of states, drawn on the host with Pillow."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -73,6 +73,34 @@ def grid(layers: np.ndarray, walls: Iterable[tuple[int, int]] = ()) -> np.ndarra
     for y, x in walls:
         draw.line(((x + 1) * cell, y * cell, (x + 1) * cell, (y + 1) * cell), fill=INK, width=5)
     return np.asarray(image)
+
+
+Piece = tuple[int, int, str, int]
+"""Row, column, label and number of the colour."""
+
+
+def board(
+    height: int, width: int, discs: Sequence[Piece], boxes: Sequence[Piece] = (), marks: Sequence[Piece] = ()
+) -> np.ndarray:
+    """[H, W, 3] of a grid: agents are discs over boxes (foods, shelves, boulders), marks are cells with a coloured rim
+    (goals)."""
+    image, draw = _canvas()
+    cell = SIZE / max(height, width)
+    for row in range(height):
+        for column in range(width):
+            draw.rectangle(_cell(row, column, cell, 0), fill=PAPER, outline=SOFT)
+    for row, column, _, colour in marks:
+        draw.rectangle(_cell(row, column, cell, 1), outline=COLOURS[colour % len(COLOURS)], width=max(2, int(cell / 8)))
+    for shape, pieces, gap in ((draw.rectangle, boxes, 0.18 * cell), (draw.ellipse, discs, 0.25 * cell)):
+        for row, column, label, colour in pieces:
+            shape(_cell(row, column, cell, gap), fill=COLOURS[colour % len(COLOURS)])
+            middle = (column + 0.5) * cell, (row + 0.5) * cell
+            draw.text(middle, label, fill=PAPER, anchor="mm", font_size=max(8, 0.4 * cell))
+    return np.asarray(image)
+
+
+def _cell(row: int, column: int, cell: float, gap: float) -> tuple[float, float, float, float]:
+    return column * cell + gap, row * cell + gap, (column + 1) * cell - 1 - gap, (row + 1) * cell - 1 - gap
 
 
 def cartpole(x: float, theta: float) -> np.ndarray:

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxstack.core.errors import UserError, unknown
-from jaxstack.envs.base import Environment, TimeStep
+from jaxstack.envs.base import Environment, Spec, TimeStep
 
 
 class TaskEnvironment(Environment):
@@ -74,6 +74,82 @@ class TaskEnvironment(Environment):
         else:
             theta = _fitting(theta, drawn)
         return self.begin(k_start, theta)
+
+
+class VariantTasks(TaskEnvironment):
+    """Base of environments whose tasks are settings of their own options.
+
+    With an empty `task_set` the options are the only task. Otherwise the tasks are `variants`, those for other numbers
+    of agents left out, and all have arrays of the size that the largest needs.
+    """
+
+    def variants(self) -> Mapping[str, Any]:
+        """Named tasks: this environment with other options, and an empty `task_set`."""
+        raise UserError(f"{type(self).__name__} has no variants")
+
+    def theta(self, number: int, room: tuple[int, ...]) -> Any:
+        """The task of the options, NumPy arrays of the sizes `room`."""
+        raise UserError(f"{type(self).__name__} has no theta")
+
+    @property
+    def needs(self) -> tuple[int, ...]:
+        """Sizes that the task of the options needs."""
+        return ()
+
+    @property
+    def members(self) -> Mapping[str, Any]:
+        """The tasks of the catalogue."""
+        if not self.task_set:
+            return {"": self}
+        fits = {name: env for name, env in self.variants().items() if not _differs(env.spec, self.spec)}
+        if not fits:
+            counts = sorted({env.spec.num_agents for env in self.variants().values()})
+            found = f"found num_agents={self.spec.num_agents}, expected one of {counts}"
+            raise UserError(f"task_set={self.task_set!r}: {found}")
+        return fits
+
+    @property
+    def room(self) -> tuple[int, ...]:
+        """Sizes that the largest task of the catalogue needs."""
+        return tuple(map(max, *[e.needs for e in (self, *self.members.values())]))
+
+    def catalogue(self) -> dict[str, Any]:
+        if not self.task_set:
+            return {"": self.theta(0, self.needs)}
+        return {name: env.theta(i, self.room) for i, (name, env) in enumerate(self.members.items())}
+
+    def tasks(self, name: str) -> Any:
+        known = self.variants()
+        for part in name.split(","):
+            if self.task_set and part in known and (wrong := _differs(known[part].spec, self.spec)):
+                raise UserError(f"task {part!r}: {wrong}")
+        return super().tasks(name)
+
+
+def _differs(task: Spec, env: Spec) -> str:
+    """How a task does not fit an environment's agents, observations and actions; empty where it fits."""
+    pairs = {
+        "agents": (task.num_agents, env.num_agents),
+        "observations of shape": (task.obs_shape, env.obs_shape),
+        "actions": (task.action_space, env.action_space),
+    }
+    return next((f"found {x} {what}, expected {y}" for what, (x, y) in pairs.items() if x != y), "")
+
+
+def one_of(mask: Array, uniform: Array) -> tuple[Array, Array]:
+    """Choose one of the marked cells, each as likely.
+
+    Args:
+        mask: [H, W] bool.
+        uniform: A number in [0, 1).
+
+    Returns:
+        (row and column [2] int32, whether any cell is marked).
+    """
+    before = jnp.cumsum(mask.reshape(-1), dtype=jnp.int32)
+    skip = (uniform * before[-1]).astype(jnp.int32)
+    place = jnp.sum(before <= skip, dtype=jnp.int32)
+    return jnp.stack([place // mask.shape[1], place % mask.shape[1]]), before[-1] > 0
 
 
 def _fitting(theta: Any, tasks: Any) -> Any:

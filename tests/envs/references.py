@@ -142,3 +142,103 @@ def hidden_corner(pos, corner, turned, action, size):
         wanted = [0 if c == 0 else size - 1 for c in corner[e]]
         reward[e] = all(after[e, i].tolist() == wanted for i in range(2))
     return after, reward
+
+
+def lbf(pos, level, food, food_level, spawned, size, action, penalty, sight):
+    """One step of one episode, everything on a grid. pos [N, 2], level [N], food [F, 2], food_level [F], size (rows,
+    columns), action [N] -> (pos, food_level, reward [N], obs [N, 3 * (2 sight + 1)^2])."""
+    rows, columns = size
+    field = np.zeros((rows, columns), int)
+    for cell, n in zip(food, food_level):
+        if n > 0:
+            field[tuple(cell)] = n
+    step = {0: (0, 0), 1: (-1, 0), 2: (1, 0), 3: (0, -1), 4: (0, 1), 5: (0, 0)}
+    cells = [tuple(p) for p in pos.tolist()]
+    wish = []
+    for cell, a in zip(cells, action.tolist()):
+        new = cell[0] + step[a][0], cell[1] + step[a][1]
+        legal = 0 <= new[0] < rows and 0 <= new[1] < columns and field[new] == 0
+        wish.append(new if legal else cell)
+    while True:  # those who stop keep their cell, which may stop others
+        stopped = [i for i, w in enumerate(wish) if w != cells[i] and wish.count(w) > 1]
+        if not stopped:
+            break
+        for i in stopped:
+            wish[i] = cells[i]
+    reward = np.zeros(len(cells))
+    loaders = [i for i, a in enumerate(action.tolist()) if a == 5]
+    for row, column in np.argwhere(field > 0):
+        team = [i for i in loaders if abs(wish[i][0] - row) + abs(wish[i][1] - column) == 1]
+        strength = sum(level[i] for i in team)
+        if team and strength >= field[row, column]:
+            for i in team:
+                reward[i] += level[i] * field[row, column] / (strength * spawned)
+            field[row, column] = 0
+        elif team:
+            reward[team] -= penalty
+    layers = np.zeros((3, rows + 2 * sight, columns + 2 * sight))
+    layers[1, sight : sight + rows, sight : sight + columns] = field
+    layers[2, sight : sight + rows, sight : sight + columns] = field == 0
+    for (row, column), n in zip(wish, level):
+        layers[0, row + sight, column + sight] = n
+        layers[2, row + sight, column + sight] = 0
+    obs = [layers[:, r : r + 2 * sight + 1, c : c + 2 * sight + 1].ravel() for r, c in wish]
+    left = [field[tuple(cell)] if n > 0 else 0 for cell, n in zip(food, food_level)]
+    return np.array(wish), np.array(left), reward, np.stack(obs)
+
+
+def boulder_push(pos, boulder, direction, side, action, order, penalty, incentive, sight):
+    """One step of one episode on a grid; agents move in `order`. pos [N, 2], boulder [2] -> (pos, boulder, reward [N],
+    done, obs [N, 4 + 2 * (2 sight + 1)^2])."""
+    count = len(pos)
+    step = np.array([(-1, 0), (1, 0), (0, -1), (0, 1)])
+    line = np.array([(0, 1), (0, 1), (1, 0), (1, 0)])[direction]
+    rock = {tuple(boulder + k * line) for k in range(count)}
+    pos, reward, done = pos.copy(), np.zeros(count), False
+    standing = {tuple(p) for p in pos.tolist()}
+    if standing == {tuple(np.array(c) - step[direction]) for c in rock} and all(a == direction for a in action):
+        boulder, pos = boulder + step[direction], pos + step[direction]
+        rock = {tuple(boulder + k * line) for k in range(count)}
+        goal = {0: 0, 1: side - 1, 2: 0, 3: side - 1}[direction]
+        done = all(c[direction // 2] == goal for c in rock)
+        reward += incentive + done
+    else:
+        for i in order:
+            new = tuple((pos[i] + step[action[i]]).tolist())
+            if not (0 <= new[0] < side and 0 <= new[1] < side) or new in {tuple(p) for p in pos.tolist()}:
+                continue
+            if new in rock:
+                reward[i] -= penalty
+            else:
+                pos[i] = new
+    layers = np.zeros((2, side + 2 * sight, side + 2 * sight))
+    for k, cells in enumerate((pos.tolist(), rock)):
+        for row, column in cells:
+            layers[k, row + sight, column + sight] = 1
+    views = [layers[:, r : r + 2 * sight + 1, c : c + 2 * sight + 1].ravel() for r, c in pos]
+    obs = np.stack([np.concatenate([np.eye(4)[direction], v]) for v in views])
+    return pos, boulder, reward, done, obs
+
+
+def zone_spread(pos, vel, landmarks, action, penalty):
+    """One step. pos, vel, landmarks [E, N, 2]; action [E, N]; penalty [E] -> (pos, vel, reward, obs)."""
+    count = pos.shape[1]
+    force = np.array([[0.0, 0], [-5, 0], [5, 0], [0, -5], [0, 5]])[action]
+    for i in range(count):
+        for j in range(count):
+            if i != j:
+                delta = pos[:, i] - pos[:, j]
+                dist = np.linalg.norm(delta, axis=-1, keepdims=True)
+                force[:, i] += 100 * delta / dist * 1e-3 * np.logaddexp(0.0, (0.3 - dist) / 1e-3)
+    pos, vel = pos + 0.1 * vel, 0.75 * vel + 0.1 * force
+    far = sum(
+        np.min([np.linalg.norm(pos[:, i] - landmarks[:, k], axis=-1) for i in range(count)], 0) for k in range(count)
+    )
+    reward, obs = [], []
+    for i in range(count):
+        others = [j for j in range(count) if j != i]
+        hits = sum((np.linalg.norm(pos[:, i] - pos[:, j], axis=-1) < 0.3).astype(float) for j in others)
+        reward.append(-0.5 * penalty * hits - 0.5 * far)
+        seen = [landmarks[:, k] for k in range(count)] + [pos[:, j] for j in others]
+        obs.append(np.concatenate([vel[:, i], pos[:, i], *[x - pos[:, i] for x in seen]], -1))
+    return pos, vel, np.stack(reward, 1), np.stack(obs, 1)
