@@ -72,7 +72,13 @@ METHODS: tuple[Method, ...] = (
     ),
     Method("mate", "multi-agent", "Learning task embeddings for teamwork adaptation", 2022, arxiv=("2207.02249",)),
     Method(
-        "decpomdp-probes", "multi-agent", "Probing Dec-POMDP reasoning in cooperative MARL", 2026, arxiv=("2602.20804",)
+        "decpomdp-probes",
+        "multi-agent",
+        "Probing Dec-POMDP reasoning in cooperative MARL",
+        2026,
+        arxiv=("2602.20804",),
+        claim="jaxstack.claims.decpomdp_probes:claim",
+        tests="tests/measures/test_probes.py",
     ),
     Method(
         "markov-property",
