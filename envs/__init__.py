@@ -47,6 +47,7 @@ NATIVE = Registry(
         "lbf": "jaxstack.envs.lbf:Lbf",
         "boulder_push": "jaxstack.envs.boulder_push:BoulderPush",
         "zone_spread": "jaxstack.envs.zone_spread:ZoneSpread",
+        "rware": "jaxstack.envs.rware:Rware",
     },
 )
 

@@ -5,6 +5,8 @@ A task is a NamedTuple of arrays whose field `task` is its number. `reset(key)` 
 """
 
 from collections.abc import Mapping
+from functools import lru_cache
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -101,9 +103,10 @@ class VariantTasks(TaskEnvironment):
         """The tasks of the catalogue."""
         if not self.task_set:
             return {"": self}
-        fits = {name: env for name, env in self.variants().items() if not _differs(env.spec, self.spec)}
+        every = _variants(self)
+        fits = {name: env for name, env in every.items() if not _differs(env.spec, self.spec)}
         if not fits:
-            counts = sorted({env.spec.num_agents for env in self.variants().values()})
+            counts = sorted({env.spec.num_agents for env in every.values()})
             found = f"found num_agents={self.spec.num_agents}, expected one of {counts}"
             raise UserError(f"task_set={self.task_set!r}: {found}")
         return fits
@@ -111,19 +114,28 @@ class VariantTasks(TaskEnvironment):
     @property
     def room(self) -> tuple[int, ...]:
         """Sizes that the largest task of the catalogue needs."""
-        return tuple(map(max, *[e.needs for e in (self, *self.members.values())]))
+        return tuple(map(max, zip(*[env.needs for env in self.members.values()])))
 
-    def catalogue(self) -> dict[str, Any]:
-        if not self.task_set:
-            return {"": self.theta(0, self.needs)}
-        return {name: env.theta(i, self.room) for i, (name, env) in enumerate(self.members.items())}
+    def catalogue(self) -> Mapping[str, Any]:
+        return _catalogue(self)
 
     def tasks(self, name: str) -> Any:
-        known = self.variants()
+        known = _variants(self) if self.task_set else {}
         for part in name.split(","):
-            if self.task_set and part in known and (wrong := _differs(known[part].spec, self.spec)):
+            if part in known and (wrong := _differs(known[part].spec, self.spec)):
                 raise UserError(f"task {part!r}: {wrong}")
         return super().tasks(name)
+
+
+@lru_cache(64)
+def _variants(env: VariantTasks) -> Mapping[str, Any]:
+    return env.variants()
+
+
+@lru_cache(64)
+def _catalogue(env: VariantTasks) -> Mapping[str, Any]:
+    room = env.room
+    return MappingProxyType({name: e.theta(i, room) for i, (name, e) in enumerate(env.members.items())})
 
 
 def _differs(task: Spec, env: Spec) -> str:

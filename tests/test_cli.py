@@ -109,7 +109,7 @@ def test_list_and_info(capsys):
     assert cli.main(["list", "envs", "--family", "native"]) == 0
     native = ["matrix_game", "dispersion", "navigation", "blind_particle_spread"]
     native += ["follow_partner", "match_now", "repeat_last", "hidden_corner", "cliff_walking", "taxi"]
-    native += ["lbf", "boulder_push", "zone_spread"]
+    native += ["lbf", "boulder_push", "zone_spread", "rware"]
     assert sorted(capsys.readouterr().out.split()) == sorted(native)
     assert cli.main(["list", "learners"]) == 0
     assert {"hypermarl", "sequence"} <= set(capsys.readouterr().out.split())

@@ -242,3 +242,81 @@ def zone_spread(pos, vel, landmarks, action, penalty):
         seen = [landmarks[:, k] for k in range(count)] + [pos[:, j] for j in others]
         obs.append(np.concatenate([vel[:, i], pos[:, i], *[x - pos[:, i] for x in seen]], -1))
     return pos, vel, np.stack(reward, 1), np.stack(obs, 1)
+
+
+def rware_moves(cells: list[tuple], want: list[tuple]) -> list[bool]:
+    """Which robots get from their cells to those they want: each asks the one in its way."""
+    robots = range(len(cells))
+    goes = [w != c for w, c in zip(want, cells)]
+    ahead = {i: cells.index(want[i]) for i in robots if goes[i] and want[i] in cells}
+
+    def ring(i):
+        seen = [i]
+        while (j := ahead.get(seen[-1])) is not None and j not in seen:
+            seen.append(j)
+        return len(seen) if j == i else 0
+
+    def first(i):
+        rivals = sorted((j for j in robots if goes[j] and want[j] == want[i]), key=lambda j: (ring(j) < 3, j))
+        return rivals[0] == i
+
+    def moves(i, asked=()):
+        if not goes[i] or not first(i) or ring(i) == 2:
+            return False
+        return i not in ahead or ahead[i] in asked or moves(ahead[i], (*asked, i))
+
+    return [moves(i) for i in robots]
+
+
+def rware(pos, direction, load, standing, requests, shelves, size, goals, action, sight):
+    """One step of one episode, as far as nothing is random. pos [N, 2], standing and shelves [H, W], requests [Q],
+    goals [G, 2] -> (pos, direction, load, standing, places in `requests` that are drawn anew, reward [N], a function of
+    the new requests that gives the obs [N, 5 * (2 sight + 1)^2 + 6])."""
+    rows, columns = size
+    compass = ["up", "right", "down", "left"]
+    code = {"up": 0, "down": 1, "left": 2, "right": 3}
+    name = {n: d for d, n in code.items()}
+    ahead = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}
+    cells = [tuple(p) for p in pos.tolist()]
+    faces, load, standing = [name[d] for d in direction.tolist()], load.copy(), standing.copy()
+    want = []
+    for cell, face, carried, a in zip(cells, faces, load, action.tolist()):
+        new = cell[0] + ahead[face][0], cell[1] + ahead[face][1]
+        legal = a == 1 and 0 <= new[0] < rows and 0 <= new[1] < columns
+        want.append(new if legal and not (carried and standing[new]) else cell)
+    cells = [w if ok else c for c, w, ok in zip(cells, want, rware_moves(cells, want))]
+    for i, a in enumerate(action.tolist()):
+        if a in (2, 3):
+            faces[i] = compass[(compass.index(faces[i]) + (1 if a == 3 else -1)) % 4]
+        elif a == 4 and not load[i]:
+            load[i], standing[cells[i]] = standing[cells[i]], 0
+        elif a == 4 and shelves[cells[i]]:
+            standing[cells[i]], load[i] = load[i], 0
+    reward, drawn = np.zeros(len(cells)), []
+    for goal in goals.tolist():
+        for i, cell in enumerate(cells):
+            if cell == tuple(goal) and load[i] in requests:
+                reward[i] += 1
+                drawn.append(requests.tolist().index(load[i]))
+
+    def look(requests):
+        layers = np.zeros((5, rows, columns))
+        layers[0], layers[1] = standing[:rows, :columns] > 0, np.isin(standing[:rows, :columns], requests)
+        layers[4] = 1
+        for cell, carried in zip(cells, load):
+            layers[0][cell] = max(layers[0][cell], carried > 0)
+            layers[1][cell] = max(layers[1][cell], carried in requests)
+            layers[2][cell], layers[4][cell] = 1, 0
+        for row, column in goals.tolist():
+            if row >= 0:
+                layers[3, row, column] = 1
+        layers = np.pad(layers, ((0, 0), (sight, sight), (sight, sight)))
+        obs = []
+        for (row, column), face, carried in zip(cells, faces, load):
+            view = layers[:, row : row + 2 * sight + 1, column : column + 2 * sight + 1]
+            view = np.rot90(view, {"up": 0, "right": 1, "down": 2, "left": 3}[face], (1, 2))
+            own = [shelves[row, column] == 0, carried > 0]
+            obs.append(np.concatenate([view.ravel(), np.eye(4)[code[face]], own]))
+        return np.stack(obs)
+
+    return np.array(cells), np.array([code[f] for f in faces]), load, standing, drawn, reward, look
