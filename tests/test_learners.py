@@ -10,10 +10,14 @@ import pytest
 from jaxstack import learners
 from jaxstack.core.errors import UserError
 from jaxstack.core.runner import load_state, resume, train
+from jaxstack.data.files import save_dataset
+from jaxstack.data.offline import dataset
 from jaxstack.methods import LEARNERS
 
 AGENT = dict(num_envs=2, num_steps=4, num_minibatches=1, num_epochs=1, hidden=(4,), total_steps=24, eval_episodes=2)
 TEAM = AGENT | dict(env="matrix_game", env_args=("num_agents=2", "horizon=4"))
+DATA = dict(env="gymnax/Pendulum-v1", env_args=("max_steps_in_episode=4",), batch_size=4, num_updates=3)
+DATA |= dict(actor_hidden=(4,), critic_hidden=(4,), eval_episodes=2)
 TINY = {
     "ppo": AGENT | dict(env="gymnax/CartPole-v1"),
     "ippo": TEAM,
@@ -22,12 +26,24 @@ TINY = {
     "happo": TEAM,
     "dico": AGENT | dict(env="navigation", env_args=("num_agents=2",)),
     "kaleidoscope": TEAM,
+    "bc": DATA,
+    "td3_bc": DATA,
+    "rebrac": DATA,
+    "edac": DATA | dict(num_critics=2),
     "sequence": dict(
         task="parity", task_args=("length=6",), features=4, depth=1, batch_size=4, num_updates=3, eval_examples=8
     ),
     "classifier": dict(features=(4,), batch_size=16, num_updates=3),
 }
 OPTIONS = dict(progress=False, chunk=1)
+
+
+def transitions(path):
+    """The file of a data set of Pendulum's shapes."""
+    rng, cut = np.random.default_rng(0), np.arange(24) % 6 == 5
+    obs, action = rng.normal(size=(24, 3)), rng.uniform(-2, 2, (24, 1))
+    rows = dict(obs=obs, action=action, reward=rng.normal(size=24), next_obs=obs + 0.1, truncated=cut)
+    return save_dataset(path, dataset("tiny", **rows))
 
 
 def leaves(tree):
@@ -42,7 +58,10 @@ def test_every_learner_has_a_tiny_config():
 
 @pytest.mark.parametrize("name", TINY)
 def test_a_learner_trains_resumes_is_stored_and_names_bad_input(name, tmp_path):
-    learner = learners.make(name, **TINY[name])
+    options = TINY[name]
+    if "actor_hidden" in options:
+        options = options | dict(dataset=str(transitions(tmp_path / "tiny.npz")))
+    learner = learners.make(name, **options)
     assert learner.name == name
     assert learner.num_steps == 3
     assert learner.samples_per_step >= 1
@@ -80,6 +99,6 @@ def test_a_learner_trains_resumes_is_stored_and_names_bad_input(name, tmp_path):
     for a, b in zip(leaves(both.params), leaves(alone.params), strict=True):
         np.testing.assert_allclose(a[1], b, rtol=1e-3, atol=1e-5)
     with pytest.raises(UserError, match="lr=-1"):
-        learners.make(name, **TINY[name], lr=-1.0)
+        learners.make(name, **options, lr=-1.0)
     with pytest.raises(UserError, match="unknown option 'no_such_option'"):
-        learners.make(name, **TINY[name], no_such_option=1)
+        learners.make(name, **options, no_such_option=1)

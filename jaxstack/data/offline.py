@@ -317,8 +317,9 @@ def soft_returns_to_go(
 class OfflineData(RandomData):
     """Rows drawn with replacement inside the program, and beside them arrays that all batches share.
 
-    `batch` gives (rows [B, ...], shared): the statistics of a data set reach a learner with its batches, so that
-    neither its program nor the policy it stores needs the file.
+    `batch` gives (rows [B, ...], shared, number of the step from 0). The statistics of a data set reach a learner with
+    its batches, so that neither its program nor the policy it stores needs the file. The number has no axis of seeds,
+    so that what happens every so many steps stays a branch where seeds are vmapped.
     """
 
     def __init__(self, rows: Any, shared: Any, batch_size: int, *, seed: int = 0):
@@ -330,9 +331,15 @@ class OfflineData(RandomData):
         self.shared = jax.tree.map(jnp.asarray, self.shared)
         return super().constants(), self.shared
 
+    def item(self, seeds: Sequence[int]) -> Any:
+        return np.zeros((), np.int32)
+
+    def items(self, start: int, count: int, seeds: Sequence[int], out: Any) -> None:
+        out[:count] = np.arange(start, start + count)
+
     def _rows(self, constants: Any, item: Any, key: jax.Array) -> Any:
         rows, shared = constants
-        return super()._rows(rows, item, key), shared
+        return super()._rows(rows, item, key), shared, item
 
 
 def _wide(flag: np.ndarray, like: np.ndarray) -> np.ndarray:

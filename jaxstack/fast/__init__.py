@@ -9,4 +9,5 @@
 | `shuffle.permutations(key, rows, n)` | `jax.vmap(lambda k: jax.random.permutation(k, n))`, other numbers |
 | `products.product(x, kernel)` | `x @ kernel` |
 | `products.FewRows(features)` | `flax.linen.Dense(features)` |
+| `products.normalise(x)` | `flax.linen.LayerNorm(use_scale=False, use_bias=False)` |
 """

@@ -168,6 +168,32 @@ class Normal:
 TeamDistribution = MultiCategorical | Normal
 
 
+class TanhNormal:
+    """Diagonal normal squashed into (-1, 1) over the last axis: the actor of soft actor-critic (Haarnoja et al., 2018).
+
+    The correction log(1 - tanh(u)^2) is 2 (log 2 - u - softplus(-2u)), exact also where tanh rounds to 1.
+    """
+
+    def __init__(self, mean: Array, log_std: Array):
+        """`mean` and `log_std` [..., A] of the normal before the tanh."""
+        self.each = distrax.Normal(mean, jnp.exp(log_std))
+
+    def sample_from(self, noise: Array) -> tuple[Array, Array]:
+        """Return actions [..., A] made of standard normal noise [..., A], and their log-probabilities [...]."""
+        before = self.each.loc + self.each.scale * noise
+        action, correction = distrax.Tanh().forward_and_log_det(before)
+        return action, (self.each.log_prob(before) - correction).sum(-1)
+
+    def log_prob(self, action: Array, margin: float = 1e-6) -> Array:
+        """Return log-probabilities [...] of actions [..., A], clipped to +-(1 - margin)."""
+        before = jnp.arctanh(jnp.clip(action, margin - 1.0, 1.0 - margin))
+        return (self.each.log_prob(before) - distrax.Tanh().forward_log_det_jacobian(before)).sum(-1)
+
+    def mode(self) -> Array:
+        """Return tanh of the mean [..., A]."""
+        return jnp.tanh(jnp.asarray(self.each.loc))
+
+
 def actions_of(spec: Any) -> Actions:
     """The `Actions` of an environment's `Spec` (envs.base), read by shape so that nn does not import envs."""
     space, sizes = spec.action_space, spec.action_sizes

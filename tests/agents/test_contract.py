@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from training import make
 
-from jaxstack.agents import AGENTS
+from jaxstack.agents import AGENTS, config_class
+from jaxstack.agents.team_ppo import PPOConfig
 from jaxstack.core.bundle import save_policy
 from jaxstack.core.learner import as_hypers, with_hypers
 from jaxstack.core.metrics import on_host
@@ -18,13 +19,14 @@ from jaxstack.core.runner import resume, train
 from jaxstack.learners import load_policy
 
 TINY = dict(num_envs=4, num_steps=4, hidden=(8,), total_steps=160, eval_episodes=4, anneal_lr=True)
-VARIANTS = {name: (name, {}) for name in AGENTS} | {
+PLAYERS = [name for name in AGENTS if issubclass(config_class(name), PPOConfig)]
+VARIANTS = {name: (name, {}) for name in PLAYERS} | {
     "mappo, recurrent": ("mappo", {"gru": 4, "sharing": "full+id"}),
     "hypermarl, recurrent": ("hypermarl", {"gru": 4, "algorithm": "mappo"}),
     "ippo, normalised": ("ippo", {"normalise_obs": True, "normalise_reward": True, "normalise_value": True}),
 }
 ALL = pytest.mark.parametrize("name", VARIANTS)
-EACH = pytest.mark.parametrize("name", list(AGENTS))
+EACH = pytest.mark.parametrize("name", PLAYERS)
 
 
 @functools.cache

@@ -49,8 +49,9 @@ def bright(monkeypatch):
     monkeypatch.setitem(envs.NATIVE._table, "bright", f"{__name__}:Bright")
 
 
+TEAMS = [name for name in AGENTS if issubclass(agents.config_class(name), team_ppo.PPOConfig)]
 # HAPPO, DiCo and so on have networks of their own; PPO plays alone
-SCHEMES = {name: {} for name in AGENTS if name not in ("ppo", "dico")} | {
+SCHEMES = {name: {} for name in TEAMS if name not in ("ppo", "dico")} | {
     "mappo": {"sharing": "full+id"},
     "hypermarl": {"algorithm": "mappo"},
 }

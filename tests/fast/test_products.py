@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxstack.fast.products import FewRows, product
+from jaxstack.fast.products import FewRows, normalise, product
 
 
 @pytest.mark.parametrize("out", [1, 5, 16, 17])
@@ -31,3 +31,16 @@ def test_layer_of_few_rows_is_a_dense_layer(shape):
         for f in (few, dense)
     ]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *grads)
+
+
+def test_normalise_is_a_layer_norm_with_its_first_and_second_gradients():
+    x = 3 + 2 * jax.random.normal(jax.random.key(0), (2, 9, 24))
+    weight = jax.random.normal(jax.random.key(1), x.shape)
+    norm = nn.LayerNorm(epsilon=1e-5, use_scale=False, use_bias=False)
+    loss = lambda f: lambda x: (weight * jnp.sin(f(x))).sum()
+    bent = lambda f: lambda x: jnp.sin(jax.grad(loss(f))(x)).sum()
+    plain = lambda x: norm.apply({}, x)
+    for f in (lambda f: f, lambda f: jax.grad(loss(f)), lambda f: jax.grad(bent(f))):
+        mine, theirs = jax.jit(f(normalise))(x), jax.jit(f(plain))(x)
+        np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=2e-5)
+    assert bool(jnp.isfinite(jax.grad(lambda x: normalise(x).sum())(jnp.full((2, 24), 1e4))).all())
