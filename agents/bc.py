@@ -11,7 +11,7 @@ from jaxstack.agents import offline
 from jaxstack.core.config import require
 from jaxstack.core.learner import Learner
 from jaxstack.data.offline import OfflineData, OfflineDataset
-from jaxstack.nn.ensembles import Net
+from jaxstack.nn.ensembles import Net, forward
 
 
 class Hypers(NamedTuple):
@@ -51,7 +51,7 @@ def bc(config: Config = Config()) -> Learner:
     net = Net(config.actor_hidden, task.action_size, "before" if config.layer_norm else "none")
 
     def actor(params, obs):
-        return jnp.tanh(net.apply({"params": params}, obs))  # pyright: ignore[reportArgumentType]
+        return jnp.tanh(forward(net, params, obs))
 
     def init(key, hypers):
         k_actor, key = jax.random.split(key)

@@ -16,7 +16,7 @@ from jaxstack.agents import offline
 from jaxstack.agents.offline import Batch, State, Task
 from jaxstack.core.learner import Key, Metrics
 from jaxstack.nn.distributions import TanhNormal
-from jaxstack.nn.ensembles import Critics, Net, action_gradients, diversity
+from jaxstack.nn.ensembles import Critics, Net, action_gradients, diversity, forward
 
 LOG_STD = (-5.0, 2.0)
 """Bounds of the actor's log standard deviation."""
@@ -32,8 +32,7 @@ class Nets(NamedTuple):
 
     def actor(self, params: Any, obs: Array) -> TanhNormal:
         """Distributions of actions [B, A]."""
-        out = self.actor_net.apply({"params": params}, obs)
-        mean, log_std = jnp.split(out, 2, axis=-1)  # pyright: ignore[reportArgumentType]
+        mean, log_std = jnp.split(forward(self.actor_net, params, obs), 2, axis=-1)
         return TanhNormal(mean, jnp.clip(log_std, *LOG_STD))
 
     @property

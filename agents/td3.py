@@ -17,7 +17,7 @@ from jaxstack.agents import offline
 from jaxstack.agents.offline import Batch, State, Task
 from jaxstack.core.learner import Key, Metrics
 from jaxstack.core.metrics import Mean
-from jaxstack.nn.ensembles import Critics, Net
+from jaxstack.nn.ensembles import Critics, Net, forward
 
 CRITICS = 2
 TINY = 1e-8
@@ -36,7 +36,7 @@ class Nets(NamedTuple):
 
     def actor(self, params: Any, obs: Array) -> Array:
         """Actions [B, A] in [-1, 1]."""
-        return jnp.tanh(self.actor_net.apply({"params": params}, obs))  # pyright: ignore[reportArgumentType]
+        return jnp.tanh(forward(self.actor_net, params, obs))
 
 
 def init(nets: Nets, key: Key, hypers: Any) -> State:

@@ -176,22 +176,23 @@ class TanhNormal:
 
     def __init__(self, mean: Array, log_std: Array):
         """`mean` and `log_std` [..., A] of the normal before the tanh."""
-        self.each = distrax.Normal(mean, jnp.exp(log_std))
+        self.before = Normal(mean, jnp.exp(log_std))
 
     def sample_from(self, noise: Array) -> tuple[Array, Array]:
         """Return actions [..., A] made of standard normal noise [..., A], and their log-probabilities [...]."""
-        before = self.each.loc + self.each.scale * noise
-        action, correction = distrax.Tanh().forward_and_log_det(before)
-        return action, (self.each.log_prob(before) - correction).sum(-1)
+        u = self.before.sample_from(noise)
+        return jnp.tanh(u), self._log_prob(u)
 
     def log_prob(self, action: Array, margin: float = 1e-6) -> Array:
         """Return log-probabilities [...] of actions [..., A], clipped to +-(1 - margin)."""
-        before = jnp.arctanh(jnp.clip(action, margin - 1.0, 1.0 - margin))
-        return (self.each.log_prob(before) - distrax.Tanh().forward_log_det_jacobian(before)).sum(-1)
+        return self._log_prob(jnp.arctanh(jnp.clip(action, margin - 1.0, 1.0 - margin)))
 
     def mode(self) -> Array:
         """Return tanh of the mean [..., A]."""
-        return jnp.tanh(jnp.asarray(self.each.loc))
+        return jnp.tanh(self.before.mean)
+
+    def _log_prob(self, u: Array) -> Array:
+        return self.before.log_prob(u) - jnp.asarray(distrax.Tanh().forward_log_det_jacobian(u)).sum(-1)
 
 
 def actions_of(spec: Any) -> Actions:

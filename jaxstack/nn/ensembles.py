@@ -49,6 +49,11 @@ class Net(nn.Module):
         return nn.Dense(self.out, kernel_init=uniform(limit), bias_init=uniform(limit), dot_general=product)(x)
 
 
+def forward(net: Net, params: Any, x: Float[Array, "B D"]) -> Float[Array, "B out"]:
+    """Return the outputs [B, out] of a network for x [B, D]."""
+    return net.apply({"params": params}, x)  # pyright: ignore[reportReturnType]
+
+
 class Critics(NamedTuple):
     """An ensemble of critics Q(s, a) of one architecture, evaluated together; parameters have a leading axis [E]."""
 
@@ -63,14 +68,14 @@ class Critics(NamedTuple):
     def __call__(self, params: Any, obs: Float[Array, "B O"], action: Float[Array, "B A"]) -> Float[Array, "E B"]:
         """Return the values [E, B] of observations [B, O] and actions [B, A]."""
         x = jnp.concatenate([obs, action], -1)
-        return jax.vmap(lambda p: self.net.apply({"params": p}, x))(params)[..., 0]  # pyright: ignore[reportIndexIssue]
+        return jax.vmap(lambda p: forward(self.net, p, x))(params)[..., 0]
 
 
 def action_gradients(
     critics: Critics, params: Any, obs: Float[Array, "B O"], action: Float[Array, "B A"]
 ) -> Float[Array, "E B A"]:
     """Return dQ_i/da of each member, in batches: no network runs on single samples."""
-    one = lambda p, a: critics.net.apply({"params": p}, jnp.concatenate([obs, a], -1)).sum()  # pyright: ignore
+    one = lambda p, a: forward(critics.net, p, jnp.concatenate([obs, a], -1)).sum()
     return jax.vmap(jax.grad(one, 1), (0, None))(params, action)
 
 
