@@ -264,6 +264,15 @@ METHODS: tuple[Method, ...] = (
         tests="tests/agents/test_contract.py",
     ),
     Method(
+        "dqn",
+        "agent",
+        "Deep Q-learning for one agent: double, dueling, n-step, layer or weight normalisation",
+        2013,
+        ("1312.5602", "1509.06461", "1511.06581"),
+        "jaxstack.agents.dqn:dqn",
+        tests="tests/agents/test_dqn.py",
+    ),
+    Method(
         "ippo",
         "agent",
         "PPO for each agent of a team, with shared or separate parameters",

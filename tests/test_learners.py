@@ -20,6 +20,18 @@ DATA = dict(env="gymnax/Pendulum-v1", env_args=("max_steps_in_episode=4",), batc
 DATA |= dict(actor_hidden=(4,), critic_hidden=(4,), eval_episodes=2)
 TINY = {
     "ppo": AGENT | dict(env="gymnax/CartPole-v1"),
+    "dqn": dict(
+        env="cliff_walking",
+        total_steps=24,
+        num_envs=2,
+        train_every=2,
+        rounds=2,
+        learning_starts=4,
+        batch_size=4,
+        buffer_size=64,
+        hidden=(4,),
+        eval_episodes=2,
+    ),
     "ippo": TEAM,
     "mappo": TEAM,
     "hypermarl": TEAM | dict(hyper_hidden=(4,)),

@@ -18,7 +18,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxstack.core.errors import UserError
-from jaxstack.core.learner import Learner
+from jaxstack.core.learner import Learner, Policy
+from jaxstack.envs.base import cached
 from jaxstack.envs.tabular import TableEnv
 from jaxstack.measures.rationality_bounds import (
     corollary4,
@@ -46,6 +47,7 @@ from jaxstack.measures.tabular import (
     mdp,
     mdp_of,
     occupancy,
+    random_mdp,
     randomise,
     simulate,
 )
@@ -84,6 +86,7 @@ __all__ = [
     "policy_lipschitz",
     "rademacher_by_ascent",
     "rademacher_of_policies",
+    "random_mdp",
     "randomise",
     "rational_policy",
     "rational_value_loss",
@@ -485,7 +488,8 @@ def of_policy(policy: Any, deployment: TableEnv, training: TableEnv, states: Any
         policy: Probabilities [..., S, A], the same in every step.
         deployment: Where the agent acts; its horizon is H.
         training: Where it was trained.
-        states: Stored training states [..., T, H] or [T, H]; S stands for an ended episode.
+        states: Stored training states [..., T, H] or [T, H], or a list of them, one [T_k, H] for each of K policies; S
+            stands for an ended episode.
         **options: Of `values`.
 
     Raises:
@@ -494,7 +498,11 @@ def of_policy(policy: Any, deployment: TableEnv, training: TableEnv, states: Any
     there, here, horizon = mdp_of(deployment), mdp_of(training), deployment.horizon
     found = values(there, here, horizon, **options)
     pi = every_step(policy, horizon)
-    expected, empirical = expected_risk(found, there, pi), empirical_risk(found, here, pi, states)
+    if isinstance(states, list):
+        empirical = np.stack([empirical_risk(found, here, p, seen) for p, seen in zip(pi, states, strict=True)])
+    else:
+        empirical = empirical_risk(found, here, pi, states)
+    expected = expected_risk(found, there, pi)
     return Report(expected, empirical, gap(expected, empirical), expected_return(there, pi, horizon))
 
 
@@ -521,6 +529,12 @@ def greedy_policy(learner: Learner, state: Any) -> Float[np.ndarray, "K S A"]:
         name = getattr(getattr(env, "spec", None), "id", None)
         raise UserError(f"{learner.name}: found environment {name!r}, expected one with tables: cliff_walking or taxi")
     count, actions = env.tables.next_state.shape
+    return np.eye(actions)[np.asarray(_acting(policy, count, learner.name)(state))]
+
+
+@cached(16)
+def _acting(policy: Policy, count: int, name: str) -> Any:
+    """States [K, ...] -> greedy actions [K, count]; one program for all calls."""
 
     @jax.jit
     @jax.vmap
@@ -528,11 +542,11 @@ def greedy_policy(learner: Learner, state: Any) -> Float[np.ndarray, "K S A"]:
         params = policy.params(state)
         carry = policy.init_carry(params, count)
         if jax.tree.leaves(carry):
-            raise UserError(f"{learner.name}: found a recurrent policy, expected one without memory")
+            raise UserError(f"{name}: found a recurrent policy, expected one without memory")
         seen = jnp.arange(count, dtype=jnp.int32)[:, None]
         return policy.act(params, carry, seen, None, jnp.ones(count, bool), None)[1][:, 0]
 
-    return np.eye(actions)[np.asarray(act(state))]
+    return act
 
 
 def of_learner(
@@ -553,8 +567,8 @@ def of_learner(
         state: Its states [K, ...], as `train` and `load_state` return them.
         deployment: Where it acts.
         training: Where it was trained; default: the learner's environment.
-        states: Stored training states [K, T, H] or [T, H], see `jaxstack.agents.dqn.stored_episodes`; default: those
-            of new episodes that the greedy policies play in training.
+        states: Stored training states, see `of_policy` and `jaxstack.agents.dqn.stored_episodes`; default: those of
+            new episodes that the greedy policies play in training.
         episodes: T of new episodes.
         key: Of new episodes; default: that of seed 0.
         **options: Of `values`.

@@ -140,6 +140,25 @@ def randomise(base: Mdp, eps: float) -> Mdp:
     return base._replace(kernel=mix(base.kernel), reward=mix(base.reward))
 
 
+def random_mdp(
+    rng: np.random.Generator, states: int = 5, actions: int = 3, like: Mdp | None = None, share: float = 0.3
+) -> Mdp:
+    """Draw an MDP with uniform laws and rewards in [0, 1].
+
+    Args:
+        rng: Of all numbers.
+        states: S.
+        actions: A.
+        like: Mix kernel and start with those of this MDP, and take its rewards.
+        share: Of what is drawn in the mixture.
+    """
+    kernel, start = rng.dirichlet(np.ones(states), (states, actions)), rng.dirichlet(np.ones(states))
+    if like is None:
+        return mdp(kernel, rng.random((states, actions)), start)
+    mix = lambda old, new: (1.0 - share) * old + share * new
+    return mdp(mix(like.kernel, kernel), like.reward, mix(like.start, start))
+
+
 def as_policy(policy: Any, base: Mdp, horizon: int) -> Float[np.ndarray, "*B H S A"]:
     """Return a policy as probabilities for every step.
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from training import make
 
+from jaxstack import agents
 from jaxstack.agents import AGENTS, config_class
 from jaxstack.agents.team_ppo import PPOConfig
 from jaxstack.core.bundle import save_policy
@@ -20,19 +21,25 @@ from jaxstack.learners import load_policy
 
 TINY = dict(num_envs=4, num_steps=4, hidden=(8,), total_steps=160, eval_episodes=4, anneal_lr=True)
 PLAYERS = [name for name in AGENTS if issubclass(config_class(name), PPOConfig)]
-VARIANTS = {name: (name, {}) for name in PLAYERS} | {
+# it learns from a replay buffer
+OFF_POLICY = dict(num_envs=4, train_every=2, rounds=2, learning_starts=8, batch_size=8, buffer_size=64, hidden=(8,))
+OFF_POLICY |= dict(total_steps=160, eval_episodes=4, lr=1e-2)
+ALONE = ("ppo", "dqn")
+VARIANTS = {name: (name, {}) for name in (*PLAYERS, "dqn")} | {
     "mappo, recurrent": ("mappo", {"gru": 4, "sharing": "full+id"}),
     "hypermarl, recurrent": ("hypermarl", {"gru": 4, "algorithm": "mappo"}),
     "ippo, normalised": ("ippo", {"normalise_obs": True, "normalise_reward": True, "normalise_value": True}),
 }
 ALL = pytest.mark.parametrize("name", VARIANTS)
-EACH = pytest.mark.parametrize("name", PLAYERS)
+EACH = pytest.mark.parametrize("name", [*PLAYERS, "dqn"])
 
 
 @functools.cache
 def learner(name):
     agent, options = VARIANTS[name]
-    return make(agent, "target" if name == "dico" else "match", 1 if agent == "ppo" else 3, **(TINY | options))
+    if agent not in PLAYERS:
+        return agents.make(agent, env="probe", env_args=("kind=match",), **(OFF_POLICY | options))
+    return make(agent, "target" if name == "dico" else "match", 1 if agent in ALONE else 3, **(TINY | options))
 
 
 @functools.cache
@@ -68,7 +75,8 @@ def test_step_keeps_the_state_and_returns_named_scalars(name):
         assert rest
         assert value.shape == ()
         assert np.isfinite(value), key
-    assert {"loss/total", "rollout/return", "train/entropy"} <= set(metrics)
+    assert {"loss/total", "rollout/return"} <= set(metrics)
+    assert ("train/entropy" in metrics) == (VARIANTS[name][0] in PLAYERS)
 
 
 @EACH
@@ -131,7 +139,7 @@ def test_a_resumed_run_equals_a_whole_one_to_the_bit(name, tmp_path):
 def test_policies_act_and_survive_a_bundle(name, tmp_path):
     one = learner(name)
     state = compiled(name)[0](jax.random.key(0), as_hypers(one.hypers))
-    count = 1 if name == "ppo" else 3
+    count = 1 if name in ALONE else 3
     many = 40  # so many that a sample equal to the mode everywhere is no chance
     obs, first = jax.random.normal(jax.random.key(1), (many, count, 2)), jnp.zeros(many, bool)
     params = one.policy.params(state)

@@ -15,15 +15,6 @@ CLIFF, TAXI = envs.make("cliff_walking"), envs.make("taxi")
 EXACT = dict(rtol=0, atol=1e-9)
 
 
-def random_mdp(rng, states=5, actions=3, like=None, share=0.3):
-    """Rewards in [0, 1]; with `like` an MDP whose kernel and start are a mixture with it."""
-    kernel, start = rng.dirichlet(np.ones(states), (states, actions)), rng.dirichlet(np.ones(states))
-    if like is None:
-        return ra.mdp(kernel, rng.random((states, actions)), start)
-    mix = lambda old, new: (1 - share) * old + share * new
-    return ra.mdp(mix(like.kernel, kernel), like.reward, mix(like.start, start))
-
-
 def random_policies(rng, count, horizon, base):
     return rng.dirichlet(np.ones(base.num_actions), (count, horizon, base.num_states))
 
@@ -56,7 +47,7 @@ def test_randomised_kernels_are_apart_by_eps_times_one_less_a_share(env, want):
 
 
 def test_the_rational_policy_loses_nothing():
-    for base in (ra.mdp_of(CLIFF), random_mdp(np.random.default_rng(0))):
+    for base in (ra.mdp_of(CLIFF), ra.random_mdp(np.random.default_rng(0))):
         horizon = 20
         found = ra.values(base, base, horizon)
         pi = found.rational
@@ -88,7 +79,7 @@ def test_without_a_change_and_on_the_same_states_the_gap_is_zero():
 def test_the_risk_is_the_difference_in_return():
     """Deterministic and stochastic kernels and policies, one by one and with leading axes; the strongest test."""
     rng = np.random.default_rng(2)
-    cases = [(ra.mdp_of(CLIFF, eps), 25) for eps in (0.0, 0.3)] + [(random_mdp(rng, 6, 3), 8), (ra.mdp_of(TAXI), 6)]
+    cases = [(ra.mdp_of(CLIFF, eps), 25) for eps in (0.0, 0.3)] + [(ra.random_mdp(rng, 6, 3), 8), (ra.mdp_of(TAXI), 6)]
     for base, horizon in cases:
         found = ra.values(base, base, horizon)
         best = ra.backward_induction(base, horizon)[0].max(-1) @ base.start
@@ -105,8 +96,8 @@ def test_the_risk_is_the_difference_in_return():
 
 def test_stored_episodes_tend_to_the_asymptotic_risk_and_snapshots_are_running_means():
     rng = np.random.default_rng(3)
-    there = random_mdp(rng)
-    here, horizon = random_mdp(rng, like=there), 6
+    there = ra.random_mdp(rng)
+    here, horizon = ra.random_mdp(rng, like=there), 6
     found = ra.values(there, here, horizon)
     policy, other = random_policies(rng, 2, horizon, here)
     states = ra.simulate(jax.random.key(4), here, policy, horizon, 20_000)
@@ -146,8 +137,8 @@ def test_stored_episodes_tend_to_the_asymptotic_risk_and_snapshots_are_running_m
 def test_the_gap_lies_within_its_parts_and_the_extrinsic_one_is_linear_in_small_eps():
     rng = np.random.default_rng(6)
     for seed in range(20):
-        there = random_mdp(rng)
-        here, horizon = random_mdp(rng, like=there), 4
+        there = ra.random_mdp(rng)
+        here, horizon = ra.random_mdp(rng, like=there), 4
         found = ra.values(there, here, horizon)
         policies = random_policies(rng, 4, horizon, here)
         states = ra.simulate(jax.random.key(seed), here, policies[0], horizon, 5)
@@ -225,8 +216,8 @@ def test_the_bounds_hold_in_random_mdps():
     cost = np.abs(np.arange(5)[:, None] - np.arange(5)[None]).astype(float)
     keys = jax.random.split(jax.random.key(9), 200)
     for key in keys:
-        there = random_mdp(rng)
-        here = random_mdp(rng, like=there, share=rng.uniform(0.01, 1.0))
+        there = ra.random_mdp(rng)
+        here = ra.random_mdp(rng, like=there, share=rng.uniform(0.01, 1.0))
         found = ra.values(there, here, horizon)
         policies = random_policies(rng, 4, horizon, here)
         states = ra.simulate(key, here, policies[0], horizon, 20)
@@ -253,7 +244,7 @@ def test_bounds_in_numbers():
     steps = sum(theorem1_law(2, 1.5, 0.1, 0.2, h) + theorem1_value(2, 0.2, h, 4) for h in range(1, 5))
     assert steps <= ra.theorem1(2, 1.5, 0.1, 0.2, 4)
     # learned values that are the true ones, whose best action is rational: the metric is the empirical risk
-    base = random_mdp(np.random.default_rng(10))
+    base = ra.random_mdp(np.random.default_rng(10))
     found = ra.values(base, base, 4)
     policy = random_policies(np.random.default_rng(10), 1, 4, base)[0]
     states = ra.simulate(jax.random.key(0), base, policy, 4, 9)
