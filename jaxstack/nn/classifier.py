@@ -18,6 +18,7 @@ from jaxstack.core.learner import Key, Learner
 from jaxstack.core.source import Source
 from jaxstack.data.digits import digits
 from jaxstack.data.sources import ArrayData, SplitData
+from jaxstack.nn.conv import Conv
 from jaxstack.nn.optimisers import Schedule
 from jaxstack.nn.supervised import Optimiser, accuracy, cross_entropy, linen, supervised
 
@@ -95,7 +96,7 @@ class Network(nn.Module):
         x = x if self.convolutions else x.reshape(len(x), -1)
         for width in self.features:
             bias = not self.batch_norm
-            x = nn.Conv(width, (3, 3), use_bias=bias)(x) if self.convolutions else nn.Dense(width, use_bias=bias)(x)
+            x = Conv(width, use_bias=bias)(x) if self.convolutions else nn.Dense(width, use_bias=bias)(x)
             x = nn.BatchNorm(use_running_average=not train, momentum=0.9)(x) if self.batch_norm else x
             x = nn.Dropout(self.dropout, deterministic=not train)(jax.nn.relu(x))
         return nn.Dense(CLASSES)(x.mean((1, 2)) if self.convolutions else x)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxstack.fast.products import product
+from jaxstack.nn.conv import Conv
 from jaxstack.nn.init import orthogonal
 from jaxstack.nn.recurrent import GRU
 
@@ -64,7 +65,7 @@ class Torso(nn.Module):
         if self.cnn:
             x = x.reshape(-1, *x.shape[-self.obs_ndim :])
             for size in (5, 3, 3):
-                x = act(nn.Conv(self.channels, (size, size), kernel_init=orthogonal(2**0.5))(x))
+                x = act(Conv(self.channels, (size, size), kernel_init=orthogonal(2**0.5))(x))
         if not self.gru:
             return carry, x.reshape(*lead, -1)
         x = x.reshape(math.prod(lead), -1)
