@@ -112,6 +112,8 @@ class State(NamedTuple):
     std: Array
     key: Key
     step: Array
+    aux: Any = ()
+    """What a stage learns from besides, such as returns of its own [N]."""
 
 
 class Task(NamedTuple):
@@ -169,7 +171,9 @@ class Rows(NamedTuple):
     """[N] numbers of the rows in the learning view"""
 
 
-def rows_of(task: Task, data: OfflineDataset, name: str, gamma: float, *, rolled: bool = False) -> Rows:
+def rows_of(
+    task: Task, data: OfflineDataset, name: str, gamma: float, *, rolled: bool = False, correct: bool = True
+) -> Rows:
     """Make transitions of a data set: standardised, scaled, with returns-to-go.
 
     Args:
@@ -179,6 +183,7 @@ def rows_of(task: Task, data: OfflineDataset, name: str, gamma: float, *, rolled
         gamma: discount of the returns-to-go.
         rolled: next observations as the released code makes them where none are stored: all rows, each followed by the
             next, standardised twice.
+        correct: whether returns of cut episodes continue with their last reward; never with a discount of 1.
 
     Raises:
         UserError: where data set and environment do not fit.
@@ -202,9 +207,7 @@ def rows_of(task: Task, data: OfflineDataset, name: str, gamma: float, *, rolled
     following, known = data._replace(action=scaled).next_action()
     stops = view.terminated if cfg.bootstrap_on_timeout else view.terminated | view.truncated
     flags = data.terminated, data.truncated
-    returns = jax.jit(lambda r, a, b: returns_to_go(r, a, b, gamma))(data.reward, *flags) if gamma < 1 else None
-    if returns is None:
-        returns = jax.jit(lambda r, a, b: returns_to_go(r, a, b, 1.0, False))(data.reward, *flags)
+    returns = jax.jit(lambda r, a, b: returns_to_go(r, a, b, gamma, correct and gamma < 1))(data.reward, *flags)
     next_obs = standard(view.next_obs)
     if rolled:
         next_obs = (np.roll(standard(view.obs), -1, axis=0) - mean) / std
@@ -223,11 +226,15 @@ def rows_of(task: Task, data: OfflineDataset, name: str, gamma: float, *, rolled
     return Rows(batch, shared, flags, standard(data.obs), data.reward, keep)  # pyright: ignore[reportArgumentType]
 
 
-def source(task: Task, *, seed: int = 0, rolled: bool = False) -> Callable[[Any], OfflineData]:
-    """What `Learner.source` is: batches of the config's data set; `seed` chooses another stream of draws."""
+def source(task: Task, *, seed: int = 0, rolled: bool = False, correct: bool = True) -> Callable[[Any], OfflineData]:
+    """What `Learner.source` is: batches of the config's data set; `seed` chooses another stream of draws, the others
+    are those of `rows_of`."""
 
     def make(cfg: Any) -> OfflineData:
-        rows = rows_of(task, read(cfg.dataset), cfg.dataset, getattr(cfg.hypers, "gamma", 0.99), rolled=rolled)
+        data = read(cfg.dataset)
+        # only data without next observations are rolled
+        how = dict(rolled=rolled and not data.info.stored_next, correct=correct)
+        rows = rows_of(task, data, cfg.dataset, cfg.hypers.gamma, **how)
         return OfflineData(rows.batch, rows.shared, cfg.batch_size, seed=seed)
 
     return make

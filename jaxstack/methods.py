@@ -102,6 +102,8 @@ METHODS: tuple[Method, ...] = (
         "Efficient offline RL: first imitate, then improve",
         2024,
         arxiv=("2406.13376",),
+        factory="jaxstack.agents.imitate_then_improve:imitate_then_improve",
+        tests="tests/agents/test_imitate_then_improve.py",
     ),
     Method(
         "rationality",

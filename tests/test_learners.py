@@ -1,5 +1,6 @@
 """What every learner of the registry must do; agents that act have another contract, agents/test_contract.py."""
 
+import json
 import shutil
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from jaxstack import learners
+from jaxstack.core import stages
 from jaxstack.core.errors import UserError
 from jaxstack.core.runner import load_state, resume, train
 from jaxstack.data.files import save_dataset
@@ -42,6 +44,7 @@ TINY = {
     "td3_bc": DATA,
     "rebrac": DATA,
     "edac": DATA | dict(num_critics=2),
+    "imitate-then-improve": DATA | dict(pretrain_steps=1),
     "sequence": dict(
         task="parity", task_args=("length=6",), features=4, depth=1, batch_size=4, num_updates=3, eval_examples=8
     ),
@@ -68,7 +71,33 @@ def test_every_learner_has_a_tiny_config():
     assert set(TINY) == set(LEARNERS)
 
 
-@pytest.mark.parametrize("name", TINY)
+STAGED = ("imitate-then-improve",)
+
+
+@pytest.mark.parametrize("name", STAGED)
+def test_a_method_in_stages_trains_resumes_and_names_bad_input(name, tmp_path):
+    options = TINY[name] | dict(dataset=str(transitions(tmp_path / "tiny.npz")))
+    method = learners.make(name, **options)
+    assert method.name == name
+    whole = stages.train(method, [0, 3], run_dir=tmp_path / "whole", checkpoint_every=1, **OPTIONS)
+    assert whole.alive.all()
+    assert whole.learner.objective[0] in whole.metrics
+    assert sum(stage.steps for stage in method.stages) == 3
+    # stopped in the last stage: bitwise identical
+    folder = max((tmp_path / "whole").glob("*_*"))
+    shutil.rmtree(folder / "checkpoints" / "2")
+    status = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(status | {"status": "interrupted"}))
+    again = stages.resume(method, tmp_path / "whole", **OPTIONS)
+    for a, b in zip(leaves(whole.state), leaves(again.state), strict=True):
+        np.testing.assert_array_equal(a, b)
+    with pytest.raises(UserError, match="lr=-1"):
+        learners.make(name, **options, lr=-1.0)
+    with pytest.raises(UserError, match="unknown option 'no_such_option'"):
+        learners.make(name, **options, no_such_option=1)
+
+
+@pytest.mark.parametrize("name", [name for name in TINY if name not in STAGED])
 def test_a_learner_trains_resumes_is_stored_and_names_bad_input(name, tmp_path):
     options = TINY[name]
     if "actor_hidden" in options:
