@@ -66,8 +66,8 @@ class Config(offline.OfflineConfig):
     pretrain_steps: int = 10_000
     """Updates of the first stage, among the `num_updates` of the run."""
     returns: Literal["auto", "hard", "soft"] = "auto"
-    """Returns-to-go of the rewards (hard), or with the entropies of the cloned actor (soft: the critic is then regressed
-    in the second half of the first stage); auto: soft for edac's ac, else hard."""
+    """Returns-to-go of the rewards (hard), or with the entropies of the cloned actor (soft: the critic is regressed in
+    the second half of the first stage); auto: soft for edac's ac, else hard."""
     td_component: float = 0.0
     """Share of the base's own critic loss in pretraining, lambda of the paper; each part is divided by its value."""
     conservative: float = 0.0
