@@ -1,7 +1,7 @@
 """Updates of learners with a tanh-normal actor and an ensemble of critics: SAC-N and EDAC (An et al., 2021).
 
-Pure functions of a state, a batch and noise, for edac and imitate-then-improve. Order of an update: temperature, actor,
-critics, averages; targets bootstrap from the smallest of all N critics.
+Pure functions of a state, a batch and noise, for edac, cql and imitate-then-improve. Order of an update: temperature,
+actor, critics, averages; targets bootstrap from the smallest of all N critics.
 """
 
 from collections.abc import Callable
@@ -105,6 +105,7 @@ def update(
     batch: Batch,
     noise: Noise,
     policy_loss: Callable[[Any, Any, Array], Array] | None = None,
+    critic_loss: Callable[[Any, Array], Array] | None = None,
 ) -> tuple[State, Metrics]:
     """One update of temperature, actor, critics and averages.
 
@@ -114,6 +115,7 @@ def update(
         batch: transitions.
         noise: of the three samples.
         policy_loss: (actor's parameters, critics', alpha) -> loss; default: `actor_loss`.
+        critic_loss: (critics' parameters, targets [B]) -> loss; default: `regression` and EDAC's penalty.
     """
     s = temper(nets, s, batch, noise.temperature)
     alpha, critic = jnp.exp(s.params["log_alpha"]), s.params["critic"]
@@ -122,8 +124,8 @@ def update(
     params, opt_state = offline.descend(s.params, s.opt_state, "actor", grads, s.hypers.lr)
     s = s._replace(params=params, opt_state=opt_state)
     goal = jax.lax.stop_gradient(target_values(nets, s, batch, noise.target))
-    fit = lambda critic: regression(nets, critic, batch, goal) + s.hypers.eta * penalty(nets, critic, batch)
-    value, grads = jax.value_and_grad(fit)(critic)
+    edac = lambda critic, goal: regression(nets, critic, batch, goal) + s.hypers.eta * penalty(nets, critic, batch)
+    value, grads = jax.value_and_grad(critic_loss or edac)(critic, goal)
     params, opt_state = offline.descend(s.params, s.opt_state, "critic", grads, s.hypers.lr)
     target = optax.incremental_update({"critic": params["critic"]}, s.target, s.hypers.tau)
     metrics = {

@@ -44,6 +44,8 @@ TINY = {
     "td3_bc": DATA,
     "rebrac": DATA,
     "edac": DATA | dict(num_critics=2),
+    "iql": DATA,
+    "cql": DATA | dict(num_actions=2),
     "imitate-then-improve": DATA | dict(pretrain_steps=1),
     "sequence": dict(
         task="parity", task_args=("length=6",), features=4, depth=1, batch_size=4, num_updates=3, eval_examples=8

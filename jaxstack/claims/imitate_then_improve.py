@@ -117,7 +117,7 @@ def curves(arm: str, kind: Data, norm: bool, seeds: tuple[int, ...], budget: Bud
     options = ARMS[arm] | dict(layer_norm=norm, dataset=data(kind)[0], env=ENV, env_args=ENV_ARGS)
     sizes = dict(actor_hidden=(budget.width,) * 2, critic_hidden=(budget.width,) * 2, batch_size=256, eval_episodes=10)
     lengths = dict(num_updates=budget.updates, pretrain_steps=0 if arm in ("TD3+BC", "EDAC") else budget.pretrain)
-    method = agents.make("imitate-then-improve", **options, **sizes, **lengths)
+    method: Any = agents.make("imitate-then-improve", **options, **sizes, **lengths)
     run = RunOptions(progress=False, eval_every=budget.eval_every, chunk=budget.eval_every)
     table = counted(stages.train(method, list(seeds), options=run).metrics)
     table = table[table["eval/return"].notna()]

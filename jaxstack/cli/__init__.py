@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from jaxstack.cli import audits, claims, exporting, figures, listing, scores, training
+from jaxstack.cli import audits, claims, collecting, exporting, figures, listing, scores, training
 from jaxstack.cli.parsing import Commands
 from jaxstack.cli.training import plan
 
@@ -22,6 +22,7 @@ Train agents and sequence models in JAX, whole runs and all seeds in one program
   jaxstack info hypermarl                         a learner's options, or an environment's facts
   jaxstack train hypermarl --env dispersion       train; `jaxstack train hypermarl --help` lists options
   jaxstack sweep ippo --sweep lr=1e-4,1e-3        settings x seeds in one program; `jaxstack sweep --help` tells more
+  jaxstack collect ENV --quality medium --out F    a data set, for learners such as td3_bc and imitate-then-improve
   jaxstack resume RUN                             go on where a run stopped, bitwise identical
   jaxstack evaluate RUN --episodes 256            fresh episodes with the trained policy, of many runs, in many tasks
   jaxstack crossplay RUN                          how well agents do with partners of other seeds
@@ -80,6 +81,6 @@ def parser() -> argparse.ArgumentParser:
         epilog="--debug shows the traceback of an error.",
     )
     commands = Commands(whole.add_subparsers(dest="command", metavar="COMMAND", title="commands"))
-    for group in (listing, training, scores, audits, figures, exporting, claims):
+    for group in (listing, training, collecting, scores, audits, figures, exporting, claims):
         group.add_commands(commands)
     return whole

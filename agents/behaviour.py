@@ -1,0 +1,185 @@
+"""Data sets made here: a behaviour is trained by PPO, and its episodes are recorded.
+
+The same environment, quality, seed and lengths give the same bytes. `random` plays uniformly; `expert` is the trained
+policy; `medium` the policy of the first update whose score, between random play (0) and the expert (1), reaches a
+third. Trained policies play as they were trained, by sampling.
+"""
+
+import hashlib
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxstack import envs
+from jaxstack.agents.ppo import Config, ppo
+from jaxstack.agents.team_ppo import Hypers
+from jaxstack.core.errors import UserError
+from jaxstack.core.learner import Policy
+from jaxstack.core.runner import RunOptions, train
+from jaxstack.data.offline import DatasetInfo, OfflineDataset, dataset
+from jaxstack.envs import rollout, vector
+from jaxstack.envs.base import Box, Environment
+
+Quality = Literal["random", "medium", "expert"]
+MEDIUM = 1 / 3
+"""Share of the way from random play to the expert."""
+SCORED = 100
+"""Episodes behind the reference scores."""
+ENVS, LENGTH = 16, 256
+"""Environments and steps of an update of PPO."""
+PLAY, SCORE = 1, 2
+"""Streams of keys: recorded episodes, and those of the reference scores."""
+
+
+def collect(
+    env: str,
+    quality: Quality,
+    seed: int = 0,
+    *,
+    env_args: tuple[str, ...] = (),
+    episodes: int = 100,
+    steps: int = 500_000,
+) -> OfflineDataset:
+    """Record episodes of a behaviour.
+
+    Args:
+        env: Id of an environment with one agent.
+        quality: random, medium or expert.
+        seed: Of training and of play.
+        env_args: Options of the environment, each `name=value`.
+        episodes: Number of recorded episodes.
+        steps: Environment steps that PPO trains for; the expert is its last policy.
+
+    Returns:
+        The data set; `info` holds the scores of random play and, where PPO was trained, of the expert.
+
+    Raises:
+        UserError: For wrong arguments, an environment with several agents or without a horizon, an expert that is not
+            better than random play, or a training that no update of which is past a third.
+    """
+    if quality not in get_args(Quality):
+        raise UserError(f"quality={quality!r}: expected one of {', '.join(get_args(Quality))}")
+    if episodes < 1:
+        raise UserError(f"episodes={episodes}: expected at least 1")
+    task = envs.make(env, **envs.parse_options(env_args))
+    if task.spec.num_agents != 1 or task.spec.horizon is None:
+        raise UserError(f"env={env!r}: expected one agent and a horizon, found {task.spec.num_agents} agents")
+    key = jax.random.key(seed)
+    random = _score(task, None, (), key)
+    if quality == "random":
+        source = f"{SCORED} episodes of random play"
+        info = DatasetInfo(env, env_args, quality, random, score_source=source, seed=seed)
+        return _record(task, None, (), key, episodes, info)
+    learner = ppo(_config(env, env_args, steps))
+    run = lambda count: train(learner, count, [seed], options=RunOptions(progress=False, eval_every=1))
+    whole = run(learner.num_steps)
+    assert learner.policy is not None
+    expert = _score(task, learner.policy, _params(learner, whole.state), key)
+    if expert <= random:
+        raise UserError(
+            f"{env}: PPO earns {expert:.4g} after {steps} steps, expected more than random play, {random:.4g}"
+        )
+    state = whole.state
+    if quality == "medium":
+        returns = whole.metrics["eval/return"].to_numpy()
+        past = returns >= random + MEDIUM * (expert - random)
+        if not past.any():
+            raise UserError(
+                f"{env}: PPO earns at most {returns.max():.4g}, expected a third of {random:.4g} to {expert:.4g}"
+            )
+        # nothing in the learner depends on its length, so that this is the beginning of the run above
+        state = run(int(past.argmax()) + 1).state
+    params = _params(learner, state)
+    source = f"{SCORED} episodes of random play and of PPO after {steps} steps"
+    info = DatasetInfo(env, env_args, quality, random, expert, source, seed, _digest(params))
+    return _record(task, learner.policy, params, key, episodes, info)
+
+
+def _config(env: str, env_args: tuple[str, ...], steps: int) -> Config:
+    """PPO for any small task; the learning rate is constant, so that a shorter run is the beginning of a longer one."""
+    return Config(
+        env=env,
+        env_args=env_args,
+        total_steps=steps,
+        num_envs=ENVS,
+        num_steps=LENGTH,
+        num_minibatches=8,
+        num_epochs=8,
+        anneal_lr=False,
+        normalise_obs=isinstance(envs.make(env, **envs.parse_options(env_args)).spec.observation, Box),
+        normalise_reward=True,
+        eval_greedy=False,
+        eval_episodes=32,
+        hypers=Hypers(lr=1e-3, gamma=0.95, ent_coef=0.0),
+    )
+
+
+def _params(learner: Any, state: Any) -> Any:
+    return learner.policy.params(jax.tree.map(lambda x: x[0], state))
+
+
+def _digest(params: Any) -> str:
+    """First 16 hex digits of the SHA-256 of the weights."""
+    total = hashlib.sha256()
+    for x in jax.tree.leaves(params):
+        total.update(np.ascontiguousarray(x).tobytes())
+    return total.hexdigest()[:16]
+
+
+def _act(task: Environment, policy: Policy | None, params: Any, vec: vector.VecEnv) -> tuple[Any, Any]:
+    """How a behaviour acts in `rollout`, and its random numbers; real actions are clipped to their bounds."""
+    if policy is None:
+        return rollout.random_policy(vec)
+    space = task.spec.action_space
+
+    def act(key: jax.Array, carry: Any, vs: vector.VecState) -> tuple[Any, jax.Array, tuple]:
+        carry, action = policy.act(params, carry, vs.ts.obs, vs.ts.action_mask, vs.first, key)
+        if isinstance(space, Box):
+            action = jnp.clip(action, *(jnp.asarray(b, jnp.float32) for b in (space.low, space.high)))
+        return carry, action, ()
+
+    return act, jax.random.split
+
+
+def _score(task: Environment, policy: Policy | None, params: Any, key: jax.Array) -> float:
+    """Mean return of a behaviour."""
+    vec = vector.vectorise(task, SCORED)
+
+    @jax.jit
+    def play(params: Any, key: jax.Array) -> jax.Array:
+        act, draw = _act(task, policy, params, vec)
+        carry = () if policy is None else policy.init_carry(params, SCORED)
+        return rollout.episodes(vec, act, key, carry, task.spec.horizon or 1, draw).returns.mean()
+
+    return float(play(params, jax.random.fold_in(key, SCORE)))
+
+
+def _record(
+    task: Environment, policy: Policy | None, params: Any, key: jax.Array, episodes: int, info: DatasetInfo
+) -> OfflineDataset:
+    """The first episode in each of so many environments, one after another."""
+    vec = vector.vectorise(task, episodes, auto_reset="exact")
+    k_start, k_play = jax.random.split(jax.random.fold_in(key, PLAY))
+
+    @jax.jit
+    def play(params: Any) -> rollout.Step:
+        act, draw = _act(task, policy, params, vec)
+        carry = () if policy is None else policy.init_carry(params, episodes)
+        vs = vector.init(vec, k_start)
+        return rollout.collect(vec, act, k_play, vs, carry, task.spec.horizon or 1, draw).steps
+
+    steps = jax.tree.map(np.asarray, play(params))
+    first = (np.cumsum(steps.done, 0) - steps.done == 0).T
+    rows = lambda x: np.moveaxis(x, 0, 1)[first]
+    return dataset(
+        info.env,
+        info,
+        obs=rows(steps.ts.obs[:, :, 0]),
+        action=rows(steps.action[:, :, 0]),
+        reward=rows(steps.reward[:, :, 0]),
+        next_obs=rows(steps.final_obs[:, :, 0]),
+        terminated=rows(steps.terminated),
+        truncated=rows(steps.truncated),
+    )
