@@ -105,10 +105,9 @@ class HiddenCorner(Config, TaskEnvironment):
     def frame(self, state: State) -> np.ndarray:
         from jaxstack.envs import render2d
 
-        layers = np.zeros((self.size, self.size, 3))
-        for layer, (row, column) in enumerate([np.asarray(state.theta.corner) * (self.size - 1), *state.pos.tolist()]):
-            layers[row, column, layer] = 1
-        return render2d.grid(layers)
+        corner = np.asarray(state.theta.corner) * (self.size - 1)
+        agents = [(*p, str(i), i) for i, p in enumerate(state.pos.tolist())]
+        return render2d.board(self.size, self.size, agents, marks=[(*corner.tolist(), "", 2)])
 
 
 def moved(pos: Array, turned: Array, action: Array, size: int) -> Array:

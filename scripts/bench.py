@@ -3,6 +3,7 @@
     python scripts/bench.py                                          tens of minutes on 2 cores
     python scripts/bench.py --jaxmarl PATH --purejaxrl PATH          with the peers; PATH is a clone
     python scripts/bench.py --kla PATH --torch-python PYTHON         with the released KLA, and a Python that has torch
+    python scripts/bench.py --peers-python PYTHON                    with one that has lbforaging, rware and jumanji
     python scripts/bench.py --quick                                  under three minutes, beside the recorded figures
     python scripts/bench.py --record                                 and keep the results in docs/results/bench
 
@@ -28,7 +29,8 @@ def commands(args: argparse.Namespace, out: Path) -> dict[str, list[str]]:
     sequence = ["bench_sequence.py", "--out", str(out / "sequence.json")]
     if not args.quick:
         torch = ["--kla", str(args.kla), "--torch-python", str(args.torch_python)] if args.kla else []
-        more = {n: [f"bench_{n}.py", "--out", str(out / f"{n}.json")] for n in ("sweep", "scaling")}
+        more = {n: [f"bench_{n}.py", "--out", str(out / f"{n}.json")] for n in ("marl", "sweep", "scaling")}
+        more["marl"] += ["--peers-python", str(args.peers_python)] if args.peers_python else []
         return {"agents": agents, "envs": envs, "sequence": [*sequence, *torch], **more}
     cases = ["mpe-16"] * bool(args.jaxmarl) + ["cartpole"] * bool(args.purejaxrl)
     few = ["--env", "jaxmarl/MPE_simple_spread_v3", "--widths", "1024", "--steps", "20000", "--repeats", "5"]
@@ -69,6 +71,7 @@ def main() -> int:
     parser.add_argument("--purejaxrl", type=Path, help="a clone of PureJaxRL")
     parser.add_argument("--kla", type=Path, help="a clone of the released package of Kalman Linear Attention")
     parser.add_argument("--torch-python", type=Path, help="a Python that has torch, numpy and tyro")
+    parser.add_argument("--peers-python", type=Path, help="a Python that has lbforaging, rware or jumanji")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--record", action="store_true")
     args = parser.parse_args()

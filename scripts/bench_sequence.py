@@ -23,8 +23,6 @@ medians, ratios within a repeat with quartiles, compile seconds and XLA's peak m
 
 import argparse
 import functools
-import json
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable
@@ -37,8 +35,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from bench_agents import Side, interleaved, quartiles
+from bench_child import Child
 
-from jaxstack.core.errors import UserError
 from jaxstack.sequence import scan
 from jaxstack.sequence.kla_weights import layer_to_torch
 from jaxstack.sequence.trainer import make_mixer
@@ -270,28 +268,10 @@ def growth(args: argparse.Namespace) -> list[Row]:
     return rows
 
 
-class Peer:
-    """The released layer in a child process; every command is one line, and so is its answer."""
-
-    def __init__(self, args: argparse.Namespace, folder: Path) -> None:
-        script = Path(__file__).with_name("bench_sequence_torch.py")
-        command = [str(args.torch_python), str(script), str(args.kla), str(folder)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-    def ask(self, **command: Any) -> Any:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps(command) + "\n")
-        self.process.stdin.flush()
-        answer = self.process.stdout.readline()
-        if not answer:
-            raise UserError(f"torch: the child process ended with {self.process.wait()}; its error is above")
-        return json.loads(answer)
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
+def torch_peer(args: argparse.Namespace, folder: Path) -> Child:
+    """The released layer in a child process."""
+    script = Path(__file__).with_name("bench_sequence_torch.py")
+    return Child("torch", [str(args.torch_python), str(script), str(args.kla), str(folder)])
 
 
 def torch(args: argparse.Namespace) -> list[Row]:
@@ -304,7 +284,7 @@ def torch(args: argparse.Namespace) -> list[Row]:
         folder = Path(name)
         np.savez(folder / "weights.npz", allow_pickle=False, **layer_to_torch(module, variables))
         np.save(folder / "x.npy", np.asarray(x))
-        peer = Peer(args, folder)
+        peer = torch_peer(args, folder)
         try:
             about = peer.ask(do="load", d_state=module.d_state, expand=module.expand)
             theirs = np.asarray(peer.ask(do="output"))

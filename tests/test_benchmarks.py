@@ -122,7 +122,7 @@ def test_a_child_that_dies_is_an_error(run, script, tmp_path, monkeypatch):
 @pytest.mark.parametrize("quick", [False, True])
 def test_bench_calls_scripts_that_exist(script, tmp_path, quick):
     bench = script("bench")
-    peers = dict(jaxmarl=Path("a"), purejaxrl=Path("b"), kla=Path("c"), torch_python=Path("d"))
+    peers = dict(jaxmarl=Path("a"), purejaxrl=Path("b"), kla=Path("c"), torch_python=Path("d"), peers_python=Path("e"))
     for paths in (peers, dict.fromkeys(peers)):
         todo = bench.commands(argparse.Namespace(quick=quick, **paths), tmp_path)
         assert {"agents", "envs", "sequence"} <= set(todo)
@@ -137,3 +137,26 @@ def test_quick_sequence_options_are_known(script, tmp_path):
     command = script("bench").commands(args, tmp_path)["sequence"]
     parsed = script("bench_sequence").options().parse_args(command[1:])
     assert (parsed.cases, parsed.mixers) == (["mixers"], ["kla", "gla"])
+
+
+PEERS_STAND_IN = """
+import json, sys
+for line in sys.stdin:
+    ask = json.loads(line)
+    print(json.dumps({"lbforaging": "9.9"} if ask["do"] == "about" else [ask["steps"], 100.0]), flush=True)
+"""
+
+
+def test_random_play_is_compared_with_a_child(script, tmp_path, monkeypatch):
+    bench = script("bench_marl")
+    (tmp_path / "bench_marl_peers.py").write_text(PEERS_STAND_IN)
+    monkeypatch.setattr(bench, "__file__", str(tmp_path / "bench_marl.py"))
+    monkeypatch.setattr(bench, "WIDTH", 2)
+    monkeypatch.setattr(bench, "LENGTH", 3)
+    args = ["--peers-python", sys.executable, "--env", "lbf", "hidden_corner", "--rollouts", "1", "--repeats", "2"]
+    rows = {row["case"]: row for row in bench.play(bench.options().parse_args(args))}
+    assert set(rows) == {"play, lbf", "play, lbforaging", "play, lbf / lbforaging", "play, hidden_corner"}
+    assert rows["play, lbforaging"]["steps_per_cpu_s_quartiles"] == pytest.approx([40.0] * 3)
+    low, median, high = rows["play, lbf"]["steps_per_cpu_s_quartiles"]
+    assert 0 < low <= median <= high
+    assert rows["play, lbf / lbforaging"]["ratio_quartiles"][1] == pytest.approx(median / 40.0)

@@ -146,7 +146,7 @@ def test_the_picture_shows_corner_and_agents():
     state, _ = env.reset(jax.random.key(0))
     frame = env.frame(state._replace(pos=jnp.asarray([[0, 0], [0, 2]])))
     assert frame.shape == (320, 320, 3)
-    colours = [tuple(frame[y, x]) for y, x in ((300, 300), (20, 20), (20, 150))]
+    colours = [tuple(frame[y, x]) for y, x in ((315, 315), (20, 32), (20, 160))]
     assert len({*colours, (255, 255, 255)}) == 4
 
 
