@@ -23,6 +23,7 @@ medians, ratios within a repeat with quartiles, compile seconds and XLA's peak m
 
 import argparse
 import functools
+import json
 import tempfile
 import time
 from collections.abc import Callable
@@ -37,6 +38,7 @@ import numpy as np
 from bench_agents import Side, interleaved, quartiles
 from bench_child import Child
 
+from jaxstack.core.errors import UserError
 from jaxstack.sequence import scan
 from jaxstack.sequence.kla_weights import layer_to_torch
 from jaxstack.sequence.trainer import make_mixer
