@@ -21,7 +21,7 @@ from jaxstack.core import config, runner
 from jaxstack.core import options as texts
 from jaxstack.core import space as spaces
 from jaxstack.core.errors import UserError, unknown
-from jaxstack.core.learner import Learner, better
+from jaxstack.core.learner import Learner, better, require_one
 from jaxstack.core.source import Source
 from jaxstack.core.space import choice, grid, log_uniform, uniform
 from jaxstack.report import plots, stats
@@ -298,6 +298,7 @@ def _plan(
     except TypeError as e:
         raise UserError("make_learner: expected to work without arguments, which tells what is numeric") from e
     default = make_learner()
+    require_one(default, "a sweep")
     numeric = getattr(default.hypers, "_fields", ())
     kinds = [p.kind for p in signature.parameters.values()]
     static: list[str] | None = [n for n, p in signature.parameters.items() if p.kind != p.VAR_KEYWORD]

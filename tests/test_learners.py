@@ -15,6 +15,7 @@ from jaxstack.core.runner import load_state, resume, train
 from jaxstack.data.files import save_dataset
 from jaxstack.data.offline import dataset
 from jaxstack.methods import LEARNERS
+from jaxstack.sweeps import grid, sweep
 
 AGENT = dict(num_envs=2, num_steps=4, num_minibatches=1, num_epochs=1, hidden=(4,), total_steps=24, eval_episodes=2)
 TEAM = AGENT | dict(env="matrix_game", env_args=("num_agents=2", "horizon=4"))
@@ -97,6 +98,11 @@ def test_a_method_in_stages_trains_resumes_and_names_bad_input(name, tmp_path):
         learners.make(name, **options, lr=-1.0)
     with pytest.raises(UserError, match="unknown option 'no_such_option'"):
         learners.make(name, **options, no_such_option=1)
+    # what takes one learner says so
+    with pytest.raises(UserError, match=f"{name}: found a method in stages, train .* expected a learner"):
+        train(method)
+    with pytest.raises(UserError, match=f"{name}: found a method in stages, a sweep expected a learner"):
+        sweep(lambda **changes: learners.make(name, **options, **changes), {"lr": grid(1e-3, 1e-4)})
 
 
 @pytest.mark.parametrize("name", [name for name in TINY if name not in STAGED])

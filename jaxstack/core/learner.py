@@ -144,6 +144,12 @@ class Learner(NamedTuple):
     """Arrays [S, ...], one row per seed, for `init`: weights to start from, a teacher, the states of earlier stages."""
 
 
+def require_one(learner: Any, what: str) -> None:
+    """Raise `UserError` for a method in stages, of which `what` (a sweep, a call) takes but one."""
+    if hasattr(learner, "stages"):
+        raise UserError(f"{learner.name}: found a method in stages, {what} expected a learner of one stage")
+
+
 def as_hypers(hypers: Any) -> Any:
     """Float32 scalars, so that ints, floats and arrays trace to one program."""
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), hypers)

@@ -19,7 +19,7 @@ import numpy as np
 from jaxstack.core import cache, config, distributed, guard, ledger, program, signals
 from jaxstack.core.checkpoint import Checkpoints, NoCheckpoint, Retention, from_table, to_table
 from jaxstack.core.errors import UserError
-from jaxstack.core.learner import Key, Learner, better
+from jaxstack.core.learner import Key, Learner, better, require_one
 from jaxstack.core.progress import Progress
 from jaxstack.core.rundir import RunDir, by_step, read_plan
 from jaxstack.core.signals import COMPILING, Interrupted
@@ -148,6 +148,7 @@ def train(
         result = jaxstack.train(learner, 100, seeds=4, chunk=10)
         result.metrics.groupby("step")["rollout/return"].mean()
     """
+    require_one(learner, "train (`core.stages.train` takes it)")
     options = config.replace(options, **changes)
     num_steps = _num_steps(learner, num_steps, total_samples)
     seeds = check_seeds(seeds) if settings is None else _check_rows(seeds, settings)
