@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from jaxstack import agents, cli, envs
 from jaxstack.core import config
 from jaxstack.core.errors import UserError
+from jaxstack.core.stages import Staged
 
 TIMES = 20 if os.environ.get("HYPOTHESIS_PROFILE") == "soak" else 1
 QUIET = dict(deadline=None, derandomize=TIMES == 1, suppress_health_check=list(HealthCheck), database=None)
@@ -76,6 +77,13 @@ def one_line(text: str) -> bool:
     return bool(text.strip()) and "Traceback" not in text and len(text) < 2000
 
 
+def can_run(learner) -> bool:
+    """It has a length; the learners of stages are made from the states of those before."""
+    if isinstance(learner, Staged):
+        return len(learner.stages) >= 1
+    return learner.samples_per_step >= 1 and learner.config.num_updates >= 1
+
+
 @settings(max_examples=1000 * TIMES, **QUIET)
 @given(configs())
 def test_a_config_is_valid_or_named_in_one_error(case):
@@ -91,8 +99,7 @@ def test_a_config_is_valid_or_named_in_one_error(case):
     if learner is None:
         assert one_line(error)
         return
-    assert learner.samples_per_step >= 1
-    assert learner.config.num_updates >= 1
+    assert can_run(learner)
 
 
 @settings(max_examples=150 * TIMES, **QUIET)
@@ -104,5 +111,5 @@ def test_a_command_line_is_a_plan_or_one_clear_error(case):
         assert one_line(error)
         return
     learner, job = planned
-    assert learner.samples_per_step >= 1
+    assert can_run(learner)
     assert len(job.seeds) >= 1
