@@ -111,6 +111,8 @@ METHODS: tuple[Method, ...] = (
         "Rationality measurement and theory for RL agents",
         2026,
         arxiv=("2602.04737",),
+        claim="jaxstack.claims.rationality:claim",
+        tests="tests/measures/test_rationality.py",
     ),
     Method(
         "aligning-agents",

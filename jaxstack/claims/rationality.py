@@ -218,7 +218,7 @@ claim = Claim(
             ),
             checks=(*THEORY, *checks(SMALL)),
             seeds=10,
-            minutes=12.0,
+            minutes=18.0,
         ),
         "full": Scale(
             experiments=(

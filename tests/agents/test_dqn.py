@@ -115,9 +115,9 @@ def test_an_update_is_that_of_an_independent_implementation(options):
     one = agents.make("dqn", **TINY, gamma=GAMMA, lr=LR, **options)
     cfg, task = one.config, dqn.make_task(one.config)
     state = jax.jit(one.init)(jax.random.key(0))
-    step, once = jax.jit(one.step), jax.jit(lambda s, k, n: dqn.one_round(task, s, k, n))
-    for _ in range(6):
-        state, _ = step(state)
+    once = jax.jit(lambda s, k, n: dqn.one_round(task, s, k, n))
+    for n in range(12):
+        state, _ = once(state, jax.random.key(n + 100), jnp.int32(n))
     key, number = jax.random.key(5), jnp.int32(12)
     after, metrics = once(state, key, number)
     batch = task.buffer.sample(after.buffer, jax.random.split(key)[1]).items
@@ -141,8 +141,7 @@ def test_an_update_is_that_of_an_independent_implementation(options):
 def test_targets_bootstrap_through_truncation_and_never_over_an_end():
     one = agents.make("dqn", **TINY, n_step=3)
     task = dqn.make_task(one.config)
-    params = one.init(jax.random.key(1)).params
-    other = one.init(jax.random.key(2)).params
+    params, other = (jax.jit(one.init)(jax.random.key(k)).params for k in (1, 2))
     after = jnp.array([[1, 2, 3]] * 4)
     flags = lambda *rows: jnp.array(rows, bool)
     end, cut = flags([0, 0, 0], [0, 1, 0], [0, 0, 0], [1, 0, 0]), flags([0, 0, 0], [0, 0, 0], [0, 1, 0], [0, 0, 0])
@@ -164,7 +163,7 @@ def test_normalisations_and_heads_of_the_network():
     key, x = jax.random.key(0), jax.random.normal(jax.random.key(1), (6, 5))
     make = lambda **options: dqn.QNetwork((8, 7), 3, **options)
     plain, weight = make(), make(norm="weight")
-    p, w = plain.init(key, x)["params"], weight.init(key, x)["params"]
+    p, w = (jax.jit(net.init)(key, x)["params"] for net in (plain, weight))
     # it begins as the plain layer of the same direction, and the direction's length does not matter
     same = {
         f"WeightNormDense_{i}": w[f"WeightNormDense_{i}"] | {"direction": p[f"Dense_{i}"]["kernel"]} for i in range(3)
@@ -211,18 +210,18 @@ def test_exploration_falls_and_the_target_waits_for_its_time():
 def test_it_learns_values_and_policies_of_probes():
     """Values in closed form: rewards for ever behind a time limit, a reward after a delay; the best action of a cue."""
     small = dict(env="probe", num_envs=8, train_every=1, rounds=100, learning_starts=32, buffer_size=512, batch_size=32)
-    small |= dict(hidden=(32,), target_period=80, lr=1e-2, gamma=0.9)
+    small |= dict(hidden=(32,), target_period=24, gamma=0.9)
 
-    def run(kind, steps, **options):
-        one = agents.make("dqn", **small, env_args=(f"kind={kind}",), total_steps=800 * steps, **options)
+    def run(kind, steps, lr=1e-2, **options):
+        one = agents.make("dqn", **small, lr=lr, env_args=(f"kind={kind}",), total_steps=800 * steps, **options)
         state, _ = jax.jit(lambda k: jax.lax.scan(lambda s, _: one.step(s), one.init(k), None, length=steps))(
             jax.random.key(0)
         )
         value = lambda obs: dqn.values(dqn.make_task(one.config), state.params, jnp.asarray(obs, jnp.float32)).max(-1)
         return one, state, value
 
-    *_, value = run("endless", 20)
-    np.testing.assert_allclose(value([[0.0, 0.0]]), 10.0, atol=0.3)
+    *_, value = run("endless", 6, lr=5e-2)
+    np.testing.assert_allclose(value([[0.0, 0.0]]), 10.0, atol=0.1)
     *_, value = run("delayed", 4, n_step=2, double=True)
     np.testing.assert_allclose(value([[0.0, 0.0], [0.0, 1.0]]), [0.9, 1.0], atol=0.05)
     one, state, value = run("match", 4, dueling=True, norm="layer")
