@@ -5,12 +5,12 @@ V: mean |tau - 1(u < 0)| u^2 with u = min_i Q'_i(s, a) - V(s); Q: squared distan
 -exp(min(beta u, log 100)) log pi(a|s). expectile 0.5 is the mean of the behaviour's values.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jaxtyping import Array
 
@@ -108,7 +108,7 @@ def update(nets: Nets, s: State, batch: Batch) -> tuple[State, Metrics]:
     advantage = known - nets.value(s.params["value"], batch.obs)
     after = nets.value(s.params["value"], batch.next_obs)
     goal = batch.reward + h.gamma * (1.0 - batch.last) * after
-    weight = jnp.exp(jnp.minimum(h.beta * advantage, np.log(LARGEST_WEIGHT)))
+    weight = jnp.exp(jnp.minimum(h.beta * advantage, math.log(LARGEST_WEIGHT)))
 
     def value_loss(value: Any) -> Array:
         return expectile_loss(known - nets.value(value, batch.obs), h.expectile)

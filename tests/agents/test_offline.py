@@ -328,3 +328,18 @@ def test_a_policy_acts_without_the_data_set(tmp_path):
         first.params["actor"], (obs[:, 0] - mean) / std
     )
     np.testing.assert_allclose(action[:, 0], 2 * dist.mode(), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["bc", "td3_bc", "rebrac", "edac", "iql", "cql"])
+def test_with_64_bits_an_update_and_an_evaluation_keep_their_types(name, file):
+    one = learner(name, file, env_args=("max_steps_in_episode=3",))
+    types = lambda tree: {jax.tree_util.keystr(k): x.dtype for k, x in jax.tree_util.tree_leaves_with_path(tree)}
+    with jax.enable_x64():
+        source = one.source(one.config)
+        batch = jax.eval_shape(lambda k: source.batch(source.constants(), np.int32(0), k), jax.random.key(0))
+        state = jax.eval_shape(one.init, jax.random.key(0), one.hypers)
+        new, metrics = jax.eval_shape(one.step, state, batch)
+        results = jax.eval_shape(one.evaluate, state, jax.random.key(0))
+    assert types(new) == types(state)
+    wide = {k: d for k, d in types((batch, new, metrics, results)).items() if d in (jnp.float64, jnp.int64)}
+    assert not wide
