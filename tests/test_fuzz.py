@@ -84,6 +84,11 @@ def can_run(learner) -> bool:
     return learner.samples_per_step >= 1 and learner.config.num_updates >= 1
 
 
+def trainable(learner):
+    """Whether it is a learner, or a method in stages."""
+    return len(learner.stages) >= 1 if hasattr(learner, "stages") else learner.samples_per_step >= 1
+
+
 @settings(max_examples=1000 * TIMES, **QUIET)
 @given(configs())
 def test_a_config_is_valid_or_named_in_one_error(case):
