@@ -160,7 +160,7 @@ class WeightNormDense(nn.Module):
         """x [B, D] -> [B, features]."""
         v = self.param("direction", orthogonal(self.gain), (x.shape[-1], self.features))
         g = self.param("length", lambda _: jnp.linalg.norm(v, axis=0))
-        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
         return x @ (g * v / jnp.linalg.norm(v, axis=0)) + bias
 
 
