@@ -331,6 +331,7 @@ def record(env: Environment, policy: Policy, state: Any, seed: int, max_steps: i
     @jax.jit
     def advance(carry: Any, env_state: Any, ts: TimeStep, t: Array) -> tuple[Any, Any, TimeStep]:
         mask = None if ts.action_mask is None else ts.action_mask[None]
+        carry = policy.rewarded(carry, ts.reward[None])
         carry, action = policy.act(params, carry, ts.obs[None], mask, (t == 0)[None], None)
         env_state, ts = env.step(jax.random.fold_in(k_step, t), env_state, action[0])
         return carry, env_state, ts

@@ -131,6 +131,42 @@ class AgentId(Wrapper):
         return ts._replace(obs=jnp.concatenate([ts.obs.reshape(count, -1), ids], -1))
 
 
+@dataclass(frozen=True)
+class TaskId(Wrapper):
+    """Append the number of the task, as a one-hot vector, to each agent's observation: an oracle for methods that must
+    infer the task.
+
+    Real vectors [D] become [D + num_tasks], after the padding of smaller observations. Raises `UserError` for others,
+    and for environments whose tasks have no names.
+    """
+
+    def validate(self) -> None:
+        spec = self.env.spec
+        if len(spec.obs_shape) != 1 or not isinstance(spec.observation, Box):
+            raise UserError(f"TaskId: env {spec.id!r} has observations {spec.observation}: expected real vectors")
+        _ = self.num_tasks
+
+    @property
+    def spec(self) -> Spec:
+        inner, count = self.env.spec, self.num_tasks
+        space = inner.observation
+        assert isinstance(space, Box)
+        low, high = (_vector(b, inner.obs_dim) + (at,) * count for b, at in ((space.low, 0.0), (space.high, 1.0)))
+        return _with_obs(inner, Box((inner.obs_dim + count,), low, high, space.dtype))
+
+    def reset(self, key: jax.Array, *theta: Any) -> tuple[Any, TimeStep]:
+        state, ts = self.env.reset(key, *theta)
+        return state, self._shown(state, ts)
+
+    def step(self, key: jax.Array, state: Any, action: Array) -> tuple[Any, TimeStep]:
+        state, ts = self.env.step(key, state, action)
+        return state, self._shown(state, ts)
+
+    def _shown(self, state: Any, ts: TimeStep) -> TimeStep:
+        task = jax.nn.one_hot(self.env.task_of(state), self.num_tasks, dtype=ts.obs.dtype)
+        return ts._replace(obs=jnp.concatenate([ts.obs, jnp.broadcast_to(task, (len(ts.obs), self.num_tasks))], -1))
+
+
 class Stacked(NamedTuple):
     """The inner state and the last frames side by side, oldest first."""
 

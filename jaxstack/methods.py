@@ -70,7 +70,15 @@ METHODS: tuple[Method, ...] = (
         claim="jaxstack.claims.kalman_linear_attention:claim",
         tests="tests/claims/test_kalman_linear_attention.py",
     ),
-    Method("mate", "multi-agent", "Learning task embeddings for teamwork adaptation", 2022, arxiv=("2207.02249",)),
+    Method(
+        "mate",
+        "multi-agent",
+        "Learning task embeddings for teamwork adaptation",
+        2022,
+        arxiv=("2207.02249",),
+        factory="jaxstack.agents.mate:mate",
+        tests="tests/agents/test_mate.py",
+    ),
     Method(
         "decpomdp-probes",
         "multi-agent",

@@ -48,6 +48,8 @@ TINY = {
     "iql": DATA,
     "cql": DATA | dict(num_actions=2),
     "imitate-then-improve": DATA | dict(pretrain_steps=1),
+    "mate": {k: v for k, v in TEAM.items() if k not in ("num_minibatches", "num_epochs")}
+    | dict(gru=4, encoder_hidden=4, decoder_hidden=(4,), mixer_hidden=(4,)),
     "sequence": dict(
         task="parity", task_args=("length=6",), features=4, depth=1, batch_size=4, num_updates=3, eval_examples=8
     ),

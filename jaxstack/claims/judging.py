@@ -23,12 +23,13 @@ Rule = Literal[
     "share",
     "share_below",
     "signed_rank",
+    "beaten",
 ]
 Status = Literal["holds", "fails", "report", "not run"]
 
 LARGER = ("above", "times_at_least", "signed_rank")  # a rival is strong where its metric is large
 SMALLER = ("below", "times_at_most")
-COMPARED = (*LARGER, *SMALLER, "within")
+COMPARED = (*LARGER, *SMALLER, "within", "beaten")
 TARGETED = ("near", "share", "share_below")
 
 RULE = (
@@ -50,6 +51,8 @@ class Check(NamedTuple):
             decides; its Wilson interval is shown.
         signed_rank: one-sided exact Wilcoxon test of arm - other > 0 seed by seed has p <= value. Five seeds reach at
             best 1/32. Needs `paired`.
+        beaten: other > arm, seed by seed, in at least the share `value` of the seeds. The share itself decides; its
+            Wilson interval is shown. Needs `paired`.
     """
 
     experiment: str
@@ -58,8 +61,8 @@ class Check(NamedTuple):
     rule: Rule
     value: float
     other: str | tuple[str, ...] = ""
-    """The rival; of several, the best by the mean of the same rows: the largest for `above` and `times_at_least`, the
-    smallest for `below` and `times_at_most`."""
+    """The rival; of several, the best by the mean of the same rows: the smallest for `below` and `times_at_most`, else
+    the largest."""
     target: float = 0.0
     paired: bool = False
     """Run i of arm and rival share seed i: differences or ratios are resampled seed by seed."""
@@ -93,6 +96,7 @@ class Check(NamedTuple):
             "times_at_most": f"{what} <= {self.value:g} x {rival}",
             "share": f"{what} >= {self.target:.4g} in at least {self.value:.0%} of the seeds",
             "signed_rank": f"{what} > {rival} with p <= {self.value:g}",
+            "beaten": f"{what} < {rival} in at least {self.value:.0%} of the seeds",
             "share_below": f"{what} <= {self.target:.4g} in at least {self.value:.0%} of the seeds",
         }[self.rule]
         return f"{text} (seed by seed)" if self.paired else text
@@ -113,7 +117,9 @@ class Check(NamedTuple):
             return f"paired=True: rule {self.rule} compares no two arms"
         if self.rule == "signed_rank" and not (self.paired and 0 < self.value < 1):
             return f"rule signed_rank needs paired=True and a p-value in (0, 1), found {self.paired} and {self.value:g}"
-        if self.rule in ("share", "share_below") and not 0 < self.value <= 1:
+        if self.rule == "beaten" and not self.paired:
+            return "rule beaten needs paired=True"
+        if self.rule in ("share", "share_below", "beaten") and not 0 < self.value <= 1:
             return f"value={self.value:g}: expected a share of the seeds in (0, 1]"
         return None
 
@@ -177,6 +183,9 @@ def _decide(check: Check, own: dict[int, float], rival: dict[int, float]) -> tup
         if check.paired and set(own) != set(rival):
             raise UserError(f"{check.describe()}: found seeds {sorted(own)} and {sorted(rival)}, expected the same")
         y = np.asarray([rival[s] for s in own]) if check.paired else np.asarray(list(rival.values()))
+        if check.rule == "beaten":
+            hits = int((y > x).sum())
+            return stats.wilson(hits, len(x)), hits >= check.value * len(x) - 1e-9
         e = stats.estimate(
             stats.Ratio() if check.rule.startswith("times") else stats.Difference(), x, y, paired=check.paired
         )

@@ -34,6 +34,39 @@ def load_any(run_dir: str) -> tuple[Any, dict[str, Any]]:
     return learners.from_plain(plan["agent"], plan["config"], f"{run_dir}/run.yaml: config"), plan
 
 
+def started(learner: Any, run_dir: str, seeds: Sequence[int]) -> Any:
+    """The learner of a run that starts from a stored one: each seed from its own row there, or all from its only row.
+
+    Raises:
+        UserError: naming what does not fit, in the words of `--start-from`.
+    """
+    import jax
+    import numpy as np
+
+    from jaxstack.core import runner, stages
+    from jaxstack.core.errors import UserError
+
+    where = f"--start-from {run_dir}"
+    if isinstance(learner, stages.Staged):
+        raise UserError(f"{where}: expected without, as {learner.name} has stages")
+    old, plan = load(run_dir)
+    if old.name != learner.name:
+        raise UserError(f"{where}: found a run of {old.name}, expected one of {learner.name}")
+    have = list(plan["seeds"])
+    if len({*plan.get("settings", [0])}) > 1:
+        raise UserError(f"{where}: found a sweep of several settings, expected a run of one")
+    if len(have) > 1 and (missing := [s for s in seeds if s not in have]):
+        raise UserError(f"{where}: found seeds {have}, expected one seed or {missing} among them")
+    rows = np.asarray([have.index(s) if len(have) > 1 else 0 for s in seeds])
+    state, alive = runner.stored(old, run_dir)
+    if failed := [have[row] for row in rows if not alive[row]]:
+        raise UserError(f"{where}: found numbers that are not finite in seed {failed[0]}, expected finite ones")
+    try:
+        return runner.start_from(learner, jax.tree.map(lambda x: x[rows], state))
+    except UserError as e:
+        raise UserError(f"{where}: {e}") from None
+
+
 def members(run_dir: str, plan: dict[str, Any]) -> list[Member]:
     """The rows of a run."""
     from jaxstack.core import rundir

@@ -64,7 +64,10 @@ def _train(args: argparse.Namespace, rest: list[str]) -> None:
     several = not {"-h", "--help"} & set(rest) and join(args)
     learner, job = plan(args.learner, rest, show_devices=not several and devices.show)
     run_dir = Path(job.run_dir or f"runs/{_file_name(args.learner)}-{_now()}")
-    stored = {"config": config.to_dict(job.config), "options": config.to_dict(job.run)}
+    stored: dict[str, Any] = {"config": config.to_dict(job.config), "options": config.to_dict(job.run)}
+    if job.start_from:
+        learner = runs.started(learner, job.start_from, job.seeds)
+        stored["start_from"] = str(Path(job.start_from).absolute())
     sinks = _sinks(job, run_dir, stored) if distributed.is_first() else []
     common: dict[str, Any] = dict(run_dir=run_dir, plan=stored, options=job.run, sinks=sinks)
     if isinstance(learner, stages.Staged):
@@ -122,6 +125,8 @@ def _job(name: str, argv: Sequence[str]) -> Any:
         """Seeds trained at once."""
         run_dir: str | None = None
         """Where to store the run; default runs/LEARNER-TIME."""
+        start_from: str | None = None
+        """A run whose parameters this one starts from, seed by seed, or all from its only seed."""
         tensorboard: bool = False
         wandb: str | None = None
         """Project of Weights & Biases."""
@@ -219,6 +224,8 @@ def _resume(args: argparse.Namespace, _: list[str]) -> None:
         options = options_of(read_plan(args.run_dir))
         devices.show(options.devices * options.env_devices)
     learner, plan = runs.load_any(args.run_dir)
+    if "start_from" in plan:
+        learner = runs.started(learner, plan["start_from"], plan["seeds"])
     common: dict[str, Any] = dict(options=options_of(plan), plan=plan)
     if isinstance(learner, stages.Staged):
         if args.steps is not None:
@@ -241,9 +248,10 @@ def _sweep(args: argparse.Namespace, rest: list[str]) -> None:
     if not dimensions:
         raise UserError("--sweep: expected at least one NAME=VALUES, see `jaxstack sweep --help`")
     _, job = plan(args.learner, rest)
-    for option in ("run_dir", "tensorboard", "wandb"):
+    for option in ("run_dir", "start_from", "tensorboard", "wandb"):
         if getattr(job, option):
-            raise UserError(f"--{option.replace('_', '-')}: expected without; a sweep writes to --out")
+            why = "starts anew" if option == "start_from" else "writes to --out"
+            raise UserError(f"--{option.replace('_', '-')}: expected without; a sweep {why}")
     out = rundir.RunDir.check(args.out or f"runs/sweep-{_file_name(args.learner)}-{_now()}")
     make = lambda **changes: learners.make(args.learner, job.config, **changes)
     options = dict(num=args.num, search_seed=args.search_seed, run_dir=out / "runs", options=job.run)

@@ -52,6 +52,18 @@ class LoadedPolicy(NamedTuple):
         first = jnp.zeros(batch, bool) if first is None else first
         return _policy(self.learner).act(self.params, carry, obs, action_mask, first, key)
 
+    def rewarded(self, carry: Any, reward: Any) -> Any:
+        """Tell a policy that reads rewards what the last actions earned, before the next `act`.
+
+        Args:
+            carry: Recurrent state from the last `act`.
+            reward: [B, A].
+
+        Returns:
+            The carry for the next `act`; as it was for policies that read none.
+        """
+        return _policy(self.learner).rewarded(carry, jnp.asarray(reward, jnp.float32))
+
 
 def save_policy(path: str | Path, learner: Learner, state: Any) -> Path:
     """Store the policy of ONE seed (`state` without seed axis). Raises `UserError` if there is no policy to save."""

@@ -102,6 +102,9 @@ class Policy(NamedTuple):
     """(params, B) -> recurrent carry; an empty tuple for feed-forward policies."""
     act: Callable[..., tuple[Any, Any]]
     """(params, carry, obs, action_mask, first [B] bool, key or None) -> (carry, action); no key means the mode."""
+    rewarded: Callable[[Any, Any], Any] = lambda carry, reward: carry
+    """(carry, reward [B, A] of the transition since the last `act`) -> carry, for policies that read rewards. Who plays
+    calls it before the next `act`."""
 
 
 class Learner(NamedTuple):
@@ -142,6 +145,9 @@ class Learner(NamedTuple):
     """state -> those parts of it that may hold numbers that are not finite, see guard.py: environment states."""
     given: Any = None
     """Arrays [S, ...], one row per seed, for `init`: weights to start from, a teacher, the states of earlier stages."""
+    adapted: Callable[[], "Learner"] | None = None
+    """() -> the learner of a run that starts from another: its `init` gets a state of that run as `given`. None: this
+    learner, whose fresh state takes the other's `params`. See runner.start_from."""
 
 
 def require_one(learner: Any, what: str) -> None:

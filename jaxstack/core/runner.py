@@ -19,7 +19,7 @@ import numpy as np
 from jaxstack.core import cache, config, distributed, guard, ledger, program, signals
 from jaxstack.core.checkpoint import Checkpoints, NoCheckpoint, Retention, from_table, to_table
 from jaxstack.core.errors import UserError
-from jaxstack.core.learner import Key, Learner, better, require_one
+from jaxstack.core.learner import Key, Learner, as_hypers, better, require_one
 from jaxstack.core.progress import Progress
 from jaxstack.core.rundir import RunDir, by_step, read_plan
 from jaxstack.core.signals import COMPILING, Interrupted
@@ -321,6 +321,40 @@ def stored(learner: Learner, run_dir: str | Path) -> tuple[Any, np.ndarray]:
     with contextlib.closing(Checkpoints(Path(run_dir) / "checkpoints", read_only=True)) as store:
         _, (state, alive), _, _ = store.restore(template)
     return state, np.asarray(alive.failed_step) == 0
+
+
+def start_from(learner: Learner, states: Any) -> Learner:
+    """Make the learner of a run that starts from what another run of such a learner has learned.
+
+    It takes over `params`, or what the method says (`Learner.adapted`); environments, random numbers, steps and
+    hyperparameters are those of the new run.
+
+    Args:
+        learner: What is trained; its config may differ from that of the other run in whatever has no part in the shapes
+            of `params`.
+        states: The other run's, leaves [S, ...], one row per seed of the new run.
+
+    Returns:
+        The learner, for `train` with S seeds.
+
+    Raises:
+        UserError: Naming the parameter that does not fit.
+    """
+    fresh = jax.eval_shape(learner.init, jax.random.key(0), as_hypers(learner.hypers))
+    shapes = lambda tree: {jax.tree_util.keystr(k): x for k, x in jax.tree_util.tree_leaves_with_path(tree)}
+    found, expected = shapes(states.params), shapes(fresh.params)
+    for name in sorted([*expected, *found], key=lambda name: name in found and name in expected):
+        have = f"shape {found[name].shape[1:]}" if name in found else "none"
+        want = f"shape {expected[name].shape}" if name in expected else "none"
+        if have != want:
+            raise UserError(f"params{name}: found {have}, expected {want}")
+    if learner.adapted is not None:
+        return learner.adapted()._replace(given=states)
+
+    def init(key: Key, hypers: Any, params: Any) -> Any:
+        return learner.init(key, hypers)._replace(params=params)
+
+    return learner._replace(init=init, given=states.params)
 
 
 def _create(job: Job) -> RunDir | None:

@@ -179,6 +179,7 @@ def cross_play(
 def act_with(policy: Policy, params: Any, greedy: bool) -> rollout.Act:
     def act(key: Key, carry: Any, vs: vector.VecState) -> tuple[Any, Array, tuple]:
         ts = vs.ts
+        carry = policy.rewarded(carry, ts.reward)
         carry, action = policy.act(params, carry, ts.obs, ts.action_mask, vs.first, None if greedy else key)
         return carry, action, ()
 

@@ -239,6 +239,31 @@ def scatter(
     return _save(figure, axes, path, title)
 
 
+def clusters(
+    panels: Sequence[Mapping[str, Any]], groups: Any, path: str | Path, names: Sequence[str] = (), title: str = ""
+) -> Path:
+    """Points of the plane, coloured by their group: a row of panels per mapping from a panel's title to [P, 2]; the
+    groups [P] are those of all panels, `names` theirs by number."""
+    groups = np.asarray(groups)
+    width = max(len(row) for row in panels)
+    figure = _canvas(4.2 * width, 3.6 * len(panels))
+    axes = figure.subplots(len(panels), width, squeeze=False)
+    for line, row in zip(axes, panels, strict=True):
+        for ax, (told, points) in zip(line, row.items(), strict=True):
+            for g in np.unique(groups):
+                own = np.asarray(points)[groups == g]
+                label = names[g] if g < len(names) else f"group {g}"
+                colour = COLOURS[int(g) % len(COLOURS)]
+                ax.scatter(own[:, 0], own[:, 1], s=9, alpha=0.7, color=colour, label=label, linewidths=0)
+            ax.set_title(told, fontsize=8)
+            ax.spines[["top", "right"]].set_visible(False)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9, markerscale=2, frameon=False)
+    if title:
+        figure.suptitle(title, fontsize=11)
+    return _write(figure, path)
+
+
 def _short(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 

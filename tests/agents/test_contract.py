@@ -20,7 +20,8 @@ from jaxstack.core.runner import resume, train
 from jaxstack.learners import load_policy
 
 TINY = dict(num_envs=4, num_steps=4, hidden=(8,), total_steps=160, eval_episodes=4, anneal_lr=True)
-PLAYERS = [name for name in AGENTS if issubclass(config_class(name), PPOConfig)]
+# those that learn from rollouts of their own
+PLAYERS = [name for name in AGENTS if name == "mate" or issubclass(config_class(name), PPOConfig)]
 # it learns from a replay buffer
 OFF_POLICY = dict(num_envs=4, train_every=2, rounds=2, learning_starts=8, batch_size=8, buffer_size=64, hidden=(8,))
 OFF_POLICY |= dict(total_steps=160, eval_episodes=4, lr=1e-2)
@@ -28,6 +29,7 @@ ALONE = ("ppo", "dqn")
 VARIANTS = {name: (name, {}) for name in (*PLAYERS, "dqn")} | {
     "mappo, recurrent": ("mappo", {"gru": 4, "sharing": "full+id"}),
     "hypermarl, recurrent": ("hypermarl", {"gru": 4, "algorithm": "mappo"}),
+    "mate": ("mate", {"gru": 4, "encoder_hidden": 8, "decoder_hidden": (8,)}),
     "ippo, normalised": ("ippo", {"normalise_obs": True, "normalise_reward": True, "normalise_value": True}),
 }
 ALL = pytest.mark.parametrize("name", VARIANTS)
@@ -101,7 +103,8 @@ def test_seeds_and_hypers_are_vmapped(name):
     one = learner(name)
     init, step = compiled(name)
     keys = jax.random.split(jax.random.key(7), 2)
-    hypers = as_hypers(with_hypers(one, lr=jnp.array([1e-2, 0.0]), gamma=jnp.array([0.9, 0.5])))
+    rates = {name: jnp.array([1e-2, 0.0]) for name in one.hypers._fields if name.endswith("lr")}
+    hypers = as_hypers(with_hypers(one, **rates, gamma=jnp.array([0.9, 0.5])))
     hypers = jax.tree.map(lambda x: jnp.broadcast_to(x, (2,)), hypers)
     states = [init(k, jax.tree.map(lambda x, i=i: x[i], hypers)) for i, k in enumerate(keys)]
     both, metrics = jax.jit(jax.vmap(one.step))(jax.tree.map(lambda *x: jnp.stack(x), *states))

@@ -52,6 +52,7 @@ def bright(monkeypatch):
 TEAMS = [name for name in AGENTS if issubclass(agents.config_class(name), team_ppo.PPOConfig)]
 # HAPPO, DiCo and so on have networks of their own; PPO plays alone
 SCHEMES = {name: {} for name in TEAMS if name not in ("ppo", "dico")} | {
+    "mate": {},
     "mappo": {"sharing": "full+id"},
     "hypermarl": {"algorithm": "mappo"},
 }
@@ -59,7 +60,8 @@ SCHEMES = {name: {} for name in TEAMS if name not in ("ppo", "dico")} | {
 
 @pytest.mark.parametrize("name", SCHEMES)
 def test_every_scheme_reads_categories_as_one_hot(name):
-    one = agents.make(name, **RIDDLE, **SCHEMES[name])
+    sizes = {k: v for k, v in RIDDLE.items() if k in agents.config_class(name).__dataclass_fields__}
+    one = agents.make(name, **sizes, **SCHEMES[name])
     state = jax.eval_shape(one.init, jax.random.key(0), one.hypers)
     kernels = [x.shape for x in jax.tree.leaves(state.params) if len(x.shape) > 1]
     widths = {shape[-2] for shape in kernels}

@@ -26,8 +26,10 @@ class Trained(NamedTuple):
 
 
 def make(agent: str, kind: str, count: int = 1, /, **options: Any) -> Any:
-    """A learner of a probe environment."""
-    return agents.make(agent, **(SMALL | dict(env_args=(f"kind={kind}", f"count={count}")) | options))
+    """A learner of a probe environment, with those of the small sizes that it has."""
+    cls = agents.config_class(agent)
+    small = {k: v for k, v in SMALL.items() if k in cls.__dataclass_fields__ or k in cls().hypers._fields}
+    return agents.make(agent, **(small | dict(env_args=(f"kind={kind}", f"count={count}")) | options))
 
 
 def train(learner: Any, updates: int, key: jax.Array) -> tuple[Any, Any, Mean]:

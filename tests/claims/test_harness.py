@@ -62,6 +62,9 @@ TABLE = (
         (Check("e", "wide", "score", "share", 0.6, target=2.0), "holds"),  # 4, 3 and 2 of five seeds
         (Check("e", "wide", "score", "share", 0.8, target=2.0), "fails"),
         (Check("e", "wide", "score", "share_below", 0.4, target=1.0), "holds"),
+        (Check("e", "noisy", "score", "beaten", 1.0, other="noisy + 1", paired=True), "holds"),
+        (Check("e", "noisy + 1", "score", "beaten", 0.2, other="noisy", paired=True), "fails"),
+        (Check("e", "low", "score", "beaten", 0.8, other=("noisy", "high"), paired=True), "holds"),
         (Check("e", "high", "score", "above", 0.5, other=("low", "noisy")), "fails"),  # noisy has mean 2
         (Check("e", "low", "score", "below", 0.5, other=("noisy + 1", "wide")), "fails"),
         (Check("e", "low", "score", "below", 0.5, other=("high", "noisy + 1")), "holds"),  # against 2, not 3

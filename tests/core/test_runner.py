@@ -17,7 +17,7 @@ from jaxstack.core.errors import UserError
 from jaxstack.core.ledger import Ledger
 from jaxstack.core.metrics import Mean
 from jaxstack.core.rundir import read_metrics, read_plan
-from jaxstack.core.runner import Interrupted, RunOptions, load_state, resume, train
+from jaxstack.core.runner import Interrupted, RunOptions, load_state, resume, start_from, train
 from jaxstack.core.signals import collected
 
 LEARNER = regression()
@@ -390,3 +390,17 @@ def test_options_are_a_config():
     with pytest.raises(UserError, match="split_seeds"):
         RunOptions(split_seeds=0)
     assert ToyConfig().width == 4
+
+
+def test_a_run_starts_from_the_parameters_of_another():
+    old = train(regression(), 4, [3, 5], progress=False).state
+    new = start_from(regression(), old)
+    begun = train(new, 1, [3, 5], hypers=Hypers(lr=0.0), progress=False)
+    jax.tree.map(np.testing.assert_array_equal, begun.state.params, old.params)
+    assert (np.asarray(begun.state.step) == 1).all()
+    goes_on = train(new, 2, [3, 5], progress=False).state.params
+    assert any(bool((a != b).any()) for a, b in zip(jax.tree.leaves(goes_on), jax.tree.leaves(old.params)))
+    with pytest.raises(UserError, match=r"params.*: found shape \(\d+.*\), expected shape \(\d+"):
+        start_from(regression(ToyConfig(width=5)), old)
+    with pytest.raises(UserError, match="expected none"):
+        start_from(regression(), old._replace(params=old.params | {"more": jnp.zeros((2, 3))}))

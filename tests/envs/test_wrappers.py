@@ -21,7 +21,7 @@ from jaxstack.envs.base import (
 from jaxstack.envs.base import (
     Image as Pixels,
 )
-from jaxstack.envs.wrappers import AgentId, FrameStack, RewardClip, RewardScale, TimeLimit
+from jaxstack.envs.wrappers import AgentId, FrameStack, RewardClip, RewardScale, TaskId, TimeLimit
 
 
 class Pixel(Image):
@@ -159,3 +159,18 @@ def test_random_actions_are_uniform_over_the_legal_ones():
     assert (shares[~np.asarray(mask)] == 0).all()
     free = jax.vmap(draw(None))(jax.random.split(jax.random.key(1), count))
     np.testing.assert_allclose(jax.nn.one_hot(free, 5).mean(0), 0.2, atol=0.015)
+
+
+def test_task_id_shows_the_task_under_other_wrappers_too():
+    env = TaskId(TimeLimit(envs.make("hidden_corner", task_set="all"), 6))
+    assert env.spec.obs_shape == (4 + 8,)
+    ts = play(env, 6)
+    assert (ts.obs[..., 4:].sum(-1) == 1).all()
+    assert (ts.obs[..., 4:] == ts.obs[0, 0, 4:]).all()  # one task per episode
+    state, ts = env.reset(jax.random.key(0), jax.tree.map(lambda x: x[5], env.tasks("all")))
+    assert int(env.task_of(state)) == 5
+    assert ts.obs[:, 4:].argmax(-1).tolist() == [5, 5]
+    with pytest.raises(UserError, match=r"dispersion.*no sets of tasks"):
+        TaskId(envs.make("dispersion"))
+    with pytest.raises(UserError, match=r"TaskId: env .* expected real vectors"):
+        TaskId(Image())
