@@ -20,6 +20,7 @@ from jaxstack.core import returns, runner
 from jaxstack.core.errors import UserError
 from jaxstack.core.learner import as_hypers
 from jaxstack.envs import rollout
+from jaxstack.measures import crossplay
 
 TINY = dict(
     env="hidden_corner", num_envs=4, hidden=(8,), gru=0, emb_dim=2, encoder_hidden=8, decoder_hidden=(8,),
@@ -371,6 +372,24 @@ def test_recorded_play_has_embeddings_that_begin_with_zero():
     assert bool(got.alive.all())
     with pytest.raises(UserError, match="mode='none', expected ind, cen or mix"):
         mate.record(tiny(mode="none"), None, KEY)
+
+
+def test_who_plays_a_policy_tells_it_rewards():
+    task, s, played, _ = two_updates(**SHORT, mode="mix")
+    learner = mate.make_learner(task)
+    alone = crossplay.act_with(learner.policy, learner.policy.params(s), greedy=True)
+    training, draw = mate.actor(task, s.params, greedy=True)
+    vs = played.vec._replace(first=jnp.zeros(4, bool))
+
+    @jax.jit
+    def step(reward):
+        at = vs._replace(ts=vs.ts._replace(reward=jnp.full((4, 2), reward)))
+        numbers = jax.tree.map(lambda x: x[0], draw(KEY, 1))
+        return [a(n, played.carry, at)[:2] for a, n in ((alone, KEY), (training, numbers))]
+
+    (carry, action), (carry_too, action_too) = step(1.0)
+    jax.tree.map(np.testing.assert_array_equal, (carry, action), (carry_too, action_too))
+    assert not np.allclose(carry.embedding, step(0.0)[0][0].embedding)
 
 
 def shape_of(tree):
