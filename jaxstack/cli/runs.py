@@ -43,12 +43,12 @@ def started(learner: Any, run_dir: str, seeds: Sequence[int]) -> Any:
     import jax
     import numpy as np
 
-    from jaxstack.core import runner, stages
+    from jaxstack.core import runner
     from jaxstack.core.errors import UserError
+    from jaxstack.core.learner import require_one
 
     where = f"--start-from {run_dir}"
-    if isinstance(learner, stages.Staged):
-        raise UserError(f"{where}: expected without, as {learner.name} has stages")
+    require_one(learner, where)
     old, plan = load(run_dir)
     if old.name != learner.name:
         raise UserError(f"{where}: found a run of {old.name}, expected one of {learner.name}")
