@@ -8,6 +8,7 @@ from jaxstack import cli
 from jaxstack.agents import behaviour
 from jaxstack.core.errors import UserError
 from jaxstack.data.files import load_dataset
+from jaxstack.data.scores import normalised_score
 
 PENDULUM = dict(env_args=("max_steps_in_episode=6",), episodes=4)
 
@@ -67,3 +68,14 @@ def test_bad_input_is_named(capsys):
             behaviour.collect(env, quality, **options)
     assert cli.main(["collect", "gymnax/Pendulum-v1", "--quality", "random", "--out", "x.txt"]) == 2
     assert "--out x.txt: expected a name ending in .npz" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_qualities_lie_where_their_names_say():
+    """On Pendulum, between random play (0) and the expert (1), which 100 other episodes scored."""
+    made = {q: behaviour.collect("gymnax/Pendulum-v1", q, steps=300_000) for q in ("random", "medium", "expert")}
+    scores = made["expert"].info.scores
+    share = {q: normalised_score(float(d.episode_returns().mean()), scores) / 100 for q, d in made.items()}
+    assert abs(share["random"]) <= 0.05
+    assert 0.25 <= share["medium"] <= 0.45
+    assert 0.9 <= share["expert"] <= 1.1
