@@ -190,7 +190,15 @@ METHODS: tuple[Method, ...] = (
         2019,
         arxiv=("1905.09768",),
     ),
-    Method("naswot", "vision", "Neural architecture search without training", 2021, arxiv=("2006.04647",)),
+    Method(
+        "naswot",
+        "vision",
+        "Neural architecture search without training",
+        2021,
+        arxiv=("2006.04647",),
+        claim="jaxstack.claims.naswot:claim",
+        tests="tests/vision/test_naswot.py",
+    ),
     Method("blockswap", "vision", "BlockSwap: Fisher-guided block substitution", 2020, arxiv=("1906.04113",)),
     Method("structured-pruning", "vision", "A closer look at structured pruning", 2018, arxiv=("1810.04622",)),
     Method(

@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from jaxstack.cli import audits, claims, collecting, exporting, figures, listing, scores, training
+from jaxstack.cli import architectures, audits, claims, collecting, exporting, figures, listing, scores, training
 from jaxstack.cli.parsing import Commands
 from jaxstack.cli.training import plan
 
@@ -28,6 +28,7 @@ Train agents and sequence models in JAX, whole runs and all seeds in one program
   jaxstack crossplay RUN                          how well agents do with partners of other seeds
   jaxstack conventions RUN                        do trained pairs read each other, or have they agreed on constants
   jaxstack audit ENV ENV                          what environments ask for: memory, hidden information, coordination
+  jaxstack architectures search --num 100         rank untrained networks by their codes of one minibatch
   jaxstack plot RUN RUN ...                       learning curves with intervals
   jaxstack render RUN --out episode.gif           watch an episode
   jaxstack export RUN DIR                         the policy for other programs
@@ -81,6 +82,6 @@ def parser() -> argparse.ArgumentParser:
         epilog="--debug shows the traceback of an error.",
     )
     commands = Commands(whole.add_subparsers(dest="command", metavar="COMMAND", title="commands"))
-    for group in (listing, training, collecting, scores, audits, figures, exporting, claims):
+    for group in (listing, training, collecting, scores, audits, figures, exporting, architectures, claims):
         group.add_commands(commands)
     return whole

@@ -1,0 +1,118 @@
+"""Sets of labelled images by name: those that ship in packages, and files that the user names.
+
+`digits` (scikit-learn), `fashion-mnist` (Debian's package dataset-fashion-mnist, or a folder with the four IDX files).
+Nothing is downloaded.
+"""
+
+import gzip
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from jaxstack.core.errors import UserError, unknown
+from jaxstack.data.digits import digits
+
+DEBIAN = Path("/usr/share/datasets/fashion-mnist")
+IDX_TYPES = {
+    8: np.uint8,
+    9: np.int8,
+    11: np.dtype(">i2"),
+    12: np.dtype(">i4"),
+    13: np.dtype(">f4"),
+    14: np.dtype(">f8"),
+}
+Images = tuple[np.ndarray, np.ndarray]
+
+
+def read_idx(path: str | Path) -> np.ndarray:
+    """The array in an IDX file, as MNIST's, compressed where it ends in .gz. Raises `UserError` for a broken file."""
+    path = Path(path)
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+            content = file.read()
+    except (OSError, EOFError) as e:
+        raise UserError(f"{path}: cannot be read ({e.strerror if isinstance(e, OSError) and e.strerror else e})") from e
+    if len(content) < 4 or content[:2] != b"\0\0" or content[2] not in IDX_TYPES:
+        raise UserError(f"{path}: is no IDX file")
+    kind, ndim = np.dtype(IDX_TYPES[content[2]]), content[3]
+    start = 4 + 4 * ndim
+    shape = struct.unpack(f">{ndim}I", content[4:start]) if len(content) >= start else ()
+    if len(shape) != ndim or len(content) - start != kind.itemsize * int(np.prod(shape, dtype=np.int64)):
+        raise UserError(f"{path}: found {len(content)} bytes, expected others for an array of shape {list(shape)}")
+    return np.frombuffer(content, kind, offset=start).reshape(shape).astype(kind.newbyteorder("="))
+
+
+def idx_folder(folder: str | Path, split: str) -> Images:
+    """Images [N, H, W, 1] uint8 and labels [N] int32 of a folder of MNIST's form. Raises `UserError`."""
+    folder, stem = Path(folder), {"train": "train", "test": "t10k"}[split]
+    found = []
+    for kind in ("images-idx3", "labels-idx1"):
+        names = [folder / f"{stem}-{kind}-ubyte{end}" for end in (".gz", "")]
+        there = [n for n in names if n.exists()]
+        if not there:
+            raise UserError(f"{names[0]}: not found, nor without .gz")
+        found.append(read_idx(there[0]))
+    x, y = found
+    if x.ndim != 3 or y.shape != x.shape[:1]:
+        raise UserError(
+            f"{folder}: found images {list(x.shape)} and labels {list(y.shape)}, expected [N, H, W] and [N]"
+        )
+    return x[..., None], y.astype(np.int32)
+
+
+def _fashion(split: str, path: str | None) -> Images:
+    if path is None and not DEBIAN.exists():
+        raise UserError("fashion-mnist: not found; install dataset-fashion-mnist or give --data fashion-mnist=DIR")
+    return idx_folder(path or DEBIAN, split)
+
+
+def _digits(split: str, path: str | None) -> Images:
+    if path is not None:
+        raise UserError(f"digits={path}: digits are scikit-learn's and take no path")
+    x, y = digits("train" if split == "train" else "test")
+    return np.round(x * (255 / 16)).astype(np.uint8), y
+
+
+SETS: dict[str, Callable[[str, str | None], Images]] = {"digits": _digits, "fashion-mnist": _fashion}
+
+
+def load(name: str, split: str = "train") -> Images:
+    """Images [N, H, W, C] uint8 in 0..255 and labels [N] int32.
+
+    Args:
+        name: one of `SETS`, or NAME=PATH for files of the user's own.
+        split: "train" or "test".
+
+    Raises:
+        UserError: for an unknown set or split, or files that are missing or broken.
+    """
+    name, _, path = name.partition("=")
+    if name not in SETS:
+        raise unknown("data set", name, SETS)
+    if split not in ("train", "test"):
+        raise UserError(f"split={split!r}: expected 'train' or 'test'")
+    return SETS[name](split, path or None)
+
+
+def resized(images: np.ndarray, size: int) -> np.ndarray:
+    """Square images [N, H, H, C] uint8 in size x size pixels, as float32 in 0..1: zeros around smaller ones; larger
+    ones are averaged over blocks, then padded or cut in the middle."""
+    x = images.astype(np.float32) / 255.0
+    by = max(1, round(x.shape[1] / size))
+    n, h, w, c = x.shape
+    x = x[:, : h // by * by, : w // by * by].reshape(n, h // by, by, w // by, by, c).mean((2, 4))
+    for axis in (1, 2):
+        extra = size - x.shape[axis]
+        before = abs(extra) // 2
+        if extra > 0:
+            x = np.pad(x, [(before, extra - before) if a == axis else (0, 0) for a in range(4)])
+        elif extra < 0:
+            x = np.take(x, range(before, before + size), axis)
+    return x
+
+
+def normalised(images: np.ndarray) -> np.ndarray:
+    """Float images less their mean over the set, over their standard deviation, per channel."""
+    return (images - images.mean((0, 1, 2))) / np.maximum(images.std((0, 1, 2)), 1e-6)

@@ -1,0 +1,1 @@
+"""Methods for images: a file per method."""
