@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from jaxstack.cli import architectures, audits, claims, collecting, exporting, figures, listing, scores, training
+from jaxstack.cli import architectures, audits, claims, collecting, exporting, figures, listing, scores, training, tuning
 from jaxstack.cli.parsing import Commands
 from jaxstack.cli.training import plan
 
@@ -82,6 +82,6 @@ def parser() -> argparse.ArgumentParser:
         epilog="--debug shows the traceback of an error.",
     )
     commands = Commands(whole.add_subparsers(dest="command", metavar="COMMAND", title="commands"))
-    for group in (listing, training, collecting, scores, audits, figures, exporting, architectures, claims):
+    for group in (listing, training, collecting, scores, audits, figures, exporting, architectures, tuning, claims):
         group.add_commands(commands)
     return whole

@@ -12,8 +12,12 @@ form. Vmapping unrolls over kernels. On other backends everything is `jax.lax.co
 """
 
 import functools
+import json
 import math
+import os
+import platform
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -24,6 +28,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array
 
+from jaxstack.core import cache
 from jaxstack.core.errors import UserError
 
 Pair = tuple[int, int]
@@ -246,8 +251,106 @@ def kernel_dense(x: Array, g: Array, *, window: Window) -> Array:
     return of_blocks(whole, window.groups) if window.groups > 1 else whole
 
 
+def conv_im2col(x: Array, kernel: Array, *, window: Window) -> Array:
+    """One matrix product per group, of all shifts beside each other: R S times the memory of the image."""
+    groups, depth = window.groups, kernel.shape[2]
+    split = [v.reshape(*v.shape[:3], groups, depth) for v in shifts(x, window)]
+    patches = jnp.stack(split, 4)  # [N, H', W', G, R S, C/G]
+    taps = kernel.reshape(len(split), depth, groups, -1)
+    out = jnp.einsum("nhwgsc,scgk->nhwgk", patches, taps)
+    return out.reshape(*out.shape[:3], -1)
+
+
+def conv_split(x: Array, kernel: Array, *, window: Window) -> Array:
+    """A convolution per group, one after the other: what frameworks without grouped kernels do."""
+    if window.groups == 1:
+        return conv_dense(x, kernel, window=window)
+    one = window._replace(groups=1)
+    parts = zip(jnp.split(x, window.groups, 3), jnp.split(kernel, window.groups, 3))
+    return jnp.concatenate([conv_dense(a, b, window=one) for a, b in parts], 3)
+
+
+CONV_FORMS = {
+    "lax": conv_plain,
+    "pack": conv_pack,
+    "im2col": conv_im2col,
+    "dense": conv_dense,
+    "split": conv_split,
+    "depthwise": conv_depthwise,
+}
+KERNEL_FORMS = {"lax": kernel_plain, "pack": kernel_pack, "dense": kernel_dense, "depthwise": kernel_depthwise}
+
+TUNED: dict[str, str] = {}
+"""What was measured to be fastest on this machine, by `signature`; see `jaxstack tune-conv`."""
+
+
+def machine() -> dict[str, str]:
+    """What choices hold for."""
+    return {"jax": jax.__version__, "backend": jax.default_backend(), "cpu": platform.processor() or platform.machine()}
+
+
+def choices_file() -> Path:
+    """Where choices are kept: conv.json beside the folder of compiled programs."""
+    return cache.default_dir().parent / "conv.json"
+
+
+def save_choices(path: Path | None = None) -> Path:
+    """Write what was tuned, with what the file held for the same machine. Raises `UserError`."""
+    path = path or choices_file()
+    load_choices(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"machine": machine(), "choices": TUNED}, indent=1) + "\n", encoding="utf-8")
+    except OSError as e:
+        raise UserError(f"{path}: cannot be written ({e.strerror})") from e
+    return path
+
+
+def load_choices(path: Path | None = None) -> int:
+    """Use the choices of a file, where they are this machine's; what this process tuned stays.
+
+    Returns how many there are. Raises `UserError` for a broken file.
+    """
+    path = path or choices_file()
+    if not path.exists():
+        return 0
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        choices, forms = content["choices"], {"conv": CONV_FORMS, "kernel": KERNEL_FORMS}
+        if not all(form in forms[name.split()[0]] for name, form in choices.items()):
+            raise ValueError("unknown form")
+        mine = content["machine"] == machine()
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as e:
+        raise UserError(f"{path}: is no file of choices ({e}); remove it") from e
+    for name, form in choices.items() if mine else ():
+        TUNED.setdefault(name, form)
+    return len(choices) if mine else 0
+
+
+@functools.cache
+def _load_once() -> None:
+    """The user's own choices, when the first convolution is lowered."""
+    if os.environ.get("JAXSTACK_CACHE") != "off":
+        load_choices()
+
+
+def tuned(kind: str, first: Array, second: Array, window: Window) -> str | None:
+    """The form that was chosen for these shapes, if any was."""
+    _load_once()
+    return TUNED.get(signature(kind, first, second, window))
+
+
+def signature(kind: str, first: Any, second: Any, window: Window) -> str:
+    """A name for "conv" (image, kernel) or "kernel" (image, cotangent) of given shapes, as in the file of choices."""
+    shapes = "x".join(map(str, first.shape)), "x".join(map(str, second.shape))
+    flat = [window.size, window.stride, window.spread, window.dilation, *window.padding]
+    return " ".join([kind, *shapes, *(f"{a},{b}" for a, b in flat), str(window.groups), str(first.dtype)])
+
+
 def conv_cpu(x: Array, kernel: Array, *, window: Window) -> Array:
-    """The form that was measured to be fast on a CPU: see docs/performance.md."""
+    """The form that was tuned for these shapes, else the one that was measured to be fast: see docs/performance.md."""
+    if form := tuned("conv", x, kernel, window):
+        return CONV_FORMS[form](x, kernel, window=window)
     if window.groups > 1 and kernel.shape[2] == 1:
         return conv_depthwise(x, kernel, window=window)
     if window.groups > 1 and few_rows(x, window):
@@ -256,7 +359,9 @@ def conv_cpu(x: Array, kernel: Array, *, window: Window) -> Array:
 
 
 def kernel_cpu(x: Array, g: Array, *, window: Window) -> Array:
-    """The form that was measured to be fast on a CPU."""
+    """The form that was tuned for these shapes, else the one that was measured to be fast."""
+    if form := tuned("kernel", x, g, window):
+        return KERNEL_FORMS[form](x, g, window=window)
     if window.groups > 1 and x.shape[3] == window.groups:
         return kernel_depthwise(x, g, window=window)
     if window.groups > 1 and few_rows(x, window):
