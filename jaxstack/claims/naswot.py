@@ -7,6 +7,7 @@ with a table of the benchmark's accuracies, 4,000 of its cells scored at a hundr
 import json
 from collections.abc import Iterator
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -72,9 +73,10 @@ def own_table(arm: str, seeds: tuple[int, ...], fashion_mnist: str) -> Iterator[
         yield row
 
 
-def read_table(path: str) -> tuple[np.ndarray, np.ndarray]:
+def read_table(folder: str) -> tuple[np.ndarray, np.ndarray]:
     """Test accuracies after 200 epochs and validation accuracies after 12, [15625] on CIFAR-10 in the order of
-    `naswot.all_cells`. Raises `UserError`."""
+    `naswot.all_cells`, from the file nb201_accuracies.npz of a folder. Raises `UserError`."""
+    path = Path(folder) / "nb201_accuracies.npz"
     try:
         with np.load(path, allow_pickle=False) as file:
             cell, test = file["cell"], file["test200"][:, 0]
