@@ -21,6 +21,7 @@ NEEDED = (
     "jaxstack/envs/jaxmarl/storm.py",
     "jaxstack/agents/hypermarl.py",
     "jaxstack/sequence/scan_table.json",
+    "jaxstack/vision/cells.json",
 )
 
 

@@ -255,9 +255,9 @@ def tune(case: Case, repeats: int = 3) -> dict[str, dict[str, Timing]]:
     found = {}
     for title, (kind, first, second, window) in sums(case).items():
         keys = jax.random.split(jax.random.key(len(found)))
-        args = tuple(jax.random.normal(k, s) for k, s in zip(keys, (first, second)))
-        times = interleaved(candidates(kind, first, second, window), [args], repeats)
-        conv.TUNED[conv.signature(kind, *args, window)] = min(times, key=lambda form: times[form].median)
+        a, b = (jax.random.normal(k, s) for k, s in zip(keys, (first, second)))
+        times = interleaved(candidates(kind, first, second, window), [(a, b)], repeats)
+        conv.TUNED[conv.signature(kind, a, b, window)] = min(times, key=lambda form: times[form].median)
         found[title] = times
     return found
 

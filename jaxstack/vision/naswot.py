@@ -115,7 +115,7 @@ def num_params(cell: Any, skeleton: Skeleton = Skeleton()) -> np.ndarray:
 def num_units(cell: Any, skeleton: Skeleton = Skeleton()) -> np.ndarray:
     """[..., 6] -> [...] ReLU units of the whole network, N_A."""
     convs = np.isin(np.asarray(cell), (CONV1, CONV3)).sum(-1)
-    units, total = skeleton.channels * skeleton.image**2, 0
+    units, total = skeleton.channels * skeleton.image**2, 0 * convs
     for stage in range(3):
         here = units // 2**stage  # channels double, pixels fall to a quarter
         total = total + skeleton.cells * convs * here
@@ -351,7 +351,7 @@ def _synflow(keys: Array, cells: Array, scoring: Scoring) -> Array:
     def one(given: tuple[Array, Array]) -> Array:
         key, cell = given
         params = jax.tree.map(jnp.abs, network.init(key, x, cell)["params"])
-        output = lambda p: jnp.log(network.apply({"params": p}, x, cell).sum())
+        output = lambda p: jnp.log(jnp.sum(network.apply({"params": p}, x, cell)))  # pyright: ignore[reportArgumentType]
         # the sum of |theta dR/dtheta| in the log domain: log R plus that of d log R
         relative = jax.grad(output)(params)
         return output(params) + jnp.log(sum((p * g).sum() for p, g in zip(*map(jax.tree.leaves, (params, relative)))))
