@@ -9,7 +9,18 @@ import os
 import sys
 from collections.abc import Sequence
 
-from jaxstack.cli import architectures, audits, claims, collecting, exporting, figures, listing, scores, training, tuning
+from jaxstack.cli import (
+    architectures,
+    audits,
+    claims,
+    collecting,
+    exporting,
+    figures,
+    listing,
+    scores,
+    training,
+    tuning,
+)
 from jaxstack.cli.parsing import Commands
 from jaxstack.cli.training import plan
 
