@@ -1,8 +1,9 @@
-"""Speed of the cooperative multi-agent environments, against the packages that they re-write.
+"""Speed of the cooperative multi-agent environments and of the probes, against the packages that they re-write.
 
-    python scripts/bench_marl.py                                    ours alone; a minute on 2 cores
+    python scripts/bench_marl.py --cases play                       ours alone; a minute on 2 cores
     python scripts/bench_marl.py --peers-python PYTHON              and what of lbforaging, rware and jumanji it has
-    python scripts/bench_marl.py --env lbf rware --repeats 9
+    python scripts/bench_marl.py --cases play --env lbf rware --repeats 9
+    python scripts/bench_marl.py --cases probes parity --probes-python PYTHON     against dec-pomdp-diagnostics
 
 play     random play, environment steps per second of CPU time (of all threads), 128 environments in rollouts of 128
          steps with auto-reset from a pool, as in bench_envs.py; `lbf` is 8 x 8 with 2 agents, 2 foods and sight 2,
@@ -10,11 +11,22 @@ play     random play, environment steps per second of CPU time (of all threads),
          with its own auto-reset, all in a child process of PYTHON; their sizes are the same. Aims: at least 8 times the
          Python packages and as fast as jumanji; `lbf` 100 k, `rware` 30 k, the small ones 300 k steps per CPU-second.
 
+probes   the six estimates of a feed-forward audit (OAR, HAR, PIF with and without actions, AA, DAI) of two agents on
+         8,000 steps with 18 observation columns and 5 actions: seconds of CPU time and of the clock.
+         dec-pomdp-diagnostics audits the same arrays in a child process of PYTHON, both with 5 null values; then ours
+         with 200 against 5 where no action stands in the windows, and the same with 128 columns of hidden states.
+         Compilation is not counted. Aims: at least 3 times as fast as the package and under 60 s; 200 null values in at
+         most 3 times the time of 5.
+parity   values of both on the same arrays, ours with reference_compat=True: real and binary observations, hidden
+         states, real actions, 1,600 steps. No aims: docs/methods/decpomdp-probes.md tells why what differs does.
+
 Repeats alternate between all that is compared. Shown are medians, and ratios within a repeat with quartiles.
 """
 
 import argparse
+import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +38,7 @@ from bench_envs import ours
 
 from jaxstack import envs
 from jaxstack.core.errors import UserError
+from jaxstack.measures import probes as measure
 
 WIDTH, LENGTH = 128, 128
 AIMS = {
@@ -107,13 +120,145 @@ def rate_row(name: str, rates: list[float], aim: float | None) -> Row:
     return row if aim is None else row | {"target": aim, "met": median >= aim}
 
 
-CASES = {"play": play}
+def arrays(
+    kind: str, episodes: int, steps: int, columns: int = 18, choices: int = 5, hidden: int = 128
+) -> dict[str, np.ndarray]:
+    """A team of two whose actions depend on observations, the own past and the partner's last action.
+
+    `kind` is real, binary (2 columns and 2 actions: many ties), hidden (leaky sums of the observations as recurrent
+    states) or moves (real actions of 2 columns).
+    """
+    rng = np.random.default_rng(0)
+    width = 2 if kind == "binary" else columns
+    noise = rng.normal(size=(episodes, steps, 2, width))
+    obs = np.zeros_like(noise)
+    for t in range(steps):  # a slow walk
+        obs[:, t] = (0.7 * obs[:, t - 1] if t else 0.0) + noise[:, t]
+    if kind == "binary":
+        obs, choices = (obs > 0).astype(float), 2
+    read = rng.normal(size=(2, 2, width, choices)) / np.sqrt(width)
+    action = np.zeros((episodes, steps, 2), int)
+    for t in range(steps):
+        score = np.einsum("enw,nwc->enc", obs[:, t], read[0]) + 0.5 * rng.gumbel(size=(episodes, 2, choices))
+        if t:
+            score += np.einsum("enw,nwc->enc", obs[:, t - 1], read[1])
+            score += 0.5 * np.eye(choices)[action[:, t - 1, ::-1]]
+        action[:, t] = score.argmax(-1)
+    out = {"obs": obs.astype(np.float32), "action": action}
+    if kind == "moves":
+        real = np.einsum("etnw,nwc->etnc", obs, read[0])[..., :2] + 0.3 * rng.normal(size=(episodes, steps, 2, 2))
+        out["action"] = np.tanh(real).astype(np.float32)
+    if kind == "hidden":
+        state, mix = np.zeros((episodes, 2, hidden)), rng.normal(size=(width, hidden)) / np.sqrt(width)
+        out["hidden"] = np.zeros((episodes, steps, 2, hidden), np.float32)
+        for t in range(steps):
+            state = np.tanh(0.8 * state + obs[:, t] @ mix)
+            out["hidden"][:, t] = state
+    return out
+
+
+def probes(args: argparse.Namespace) -> list[Row]:
+    episodes, steps = args.probe_rows // 50, 50
+    team = {kind: measure.trajectories(**arrays(kind, episodes, steps)) for kind in ("real", "hidden")}
+    quick = {"real": ("OAR", "HAR", "PIF-obs", "AA"), "hidden": ("OAR", "HAR", "PIF", "AA", "DAI")}
+    todo: dict[str, Callable[[], Any]] = {"real, 5 null values": lambda: audit(team["real"], 5)}
+    for kind, names in quick.items():
+        for reps in (5, 200):
+            todo[f"{kind}, {len(names)} probes, {reps} null values"] = lambda k=kind, n=names, r=reps: audit(
+                team[k], r, n
+            )
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "real.npz"
+        np.savez(path, **arrays("real", episodes, steps))
+        child = probe_child(args)
+        try:
+            version = child.ask(do="about").get("dec-pomdp-diagnostics") if child else None
+            taken: dict[str, list[tuple[float, float]]] = {}
+            for repeat in range(args.repeats + 1):  # the first one compiles
+                for name, call in todo.items():
+                    seconds = timed(call)
+                    if repeat:
+                        taken.setdefault(name, []).append(seconds)
+                if child and repeat:
+                    answer = child.ask(do="audit", arrays=str(path), null_reps=5)
+                    taken.setdefault("package", []).append((answer["cpu_s"], answer["wall_s"]))
+        finally:
+            if child:
+                child.close()
+    rows = [seconds_row(name, s, 60.0 if name.startswith("real, 5") else None) for name, s in taken.items()]
+    if version:
+        rows[-1]["version"] = version
+        rows.append(ratio_row("package / ours", taken["package"], taken["real, 5 null values"], 3.0, at_least=True))
+    for kind, names in quick.items():
+        many, few = (taken[f"{kind}, {len(names)} probes, {reps} null values"] for reps in (200, 5))
+        rows.append(ratio_row(f"{kind}, 200 / 5 null values", many, few, 3.0, at_least=False))
+    return rows
+
+
+def audit(team: measure.Trajectories, reps: int, names: Sequence[str] = measure.PROBES, compat: bool = False) -> Any:
+    settings = measure.Settings(null_reps=reps, slow_null_reps=reps, reference_compat=compat)
+    return measure.audit(team, settings, names)
+
+
+def timed(call: Callable[[], Any]) -> tuple[float, float]:
+    """CPU seconds of all threads and seconds of the clock of a call that returns numpy arrays."""
+    cpu, wall = time.process_time(), time.perf_counter()
+    call()
+    return time.process_time() - cpu, time.perf_counter() - wall
+
+
+def seconds_row(name: str, seconds: list[tuple[float, float]], most: float | None) -> Row:
+    cpu, wall = (np.quantile(v, (0.25, 0.5, 0.75)).tolist() for v in zip(*seconds))
+    print(f"{f'probes, {name}':48s} {cpu[1]:7.2f} s CPU, {wall[1]:7.2f} s", flush=True)
+    row: Row = {"case": f"probes, {name}", "cpu_s_quartiles": cpu, "wall_s_quartiles": wall}
+    return row if most is None else row | {"target": most, "met": wall[1] <= most}
+
+
+def ratio_row(name: str, above: list, below: list, aim: float, at_least: bool) -> Row:
+    ratio = np.asarray(above)[:, 0] / np.asarray(below)[:, 0]
+    low, median, high = (float(q) for q in np.quantile(ratio, (0.25, 0.5, 0.75)))
+    bound = "at least" if at_least else "at most"
+    print(f"{f'probes, {name}':48s} {median:7.2f} [{low:.2f}, {high:.2f}] (aim {bound} {aim:g})", flush=True)
+    met = median >= aim if at_least else median <= aim
+    return {"case": f"probes, {name}", "ratio_quartiles": [low, median, high], "target": aim, "met": met}
+
+
+def parity(args: argparse.Namespace) -> list[Row]:
+    child, rows = probe_child(args), []
+    if child is None:
+        raise UserError("--probes-python: parity: expected a Python that has dec-pomdp-diagnostics")
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            for kind in ("real", "binary", "hidden", "moves"):
+                path, drawn = Path(folder) / f"{kind}.npz", arrays(kind, args.probe_rows // 250, 50)
+                np.savez(path, **drawn)
+                answer = child.ask(do="audit", arrays=str(path), null_reps=5)["values"]
+                for name, found in audit(measure.trajectories(**drawn), 5, compat=True).items():
+                    theirs = answer[name]
+                    ours = {"bits": found.bits, "norm": found.norm, "null": float(found.null.mean())}
+                    rows.append({"case": f"parity, {kind}, {name}", "ours": ours, "package": theirs})
+                    text = "  ".join(f"{k} {ours[k]:.6f} {theirs[k]:.6f}" for k in ours)
+                    print(f"{rows[-1]['case']:28s} {text}", flush=True)
+    finally:
+        child.close()
+    return rows
+
+
+def probe_child(args: argparse.Namespace) -> Child | None:
+    if args.probes_python is None:
+        return None
+    return Child("probes", [str(args.probes_python), str(Path(__file__).with_name("bench_marl_peers.py"))])
+
+
+CASES = {"play": play, "probes": probes, "parity": parity}
 
 
 def options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=["play", "probes"])
     parser.add_argument("--peers-python", type=Path, help="a Python that has lbforaging, rware or jumanji")
+    parser.add_argument("--probes-python", type=Path, help="a Python that has dec-pomdp-diagnostics")
+    parser.add_argument("--probe-rows", type=int, default=8000, help="steps that the probes read; parity a fifth")
     parser.add_argument("--env", nargs="+", default=list(AIMS), metavar="ID", help="of play")
     parser.add_argument("--rollouts", type=int, default=8, help="of 128 steps of 128 environments, in a repeat of play")
     parser.add_argument("--repeats", type=int, default=7)
@@ -128,6 +273,8 @@ def main() -> None:
         parser.error(f"--repeats {args.repeats}: expected at least 5, for quartiles")
     if args.rollouts < 1:
         parser.error(f"--rollouts {args.rollouts}: expected at least 1")
+    if args.probe_rows < 500:
+        parser.error(f"--probe-rows {args.probe_rows}: expected at least 500")
     rows: list[Row] = []
     for name in args.cases:
         rows += CASES[name](args)

@@ -1,10 +1,11 @@
-"""The child process of bench_marl.py: random play of other packages, run by a Python that has them.
+"""The child process of bench_marl.py: other packages' environments and probes, run by a Python that has them.
 
     python bench_marl_peers.py
 
 Commands come one a line on stdin, answers go one a line to stdout: {"do": "about"} -> versions of the packages that it
-finds; {"do": "play", "peer": NAME, "steps": N} -> [steps, CPU seconds]. The first play of a peer compiles and is not to
-be counted. Ends with its input. What the packages print goes to stderr.
+finds; {"do": "play", "peer": NAME, "steps": N} -> [steps, CPU seconds]; {"do": "audit", "arrays": NPZ, "null_reps": R}
+-> values of dec-pomdp-diagnostics and the seconds that it took. The first play of a peer compiles and is not to be
+counted. Ends with its input. What the packages print goes to stderr.
 
 Sizes are those of bench_marl.py: foraging on 8 x 8 cells, 2 agents, 2 foods, sight 2, 50 steps; the tiny warehouse, 2
 agents, sight 2, 500 steps. lbforaging gives its vector observation: the shape that 2.0.0 declares for the other one is
@@ -28,7 +29,18 @@ PACKAGES = {
     "robotic-warehouse": "rware",
     "jumanji-lbf": "jumanji",
     "jumanji-rware": "jumanji",
+    "dec-pomdp-diagnostics": "dec-pomdp-diagnostics",
 }
+WINDOWS = {
+    "OAR": ("oar", "oarR"),
+    "HAR": ("har_ohist", "harRcond_ohist"),
+    "PIF": ("pifOA_ohist", "pifOARcond_ohist"),
+    "PIF-obs": ("pif_ohist", "pifRcond_ohist"),
+    "AA": ("aa", "aaRcond"),
+    "DAI": ("daiOA_ohist", "daiOARcond_ohist"),
+}
+"""dec-pomdp-diagnostics' names of a probe's bits and normalised value for feed-forward policies."""
+HIDDEN = WINDOWS | {p: (f"{p.lower()}_hidden", f"{p.lower()}Rcond_hidden") for p in ("HAR", "PIF", "DAI")}
 
 
 def lbforaging() -> Any:
@@ -116,6 +128,29 @@ MAKE: dict[str, Callable[[], Iterator[tuple[int, float]]]] = {
 }
 
 
+def audit(path: str, null_reps: int) -> dict[str, Any]:
+    """Probe a team's arrays [E, T, 2, ...] and time it."""
+    import dec_pomdp_diagnostics as package  # pyright: ignore[reportMissingImports]
+
+    drawn = np.load(path)
+    episodes, steps = drawn["obs"].shape[:2]
+    episode, step = (v.reshape(-1) for v in np.meshgrid(np.arange(episodes), np.arange(steps), indexing="ij"))
+    rows = lambda x: {str(n): x[:, :, n].reshape(episodes * steps, *x.shape[3:]) for n in range(2)}
+    both = lambda x: {"0": x, "1": x}
+    hidden = rows(drawn["hidden"]) if "hidden" in drawn else None
+    data = package.UserData(
+        rows(drawn["obs"]), rows(drawn["action"]), both(step), both(episode), hidden, alg_name="RNN" if hidden else "FF"
+    )
+    cpu, wall = time.process_time(), time.perf_counter()
+    found = package.compute_diagnostics(data, null_reps=null_reps).metrics
+    taken = {"cpu_s": time.process_time() - cpu, "wall_s": time.perf_counter() - wall}
+    values = {
+        name: {"bits": found[f"{bits}_max"], "norm": found[f"{norm}_max"], "null": found[f"{norm}_max_null"]}
+        for name, (bits, norm) in (HIDDEN if hidden else WINDOWS).items()
+    }
+    return {"values": values, **taken}
+
+
 def versions() -> dict[str, str]:
     found = {}
     for peer, package in PACKAGES.items():
@@ -135,6 +170,8 @@ def main() -> None:
         command = json.loads(line)
         if command["do"] == "about":
             answer: Any = versions()
+        elif command["do"] == "audit":
+            answer = audit(command["arrays"], command["null_reps"])
         else:
             peer = command["peer"]
             if peer not in players:

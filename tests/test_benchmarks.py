@@ -5,6 +5,7 @@ import importlib
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
@@ -160,3 +161,38 @@ def test_random_play_is_compared_with_a_child(script, tmp_path, monkeypatch):
     low, median, high = rows["play, lbf"]["steps_per_cpu_s_quartiles"]
     assert 0 < low <= median <= high
     assert rows["play, lbf / lbforaging"]["ratio_quartiles"][1] == pytest.approx(median / 40.0)
+
+
+PROBES_STAND_IN = """
+import json, sys
+import numpy as np
+for line in sys.stdin:
+    ask = json.loads(line)
+    if ask["do"] == "audit":
+        assert np.load(ask["arrays"])["obs"].shape == (10, 50, 2, 18)
+    answer = {"dec-pomdp-diagnostics": "9.9"} if ask["do"] == "about" else {"cpu_s": 60.0, "wall_s": 40.0}
+    print(json.dumps(answer), flush=True)
+"""
+
+
+def test_probes_are_compared_with_a_child(script, tmp_path, monkeypatch):
+    bench = script("bench_marl")
+    (tmp_path / "bench_marl_peers.py").write_text(PROBES_STAND_IN)
+    monkeypatch.setattr(bench, "__file__", str(tmp_path / "bench_marl.py"))
+    # seconds by the number of null values; the estimates themselves are tested with the measures
+    monkeypatch.setattr(bench, "audit", lambda team, reps, names=(): reps)
+    monkeypatch.setattr(bench, "timed", lambda call: (2.0 * call(), 1.0 * call()))
+    args = ["--probes-python", sys.executable, "--probe-rows", "500", "--repeats", "2"]
+    rows = {row["case"]: row for row in bench.probes(bench.options().parse_args(args))}
+    assert rows["probes, package"]["version"] == "9.9"
+    assert rows["probes, real, 5 null values"]["wall_s_quartiles"] == [5.0] * 3
+    assert rows["probes, real, 5 null values"]["met"]
+    assert rows["probes, package / ours"]["ratio_quartiles"] == [6.0] * 3
+    assert rows["probes, package / ours"]["met"]
+    assert rows["probes, hidden, 200 / 5 null values"]["ratio_quartiles"] == [40.0] * 3
+    assert not rows["probes, hidden, 200 / 5 null values"]["met"]
+    for kind in ("real", "binary", "hidden", "moves"):
+        drawn = bench.arrays(kind, 3, 4)
+        assert drawn["action"].shape[:3] == drawn["obs"].shape[:3] == (3, 4, 2)
+        assert ("hidden" in drawn) == (kind == "hidden")
+        assert np.issubdtype(drawn["action"].dtype, np.integer) == (kind != "moves")

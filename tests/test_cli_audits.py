@@ -38,6 +38,8 @@ def test_a_page_tells_what_runs_say(tmp_path):
         (["audit", "match_now", "--scenarios", "paper"], "one of the two"),
         (["audit", "--scenarios", "papr"], "did you mean 'paper'"),
         (["audit", "match_now", "--seeds", "0"], "--seeds 0: expected at least 1"),
+        (["audit", "match_now", "--null-reps", "0"], "--null-reps 0: expected at least 1"),
+        (["audit", "match_now", "--slow-null-reps", "0"], "--slow-null-reps 0: expected at least 1"),
         (["audit", "match_now", "--algorithms", "SAC"], "expected some of IPPO-FF"),
         (["audit", "nope"], "unknown environment 'nope'"),
         (["conventions", "nowhere"], "no run found"),

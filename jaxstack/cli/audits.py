@@ -21,6 +21,12 @@ def add_commands(commands: Commands) -> None:
     p.add_argument("--total-steps", type=whole, help="environment steps per seed; default: the scenario's")
     p.add_argument("--seeds", type=whole, default=5, help="training seeds 0, 1, ...; fewer than 5 show no memory gap")
     p.add_argument("--null-reps", type=whole, default=200, help="null values per probe")
+    p.add_argument(
+        "--slow-null-reps",
+        type=whole,
+        default=20,
+        help="where neighbours are found again for each: feed-forward PIF and DAI, and continuous actions",
+    )
     p.add_argument("--null", choices=("permute", "shift"), default="permute")
     p.add_argument("--out", default="audit", help="folder of report.html, probes.csv and audit.json")
     p = commands.add(
@@ -44,6 +50,10 @@ def _audit(args: argparse.Namespace, _: list[str]) -> None:
         raise UserError("audit: expected environment ids or --scenarios NAME, one of the two")
     if args.seeds < 1:
         raise UserError(f"--seeds {args.seeds}: expected at least 1")
+    for option in ("null_reps", "slow_null_reps"):
+        if getattr(args, option) < 1:
+            raise UserError(f"--{option.replace('_', '-')} {getattr(args, option)}: expected at least 1")
+    settings = Settings(null=args.null, null_reps=args.null_reps, slow_null_reps=args.slow_null_reps)
     if args.envs:
         scenarios = [probe_audit.Scenario(id) for id in args.envs]
     else:
@@ -56,7 +66,6 @@ def _audit(args: argparse.Namespace, _: list[str]) -> None:
     for scenario in scenarios:  # before anything trains
         for algorithm in scenario.algorithms:
             probe_audit.learner_of(scenario, algorithm)
-    settings = Settings(null=args.null, null_reps=args.null_reps)
     audited = []
     for scenario in scenarios:
         audited.append(probe_audit.audit_scenario(scenario, range(args.seeds), settings))

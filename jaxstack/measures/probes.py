@@ -120,9 +120,9 @@ def trajectories(obs: Any, action: Any, hidden: Any = None, valid: Any = None) -
         `Trajectories` in float32 and int32.
 
     Raises:
-        UserError: shapes that do not fit, or entries of valid steps that are not finite.
+        UserError: episodes of different lengths, shapes that do not fit, or entries of valid steps that are not finite.
     """
-    obs, action = np.asarray(obs), np.asarray(action)
+    obs, action = _even("obs", obs), _even("action", action)
     if obs.ndim < 4:
         raise UserError(f"obs: expected [episodes, steps, agents, ...], found shape {obs.shape}")
     obs = obs.reshape(*obs.shape[:3], -1)
@@ -135,7 +135,7 @@ def trajectories(obs: Any, action: Any, hidden: Any = None, valid: Any = None) -
     if valid.shape != lead[:2]:
         raise UserError(f"valid: expected {list(lead[:2])}, found {list(valid.shape)}")
     if hidden is not None:
-        hidden = np.asarray(hidden)
+        hidden = _even("hidden", hidden)
         if hidden.ndim != 4 or hidden.shape[:3] != lead:
             raise UserError(f"hidden: expected {[*lead, 'H']}, found {list(hidden.shape)}")
     for name, x in (("obs", obs), ("action", action), ("hidden", hidden)):
@@ -154,6 +154,15 @@ def trajectories(obs: Any, action: Any, hidden: Any = None, valid: Any = None) -
         None if hidden is None else clean(hidden).astype(np.float32),
         valid,
     )
+
+
+def _even(name: str, x: Any) -> np.ndarray:
+    """`x` as an array; lists of episodes of different lengths are refused, as their padding needs `valid`."""
+    if isinstance(x, (list, tuple)) and len({len(episode) for episode in x}) > 1:
+        lengths = [len(episode) for episode in x]
+        found = f"found episodes of {min(lengths)} to {max(lengths)} steps"
+        raise UserError(f"{name}: {found}, expected one length: pad them and tell the played steps by `valid`")
+    return np.asarray(x)
 
 
 def windows(x: Any, valid: Any, k: int) -> tuple[Any, Any]:

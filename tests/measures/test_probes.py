@@ -125,6 +125,11 @@ def test_constant_actions_have_no_normaliser_and_ids_are_compacted():
     assert np.isnan(found.p)
     assert any("normaliser" in n for n in found.notes)
     assert any("2 constant observation columns" in n for n in found.notes)
+    many = np.arange(400).reshape(20, 10, 2) % 17
+    assert (
+        "17 action ids in 200 rows: posteriors are smoothed towards uniform"
+        in probes._Block(trajectories(obs, many), "AA", FEW).notes()
+    )
     sparse = scripted("reactive", jax.random.key(0), episodes=40)
     wide = sparse._replace(action=sparse.action * 900)
     same = [probes.probe(t, "OAR", FEW).norm for t in (sparse, wide)]
@@ -145,6 +150,9 @@ def test_bad_input():
         (lambda: trajectories(obs, action[:, :3]), r"action: expected \[3, 4, 2\]"),
         (lambda: trajectories(obs, action, np.zeros((3, 5, 2, 8))), r"hidden: expected \[3, 4, 2, 'H'\], found"),
         (lambda: trajectories(obs, action, None, np.ones((3, 5))), r"valid: expected \[3, 4\], found \[3, 5\]"),
+        (lambda: trajectories([obs[0], obs[1, :2]], action[:2]), "obs: found episodes of 2 to 4 steps, expected one"),
+        (lambda: trajectories(obs, [*action[:2], action[2, :1]]), "action: found episodes of 1 to 4 steps"),
+        (lambda: trajectories(obs, action, [obs[0], obs[1], obs[2, :3]]), "hidden: found episodes of 3 to 4 steps"),
         (lambda: probes.probe(trajectories(obs, action), "OAR"), "rows: expected at least 26, found 12"),
         (lambda: probes.probe(trajectories(obs, action), "oar"), "OAR"),
         (lambda: probes.probe(trajectories(obs[:, :, :1], action[:, :, :1]), "AA"), "at least 2 agents"),
