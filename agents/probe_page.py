@@ -27,6 +27,7 @@ STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:62rem;padding:0 1rem;color:#222}
 table{border-collapse:collapse;margin:1rem 0;font-size:14px}th,td{border-bottom:1px solid #ddd;padding:.3rem .7rem;
 text-align:right}th:first-child,td:first-child{text-align:left}h2{margin-top:2.5rem}img{max-width:100%}
+td{white-space:pre-line;vertical-align:top}
 .flag{font-weight:600;color:#0072B2}.note{color:#555;font-size:13px}li{margin:.2rem 0}
 """
 
@@ -113,6 +114,15 @@ def reading(a: Audited, found: Any) -> list[str]:
             (False, False): "Neither synchronous nor temporal coordination shows.",
         }[both]
     )
+    for name in ("HAR", "PIF", "AA", "DAI"):
+        own = [r.probes[name] for r in a.runs if name in r.probes]
+        above = [p for p in own if p.flag and p.norm > p.null.max()]
+        if above and not yes(name):
+            few = min(len(p.null) for p in above)
+            lines.append(
+                f"{name}: {len(above)} of {len(own)} runs lie above all their null values, but {few} null values are "
+                "too few to decide at a false discovery rate of 5%; see --null-reps and --slow-null-reps."
+            )
     return lines
 
 
@@ -151,7 +161,7 @@ def _scenario_table(a: Audited) -> str:
                 continue
             value, null = (np.mean([f(p) for p in known]) for f in (lambda p: p.norm, lambda p: p.null.mean()))
             flags = sum(p.flag for p in own)
-            row[name] = f"{value:.3f} (null {null:.3f} of {len(known[0].null)}; {flags}/{len(own)} flags)"
+            row[name] = f"{value:.3f}\nnull {null:.3f} of {len(known[0].null)}\n{flags}/{len(own)} flags"
         rows.append(row)
     return _table(rows)
 
@@ -189,7 +199,8 @@ def _figure(a: Audited) -> str:
             axes.plot([x] * len(values), values, "o", color="#0072B2", markersize=4, alpha=0.8)
         axes.set_xticks(range(len(names)), names, fontsize=8)
         axes.set_title(algorithm, fontsize=9, loc="left")
-        axes.set_ylim(-0.02, 1.02)
+        axes.tick_params(labelsize=8)
+        axes.set_ylim(-0.04, 1.04)
         axes.grid(axis="y", alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     figure.supylabel("normalised value; grey: null", fontsize=8)

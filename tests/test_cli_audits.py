@@ -31,6 +31,16 @@ def test_a_page_tells_what_runs_say(tmp_path):
     assert len((tmp_path / "out" / "probes.csv").read_text().splitlines()) == 1 + 10 * 5
 
 
+def test_the_reading_says_where_null_values_are_too_few():
+    few = Probe("PIF", 1.0, 1.0, np.full(20, 0.04), 1 / 21, True, np.full(2, 1.0), 100)
+    other = few._replace(norm=0.03, p=1.0, flag=False)
+    runs = [probe_audit.Run("IPPO-FF", s, 1.0, {"PIF": p}) for s, p in enumerate((few, other, other))]
+    audited = probe_audit.Audited(probe_audit.Scenario("repeat_last"), runs, {})
+    lines = probe_page.reading(audited, probe_audit.discoveries([audited]))
+    assert "No private information of an agent shows in a teammate's action." in lines
+    assert lines[-1].startswith("PIF: 1 of 3 runs lie above all their null values, but 20 null values are too few")
+
+
 @pytest.mark.parametrize(
     ("argv", "text"),
     [
