@@ -25,9 +25,9 @@ WARNINGS = (
 
 STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:62rem;padding:0 1rem;color:#222}
-table{border-collapse:collapse;margin:1rem 0;font-size:14px}th,td{border-bottom:1px solid #ddd;padding:.3rem .7rem;
+table{border-collapse:collapse;margin:1rem 0;font-size:13px}th,td{border-bottom:1px solid #ddd;padding:.3rem .5rem;
 text-align:right}th:first-child,td:first-child{text-align:left}h2{margin-top:2.5rem}img{max-width:100%}
-td{white-space:pre-line;vertical-align:top}
+td{white-space:pre;vertical-align:top}
 .flag{font-weight:600;color:#0072B2}.note{color:#555;font-size:13px}li{margin:.2rem 0}
 """
 
@@ -151,7 +151,7 @@ def _scenario_table(a: Audited) -> str:
         runs = a.of(algorithm)
         row: dict[str, Any] = {
             "algorithm": algorithm,
-            "return": str(stats.estimate(stats.mean, [r.score for r in runs])),
+            "return": str(stats.estimate(stats.mean, [r.score for r in runs])).replace(" [", "\n[", 1),
         }
         for name in dict.fromkeys(n for r in runs for n in r.probes):
             own = [r.probes[name] for r in runs]
