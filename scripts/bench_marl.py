@@ -169,7 +169,7 @@ def probes(args: argparse.Namespace) -> list[Row]:
             )
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "real.npz"
-        np.savez(path, **arrays("real", episodes, steps))
+        np.savez(path, **arrays("real", episodes, steps))  # pyright: ignore[reportArgumentType]
         child = probe_child(args)
         try:
             version = child.ask(do="about").get("dec-pomdp-diagnostics") if child else None
@@ -231,7 +231,7 @@ def parity(args: argparse.Namespace) -> list[Row]:
         with tempfile.TemporaryDirectory() as folder:
             for kind in ("real", "binary", "hidden", "moves"):
                 path, drawn = Path(folder) / f"{kind}.npz", arrays(kind, args.probe_rows // 250, 50)
-                np.savez(path, **drawn)
+                np.savez(path, **drawn)  # pyright: ignore[reportArgumentType]
                 answer = child.ask(do="audit", arrays=str(path), null_reps=5)["values"]
                 for name, found in audit(measure.trajectories(**drawn), 5, compat=True).items():
                     theirs = answer[name]
