@@ -76,13 +76,13 @@ class Batch(NamedTuple):
     next_obs: Array
     last: Array
     """float32, 1 where nothing is bootstrapped"""
-    next_action: Array
-    """[B, A] of the same episode's next row"""
-    next_known: Array
+    next_action: Any = ()
+    """[B, A] of the same episode's next row; this and what follows only in batches of a data set"""
+    next_known: Any = ()
     """float32, 1 where there is one"""
-    returns: Array
+    returns: Any = ()
     """Returns-to-go with the time limit's correction"""
-    row: Array
+    row: Any = ()
     """int32, number of the row in the learning view"""
 
 
@@ -282,16 +282,6 @@ def make_learner(
             metrics["check/gamma, which is that of the returns-to-go, the config's"] = s.hypers.gamma == shared.gamma
         return s._replace(step=s.step + 1), metrics
 
-    def act(p: Any, carry: Any, obs: Array, action_mask: Any, first: Array, key: Key | None) -> tuple[Any, Array]:
-        return carry, _environment_action(task, actor, p, obs, key)
-
-    def evaluate(s: State, key: Key) -> Metrics:
-        vec = vector.vectorise(task.env, cfg.eval_episodes)
-        p = acting(s)
-        play = lambda noise, carry, vs: (carry, _environment_action(task, actor, p, vs.ts.obs, None), ())
-        steps = task.env.spec.horizon or cfg.eval_steps
-        return rollout.evaluate(vec, play, key, (), steps, lambda key, steps: ())
-
     return Learner(
         init=init,
         step=step,
@@ -299,15 +289,37 @@ def make_learner(
         config=cfg,
         name=name,
         samples_per_step=cfg.batch_size,
-        evaluate=evaluate,
+        evaluate=evaluation(task, actor),
         num_steps=cfg.num_updates if num_steps is None else num_steps,
-        policy=Policy(acting, lambda p, b: (), act),
+        policy=policy_of(task, actor),
         env=task.env,
         source=source(task) if data is None else data,
     )
 
 
-def acting(s: State) -> dict[str, Any]:
+def policy_of(task: Task, actor: Callable[[Any, Array], Any]) -> Policy:
+    """How an actor plays, see `make_learner`: its mode, with a key a sample."""
+
+    def act(p: Any, carry: Any, obs: Array, action_mask: Any, first: Array, key: Key | None) -> tuple[Any, Array]:
+        return carry, _environment_action(task, actor, p, obs, key)
+
+    return Policy(acting, lambda p, b: (), act)
+
+
+def evaluation(task: Task, actor: Callable[[Any, Array], Any]) -> Callable[[Any, Key], Metrics]:
+    """(state, key) -> means over fresh episodes of an actor's mode."""
+
+    def evaluate(s: Any, key: Key) -> Metrics:
+        vec = vector.vectorise(task.env, task.cfg.eval_episodes)
+        p = acting(s)
+        play = lambda noise, carry, vs: (carry, _environment_action(task, actor, p, vs.ts.obs, None), ())
+        steps = task.env.spec.horizon or task.cfg.eval_steps
+        return rollout.evaluate(vec, play, key, (), steps, lambda key, steps: ())
+
+    return evaluate
+
+
+def acting(s: Any) -> dict[str, Any]:
     """What acting needs of a state."""
     return {"actor": s.params["actor"], "mean": s.mean, "std": s.std}
 
@@ -318,9 +330,14 @@ def _environment_action(task: Task, actor: Callable, p: Any, obs: Array, key: Ke
     if hasattr(out, "mode"):
         noise = None if key is None else jax.random.normal(key, (len(obs), task.action_size), jnp.float32)
         out = out.mode() if noise is None else out.sample_from(noise)[0]
+    return in_bounds(task, out)
+
+
+def in_bounds(task: Task, action: Array) -> Array:
+    """Actions [B, A] in [-1, 1] -> [B, 1, *action_shape] in the environment's bounds."""
     low, high = np.asarray(task.low, np.float32), np.asarray(task.high, np.float32)
-    action = (high + low) / 2 + out * ((high - low) / 2)
-    return action.reshape(len(obs), 1, *task.env.spec.action_space.shape)
+    action = (high + low) / 2 + action * ((high - low) / 2)
+    return action.reshape(len(action), 1, *task.env.spec.action_space.shape)
 
 
 def descend(

@@ -1,7 +1,8 @@
-"""Updates of learners with a tanh-normal actor and an ensemble of critics: SAC-N and EDAC (An et al., 2021).
+"""Updates of learners with a tanh-normal actor and an ensemble of critics: SAC (Haarnoja et al.,
+2018), SAC-N and EDAC (An et al., 2021).
 
-Pure functions of a state, a batch and noise, for edac, cql and imitate-then-improve. Order of an update: temperature,
-actor, critics, averages; targets bootstrap from the smallest of all N critics.
+Pure functions of a state, a batch and noise, for sac, edac, cql and imitate-then-improve. Order of an update:
+temperature, actor, critics, averages; targets bootstrap from the smallest of all N critics.
 """
 
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from jaxstack.nn.distributions import TanhNormal
 from jaxstack.nn.ensembles import Critics, Net, action_gradients, diversity, forward
 
 LOG_STD = (-5.0, 2.0)
-"""Bounds of the actor's log standard deviation."""
+"""Bounds of the actor's log standard deviation, where it learns from data."""
 
 
 class Nets(NamedTuple):
@@ -29,11 +30,12 @@ class Nets(NamedTuple):
     actor_net: Net
     """Observations -> means and log standard deviations [B, 2A]."""
     critics: Critics
+    log_std: tuple[float, float] = LOG_STD
 
     def actor(self, params: Any, obs: Array) -> TanhNormal:
         """Distributions of actions [B, A]."""
         mean, log_std = jnp.split(forward(self.actor_net, params, obs), 2, axis=-1)
-        return TanhNormal(mean, jnp.clip(log_std, *LOG_STD))
+        return TanhNormal(mean, jnp.clip(log_std, *self.log_std))
 
     @property
     def target_entropy(self) -> float:

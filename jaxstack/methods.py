@@ -297,6 +297,15 @@ METHODS: tuple[Method, ...] = (
         tests="tests/agents/test_dqn.py",
     ),
     Method(
+        "sac",
+        "agent",
+        "Soft actor-critic for one agent with real actions",
+        2018,
+        ("1801.01290", "1812.05905"),
+        "jaxstack.agents.sac:sac",
+        tests="tests/agents/test_sac.py",
+    ),
+    Method(
         "ippo",
         "agent",
         "PPO for each agent of a team, with shared or separate parameters",

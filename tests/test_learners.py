@@ -35,6 +35,20 @@ TINY = {
         hidden=(4,),
         eval_episodes=2,
     ),
+    "sac": dict(
+        env="gymnax/Pendulum-v1",
+        env_args=("max_steps_in_episode=4",),
+        total_steps=12,
+        num_envs=2,
+        rounds=2,
+        updates=2,
+        learning_starts=4,
+        batch_size=4,
+        buffer_size=64,
+        actor_hidden=(4,),
+        critic_hidden=(4,),
+        eval_episodes=2,
+    ),
     "ippo": TEAM,
     "mappo": TEAM,
     "hypermarl": TEAM | dict(hyper_hidden=(4,)),
@@ -110,7 +124,7 @@ def test_a_method_in_stages_trains_resumes_and_names_bad_input(name, tmp_path):
 @pytest.mark.parametrize("name", [name for name in TINY if name not in STAGED])
 def test_a_learner_trains_resumes_is_stored_and_names_bad_input(name, tmp_path):
     options = TINY[name]
-    if "actor_hidden" in options:
+    if hasattr(learners.config_class(name), "dataset"):
         options = options | dict(dataset=str(transitions(tmp_path / "tiny.npz")))
     learner = learners.make(name, **options)
     assert learner.name == name

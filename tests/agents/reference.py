@@ -68,10 +68,10 @@ def polyak(target, new, tau):
     return out
 
 
-def tanh_normal(params, obs, noise, norm="none"):
+def tanh_normal(params, obs, noise, norm="none", low=-5):
     """(actions, log-probabilities) of a tanh-normal actor."""
     mean, log_std = np.split(net(params, obs, norm), 2, axis=-1)
-    log_std = np.clip(log_std, -5, 2)
+    log_std = np.clip(log_std, low, 2)
     before = mean + np.exp(log_std) * noise
     logp = -0.5 * noise**2 - log_std - 0.5 * np.log(2 * np.pi) - np.log(1 - np.tanh(before) ** 2)
     return np.tanh(before), logp.sum(-1)

@@ -23,24 +23,28 @@ TINY = dict(num_envs=4, num_steps=4, hidden=(8,), total_steps=160, eval_episodes
 # those that learn from rollouts of their own
 PLAYERS = [name for name in AGENTS if name == "mate" or issubclass(config_class(name), PPOConfig)]
 # it learns from a replay buffer
-OFF_POLICY = dict(num_envs=4, train_every=2, rounds=2, learning_starts=8, batch_size=8, buffer_size=64, hidden=(8,))
+OFF_POLICY = dict(num_envs=4, rounds=2, learning_starts=8, batch_size=8, buffer_size=64)
 OFF_POLICY |= dict(total_steps=160, eval_episodes=4, lr=1e-2)
-ALONE = ("ppo", "dqn")
-VARIANTS = {name: (name, {}) for name in (*PLAYERS, "dqn")} | {
+REPLAYERS = {
+    "dqn": OFF_POLICY | dict(env_args=("kind=match",), train_every=2, hidden=(8,)),
+    "sac": OFF_POLICY | dict(env_args=("kind=target",), updates=2, actor_hidden=(8,), critic_hidden=(8,)),
+}
+ALONE = ("ppo", *REPLAYERS)
+VARIANTS = {name: (name, {}) for name in (*PLAYERS, *REPLAYERS)} | {
     "mappo, recurrent": ("mappo", {"gru": 4, "sharing": "full+id"}),
     "hypermarl, recurrent": ("hypermarl", {"gru": 4, "algorithm": "mappo"}),
     "mate": ("mate", {"gru": 4, "encoder_hidden": 8, "decoder_hidden": (8,)}),
     "ippo, normalised": ("ippo", {"normalise_obs": True, "normalise_reward": True, "normalise_value": True}),
 }
 ALL = pytest.mark.parametrize("name", VARIANTS)
-EACH = pytest.mark.parametrize("name", [*PLAYERS, "dqn"])
+EACH = pytest.mark.parametrize("name", [*PLAYERS, *REPLAYERS])
 
 
 @functools.cache
 def learner(name):
     agent, options = VARIANTS[name]
     if agent not in PLAYERS:
-        return agents.make(agent, env="probe", env_args=("kind=match",), **(OFF_POLICY | options))
+        return agents.make(agent, env="probe", **(REPLAYERS[agent] | options))
     return make(agent, "target" if name == "dico" else "match", 1 if agent in ALONE else 3, **(TINY | options))
 
 
@@ -147,7 +151,7 @@ def test_policies_act_and_survive_a_bundle(name, tmp_path):
     obs, first = jax.random.normal(jax.random.key(1), (many, count, 2)), jnp.zeros(many, bool)
     params = one.policy.params(state)
     carry, action = one.policy.act(params, one.policy.init_carry(params, many), obs, None, first, None)
-    assert action.shape == ((many, count, 1) if name == "dico" else (many, count))
+    assert action.shape == ((many, count, 1) if name in ("dico", "sac") else (many, count))
     _, drawn = one.policy.act(params, one.policy.init_carry(params, many), obs, None, first, jax.random.key(2))
     assert drawn.shape == action.shape
     assert bool(jnp.any(drawn != action))

@@ -19,12 +19,14 @@ from jaxstack.envs import rollout, vector
 from jaxstack.sequence import trainer
 
 TINY = dict(env="matrix_game", num_envs=2, num_steps=4, num_minibatches=1, num_epochs=1, hidden=(4,), total_steps=16)
-OFF_POLICY = dict(num_envs=2, train_every=2, rounds=2, learning_starts=4, batch_size=4, hidden=(4,), total_steps=16)
+REPLAY = dict(num_envs=2, rounds=2, learning_starts=4, batch_size=4, total_steps=16)
+OFF_POLICY = REPLAY | dict(train_every=2, hidden=(4,))
 TEAMS = [name for name in agents.AGENTS if issubclass(agents.config_class(name), team_ppo.PPOConfig)]
 FEWER = {k: v for k, v in TINY.items() if k not in ("num_minibatches", "num_epochs")}
 LEARNERS = {name: lambda name=name: agents.make(name, **TINY) for name in TEAMS if name != "ppo"} | {
     "dqn": lambda: agents.make("dqn", env="cliff_walking", **OFF_POLICY),
     "mate": lambda: agents.make("mate", **FEWER),
+    "sac": lambda: agents.make("sac", **REPLAY, actor_hidden=(4,), critic_hidden=(4,)),
     "ppo": lambda: agents.make("ppo", **TINY, env_args=("num_agents=1", "num_actions=3")),
     "recurrent": lambda: agents.make("mappo", **TINY, gru=4),
     "normalised": lambda: agents.make(
