@@ -111,6 +111,7 @@ METHODS: tuple[Method, ...] = (
         2024,
         arxiv=("2406.13376",),
         factory="jaxstack.agents.imitate_then_improve:imitate_then_improve",
+        claim="jaxstack.claims.imitate_then_improve:claim",
         tests="tests/agents/test_imitate_then_improve.py",
     ),
     Method(
