@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import offline_data
 import pytest
-import reference as ref
+import reference_updates as ref
 
 from jaxstack import agents
 from jaxstack.agents import bc, offline, rebrac, soft, td3, td3_bc

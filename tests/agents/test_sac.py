@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-import reference as ref
+import reference_updates as ref
 
 from jaxstack import agents
 from jaxstack.agents import sac, soft
