@@ -286,7 +286,13 @@ TUNED: dict[str, str] = {}
 
 def machine() -> dict[str, str]:
     """What choices hold for."""
-    return {"jax": jax.__version__, "backend": jax.default_backend(), "cpu": platform.processor() or platform.machine()}
+    cpu = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        cpu = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return {"jax": jax.__version__, "backend": jax.default_backend(), "cpu": cpu, "cores": str(os.cpu_count())}
 
 
 def choices_file() -> Path:
