@@ -77,6 +77,7 @@ METHODS: tuple[Method, ...] = (
         2022,
         arxiv=("2207.02249",),
         factory="jaxstack.agents.mate:mate",
+        claim="jaxstack.claims.mate:claim",
         tests="tests/agents/test_mate.py",
     ),
     Method(
