@@ -108,7 +108,8 @@ def pads(image: Sequence[int], size: Pair, stride: Pair, padding: str | int | Se
     if padding not in ("SAME", "VALID"):
         raise UserError(f"padding={padding!r}: expected 'SAME', 'VALID', a number, or ((above, below), (left, right))")
     reach = [(k - 1) * d + 1 for k, d in zip(size, dilation)]
-    return tuple(lax.padtype_to_pads(tuple(image), reach, stride, padding))  # type: ignore[return-value]
+    (a, b), (c, d) = lax.padtype_to_pads(tuple(image), reach, stride, padding)
+    return (a, b), (c, d)
 
 
 def _pair(value: int | Sequence[int]) -> Pair:
@@ -280,6 +281,10 @@ CONV_FORMS = {
 }
 KERNEL_FORMS = {"lax": kernel_plain, "pack": kernel_pack, "dense": kernel_dense, "depthwise": kernel_depthwise}
 
+FEW_GROUPS = 8
+"""So many convolutions one after the other are faster than one of all groups."""
+FEW_ROWS = 1024
+"""So many pixels of a batch are faster by a product per group than by one of all groups."""
 TUNED: dict[str, str] = {}
 """What was measured to be fastest on this machine, by `signature`; see `jaxstack tune-conv`."""
 
@@ -359,7 +364,9 @@ def conv_cpu(x: Array, kernel: Array, *, window: Window) -> Array:
         return CONV_FORMS[form](x, kernel, window=window)
     if window.groups > 1 and kernel.shape[2] == 1:
         return conv_depthwise(x, kernel, window=window)
-    if window.groups > 1 and few_rows(x, window):
+    if 1 < window.groups <= FEW_GROUPS:
+        return conv_split(x, kernel, window=window)
+    if window.groups > 1 and x.shape[0] * math.prod(_out(x.shape[1:3], window)) <= FEW_ROWS:
         return conv_pack(x, kernel, window=window)
     return conv_dense(x, kernel, window=window)
 
@@ -370,14 +377,7 @@ def kernel_cpu(x: Array, g: Array, *, window: Window) -> Array:
         return KERNEL_FORMS[form](x, g, window=window)
     if window.groups > 1 and x.shape[3] == window.groups:
         return kernel_depthwise(x, g, window=window)
-    if window.groups > 1 and few_rows(x, window):
-        return kernel_pack(x, g, window=window)
-    return kernel_dense(x, g, window=window)
-
-
-def few_rows(x: Array, window: Window) -> bool:
-    """Whether a product a group is faster than all groups in one: few pixels, or many channels for each."""
-    return x.shape[0] * math.prod(_out(x.shape[1:3], window)) <= 1024
+    return (kernel_pack if window.groups > 1 else kernel_dense)(x, g, window=window)
 
 
 # Derivatives

@@ -17,8 +17,9 @@ CASES = {
     "stride 2, odd size": ((3, 3), (2, 2), (1, 1), ((1, 1), (1, 1)), 1, (4, 6), (9, 8)),
     "dilation, cut": ((2, 3), (1, 2), (2, 1), ((0, 2), (-1, 0)), 1, (3, 5), (9, 8)),
     "pointwise": ((1, 1), (2, 1), (1, 1), ((0, 0), (0, 0)), 1, (4, 6), (5, 6)),
-    "groups, few pixels": ((3, 3), (2, 1), (1, 1), ((1, 1), (1, 1)), 2, (4, 6), (9, 8)),
-    "groups, many pixels": ((3, 3), (1, 1), (1, 1), ((1, 1), (1, 1)), 2, (4, 6), (24, 24)),
+    "few groups": ((3, 3), (2, 1), (1, 1), ((1, 1), (1, 1)), 2, (4, 6), (9, 8)),
+    "groups, few pixels": ((3, 3), (2, 1), (1, 1), ((1, 1), (1, 1)), 9, (18, 9), (9, 8)),
+    "groups, many pixels": ((3, 3), (1, 1), (1, 1), ((1, 1), (1, 1)), 9, (18, 9), (24, 24)),
     "depthwise": ((3, 3), (2, 2), (1, 1), ((0, 1), (0, 1)), 4, (4, 4), (9, 8)),
     "depthwise, two outputs": ((3, 3), (1, 1), (2, 2), ((2, 2), (2, 2)), 4, (4, 8), (9, 8)),
 }
@@ -52,7 +53,7 @@ def test_values_and_derivatives_are_those_of_xla(case):
             np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-12)
 
 
-@pytest.mark.parametrize("case", ["plain", "groups, few pixels", "depthwise"])
+@pytest.mark.parametrize("case", ["plain", "few groups", "groups, few pixels", "depthwise"])
 def test_every_form_computes_the_same(case):
     x, kernel, window, _, plain = arrays(case, jnp.float32)
     out, back = jax.vjp(plain, x, kernel)
