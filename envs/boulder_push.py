@@ -99,12 +99,6 @@ class BoulderPush(Config, VariantTasks):
                 out[f"{name}-{agents}ag"] = replace(self, task_set="", **options)
         return out
 
-    def sets(self) -> dict[str, tuple[str, ...]]:
-        if not self.task_set:
-            return {}
-        train, *test = self.members
-        return {"train": (train,), "test": tuple(test)}
-
     @property
     def needs(self) -> tuple[int, ...]:
         return (self.height,)

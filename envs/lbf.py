@@ -124,12 +124,6 @@ class Lbf(Config, VariantTasks):
             out[name] = replace(self, **fixed | options, num_agents=int(agents[:-1]))
         return out
 
-    def sets(self) -> dict[str, tuple[str, ...]]:
-        if not self.task_set:
-            return {}
-        train, *test = self.members
-        return {"train": (train,), "test": tuple(test)}
-
     @property
     def needs(self) -> tuple[int, ...]:
         return self.height, self.width, self.num_food

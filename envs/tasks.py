@@ -111,6 +111,13 @@ class VariantTasks(TaskEnvironment):
             raise UserError(f"task_set={self.task_set!r}: {found}")
         return fits
 
+    def sets(self) -> Mapping[str, tuple[str, ...]]:
+        """The first task to train on, the others to test on."""
+        if not self.task_set:
+            return {}
+        train, *test = self.members
+        return {"train": (train,), "test": tuple(test)}
+
     @property
     def room(self) -> tuple[int, ...]:
         """Sizes that the largest task of the catalogue needs."""

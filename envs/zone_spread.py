@@ -81,10 +81,6 @@ class ZoneSpread(Config, VariantTasks):
     def variants(self) -> Mapping[str, Any]:
         return {name: replace(self, task_set="", penalty=penalty) for name, penalty in TASKS.items()}
 
-    def sets(self) -> dict[str, tuple[str, ...]]:
-        names = tuple(TASKS)
-        return {"train": names[:1], "test": names[1:]} if self.task_set else {}
-
     def theta(self, number: int, room: tuple[int, ...]) -> Theta:
         return Theta(np.int32(number), np.float32(self.penalty))
 
