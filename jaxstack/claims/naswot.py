@@ -123,8 +123,7 @@ def evolution(arm: str, seeds: tuple[int, ...], nas_table: str) -> Iterator[Row]
         start = drawn[:, :population]
         if arm == "AREA":
             values = of_arm("score", seed, drawn.reshape(-1, 6), *bench_images(seed), BENCH).reshape(repeats, -1)
-            best = np.argsort(-values, 1, kind="stable")[:, :population]
-            start = np.take_along_axis(drawn, best[..., None], 1)
+            start = naswot.area_start(drawn, values, population)
         search = lambda key, cells: naswot.regularised_evolution(key, train, 80, population, 5, cells)
         found = jax.jit(jax.vmap(search))(keys, jnp.asarray(start))
         row: dict[str, Any] = {"seed": seed}

@@ -428,10 +428,11 @@ def regularised_evolution(
     return lax.fori_loop(population, cycles, cycle, Evolution(cells, values))
 
 
-def area_start(key: Key, score: Callable[[Any], Any], drawn: int = 20, population: int = 10) -> np.ndarray:
-    """The `population` cells of the highest score among `drawn` random ones."""
-    cells = np.asarray(sample_cells(key, drawn))
-    return cells[np.argsort(-np.asarray(score(cells)), kind="stable")[:population]]
+def area_start(cells: Any, values: Any, population: int = 10) -> np.ndarray:
+    """The `population` cells [..., population, 6] of the highest `values` [..., N] among `cells` [..., N, 6], best
+    first; AREA draws N = 20."""
+    best = np.argsort(-np.asarray(values), -1, kind="stable")[..., :population]
+    return np.take_along_axis(np.asarray(cells), best[..., None], -2)
 
 
 # Training a cell, for tables of accuracies and searches that train

@@ -187,8 +187,10 @@ def test_searches_find_what_a_table_holds():
         assert near.min() <= 1
     places = naswot.random_search(np.array([1.0, np.nan, 3.0, -np.inf]), 50, 20)
     assert (places == 2).all()
-    start = naswot.area_start(KEY, lambda cells: naswot.num_params(cells), 20, 5)
-    assert (np.diff(naswot.num_params(start)) <= 0).all()
+    drawn = np.asarray(naswot.sample_cells(KEY, 40)).reshape(2, 20, 6)
+    params = naswot.num_params(drawn)
+    start = naswot.area_start(drawn, params, 5)
+    assert (naswot.num_params(start) == -np.sort(-params)[:, :5]).all()
 
 
 @pytest.mark.parametrize(
