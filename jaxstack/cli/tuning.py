@@ -32,10 +32,10 @@ def _tune(args: argparse.Namespace, _: list[str]) -> None:
     if min(args.groups) < 1:
         raise UserError(f"--groups {min(args.groups)}: expected at least 1")
     cases = [gc.Case(args.batch, args.side, args.channels, g, stride=args.stride) for g in args.groups]
-    for case in cases:
-        case.shapes  # noqa: B018 - refuses before anything is timed
-    for case in cases:
-        print(f"{case.channels} channels, {case.groups} groups, {case.side}x{case.side}, batch {case.batch}")
+    work = [gc.multiply_adds(*case.shapes, case.window) for case in cases]  # refuses before anything is timed
+    for case, count in zip(cases, work):
+        size = f"{case.side}x{case.side}, batch {case.batch}, {count / 1e6:.3g} M multiply-adds"
+        print(f"{case.channels} channels, {case.groups} groups, {size}")
         found = gc.tune(case, args.repeats)
         for title, times in found.items():
             ranked = sorted(times.items(), key=lambda t: t[1].median)
