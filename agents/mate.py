@@ -67,7 +67,7 @@ def mate(config: Config = Config()) -> Learner:
 
 
 def make_learner(task: Task) -> Learner:
-    """The learner; with a frozen task it goes on from the states of another run, see `Learner.adapted`."""
+    """The learner; with a frozen task it starts from the states of another run, see `Learner.adapted`."""
     cfg = task.cfg
 
     def fresh(key: Key, hypers: Hypers = cfg.hypers) -> State:

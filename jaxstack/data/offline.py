@@ -215,7 +215,7 @@ def _check_episodes(name: str, episode: np.ndarray, done: np.ndarray) -> None:
     inside = done & np.append(episode[1:] == episode[:-1], False)
     if inside.any():
         row = int(inside.argmax())
-        raise UserError(f"{name}: episode {int(episode[row])} goes on after its end at row {row}")
+        raise UserError(f"{name}: episode {int(episode[row])} continues after its end at row {row}")
 
 
 def check_fits(data: OfflineDataset, name: str, env: str, obs_shape: Sequence[int], low: Any, high: Any) -> None:

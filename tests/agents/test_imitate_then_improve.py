@@ -93,7 +93,7 @@ def test_a_stage_begins_with_all_that_the_last_one_learned(file, tmp_path):
     for part in ("params", "target", "opt_state", "mean", "std"):
         equal(getattr(begun, part), getattr(before, part))
     count = lambda state: int(state.opt_state["critic"][0].count[0])
-    assert (count(before), count(whole.state)) == (2, 4)  # Adam goes on
+    assert (count(before), count(whole.state)) == (2, 4)  # Adam's count continues
     table = method.counted(whole.metrics)
     assert sorted(set(table.updates)) == [1, 2, 3, 4, 5, 6]  # pretraining counts among num_updates
     assert list(dict.fromkeys(table.stage)) == names

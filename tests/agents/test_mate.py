@@ -246,7 +246,7 @@ def test_the_update_reads_the_embeddings_that_the_team_acted_on(options):
     np.testing.assert_allclose(share(before[-1]), played.carry.embedding, atol=1e-5)
     assert zero(before[np.asarray(batch.first)])
     assert not zero(before[~np.asarray(batch.first)])
-    # behind each transition stands the embedding of the next step, where the episode goes on
+    # behind each transition stands the embedding of the next step, where the episode continues
     goes_on = ~np.asarray(batch.first[1:])
     np.testing.assert_allclose(after[:-1][goes_on], before[1:][goes_on], atol=1e-6)
     seen = [t for t in range(6) if not zero(slope[t])]
@@ -347,7 +347,7 @@ def test_adapting_leaves_what_makes_embeddings_bitwise_as_it_was(tmp_path, capsy
     assert all(jax.tree.leaves(changed))
     count = lambda s: int(jax.tree.leaves(s.opt_state["team"])[0][0])
     assert count(adapted) == 6  # three updates of the first run, three of the second
-    # stopped after two of its three updates, it goes on to the same numbers
+    # stopped after two of its three updates, it resumes to the same numbers
     shutil.rmtree(tmp_path / "b" / "checkpoints" / "3")
     assert cli.main(["resume", new]) == 0
     again = load(new)

@@ -114,7 +114,7 @@ def test_bad_input_is_named(tmp_path):
             dict(episode=[0] * 4 + [1] * 3 + [0] * 5),
             "episode: the rows of episode 0 are not together, it begins again at row 7",
         ),
-        (dict(episode=[0] * 12), "episode 0 goes on after its end at row 3"),
+        (dict(episode=[0] * 12), "episode 0 continues after its end at row 3"),
     ]
     for changes, message in cases:
         with pytest.raises(UserError) as e:
