@@ -33,7 +33,7 @@ from jaxstack.agents.mate_team import (
     start_carry,
 )
 from jaxstack.agents.task_embedding import Batch, Coefs, mate_loss
-from jaxstack.core import losses, returns
+from jaxstack.core import losses, memo, returns
 from jaxstack.core.errors import UserError
 from jaxstack.core.learner import Key, Learner, Metrics, as_hypers
 from jaxstack.envs import rollout, vector
@@ -420,4 +420,4 @@ def record(
         last, (embedding, alive) = jax.lax.scan(body, start, (jax.random.split(k_act, steps), k_env))
         return Recorded(jnp.moveaxis(embedding, 0, 1), env.task_of(vs.env), alive.T, last[3])
 
-    return jax.jit(lambda states: jax.vmap(one)(jax.vmap(policy.params)(states)))(states)
+    return memo.jit(lambda states: jax.vmap(one)(jax.vmap(policy.params)(states)))(states)

@@ -17,6 +17,7 @@ import optax
 from jaxtyping import Array
 
 from jaxstack import envs
+from jaxstack.core import memo
 from jaxstack.core.config import Config, require, require_at_least, require_positive, require_unit
 from jaxstack.core.errors import UserError
 from jaxstack.core.learner import Key, Learner, Metrics, Policy, as_hypers
@@ -207,7 +208,7 @@ def rows_of(
     following, known = data._replace(action=scaled).next_action()
     stops = view.terminated if cfg.bootstrap_on_timeout else view.terminated | view.truncated
     flags = data.terminated, data.truncated
-    returns = jax.jit(lambda r, a, b: returns_to_go(r, a, b, gamma, correct and gamma < 1))(data.reward, *flags)
+    returns = memo.jit(lambda r, a, b: returns_to_go(r, a, b, gamma, correct and gamma < 1))(data.reward, *flags)
     next_obs = standard(view.next_obs)
     if rolled:
         next_obs = (np.roll(standard(view.obs), -1, axis=0) - mean) / std

@@ -117,6 +117,8 @@ def evolution(arm: str, seeds: tuple[int, ...], nas_table: str) -> Iterator[Row]
     table = jnp.asarray(valid)
     train = lambda cell: table[naswot.cell_number(cell)]
     repeats, population = 200, 10
+    search = lambda key, cells: naswot.regularised_evolution(key, train, 80, population, 5, cells)
+    searches = jax.jit(jax.vmap(search))
     for seed in seeds:
         keys = jax.random.split(jax.random.key(seed), repeats)
         drawn = np.stack([np.asarray(naswot.sample_cells(jax.random.fold_in(k, 1), 20)) for k in keys])
@@ -124,8 +126,7 @@ def evolution(arm: str, seeds: tuple[int, ...], nas_table: str) -> Iterator[Row]
         if arm == "AREA":
             values = of_arm("score", seed, drawn.reshape(-1, 6), *bench_images(seed), BENCH).reshape(repeats, -1)
             start = naswot.area_start(drawn, values, population)
-        search = lambda key, cells: naswot.regularised_evolution(key, train, 80, population, 5, cells)
-        found = jax.jit(jax.vmap(search))(keys, jnp.asarray(start))
+        found = searches(keys, jnp.asarray(start))
         row: dict[str, Any] = {"seed": seed}
         for trained in (20, 40, 80):
             first = np.asarray(found.values)[:, :trained].argmax(1)
