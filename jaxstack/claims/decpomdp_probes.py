@@ -124,7 +124,7 @@ claim = Claim(
         "Six scripted processes of two agents and two small tasks of this project; the 37 scenarios of the paper need "
         "an accelerator."
     ),
-    scales={"small": scale(300_000, 5, 10.0), "full": scale(1_000_000, 10, 60.0)},
+    scales={"small": scale(300_000, 5, 19.0), "full": scale(1_000_000, 10, 0.0)},
     baselines=("FF",),
     ours="RNN",
 )

@@ -72,7 +72,6 @@ small = Scale(
         Check(F, "auto", "all", "above", 0.0, other="split", paired=True, report=True),
     ),
     seeds=5,
-    minutes=12,
 )
 claim = Claim(
     method="grouped-convolutions",

@@ -256,7 +256,7 @@ claim = Claim(
         "One sparse task with data of a noisy controller and of random play, small networks. D4RL's tasks are not "
         "played here. Exact fitted-Q iterations on a chain."
     ),
-    scales={"small": scale(Budget(), 10, 20.0), "full": scale(Budget(100_000, 20_000, 256, 2_500), 10, 2000.0)},
+    scales={"small": scale(Budget(), 10, 59.0), "full": scale(Budget(100_000, 20_000, 256, 2_500), 10, 0.0)},
     baselines=("TD3+BC", "EDAC"),
     ours="AC",
     curves=tuple(Curve(name, "return", "updates", "linear") for name in (WITH, WITHOUT, SOFT)),

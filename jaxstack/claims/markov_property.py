@@ -108,7 +108,7 @@ claim = Claim(
         "A case study of this project (follow_partner: two agents, four symbols), as the paper's own is not public; "
         "independent PPO, feed-forward and GRU."
     ),
-    scales={"small": scale(200, 1000, 5, 18.0), "full": scale(400, 8000, 10, 60.0)},
+    scales={"small": scale(200, 1000, 5, 18.0), "full": scale(400, 8000, 10, 0.0)},
     baselines=("FF",),
     ours="GRU",
 )

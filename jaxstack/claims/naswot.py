@@ -157,7 +157,7 @@ small = Scale(
         Check(BENCH201, "score", "best of 100", "above", 0.0, other="params", paired=True, report=True),
     ),
     seeds=5,
-    minutes=10,
+    minutes=33,
 )
 claim = Claim(
     method="naswot",
