@@ -154,8 +154,9 @@ claim = Claim(
     ),
     scope=(
         "An environment of this project: two agents, a 5x5 field, feed-forward actors, 64 environments, discount 0.95 "
-        "for all arms, a rate of 3e-3 for encoders and a KL weight tuned per transition, none as in the paper. The paper's own curves show gains "
-        "in BPUSH and RWARE (tiny, two agents), none in LBF and MPE; full scale has the first and the third of these."
+        "for all arms, a rate of 3e-3 for encoders and a KL weight tuned per transition, none as in the paper. The "
+        "paper's own curves show gains in BPUSH and RWARE (tiny, two agents), none in LBF and MPE; full scale has the "
+        "first and the third of these."
     ),
     scales={
         "small": Scale(
