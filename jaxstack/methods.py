@@ -216,6 +216,8 @@ METHODS: tuple[Method, ...] = (
         "Optimizing grouped convolutions on edge devices",
         2020,
         arxiv=("2006.09791",),
+        claim="jaxstack.claims.grouped_convolutions:claim",
+        tests="tests/vision/test_grouped_convolutions.py",
     ),
     Method("dlas", "vision", "DLAS: the deep learning acceleration stack", 2023, arxiv=("2311.08909",)),
     Method(

@@ -72,6 +72,7 @@ small = Scale(
         Check(F, "auto", "all", "above", 0.0, other="split", paired=True, report=True),
     ),
     seeds=5,
+    minutes=6,
 )
 claim = Claim(
     method="grouped-convolutions",
