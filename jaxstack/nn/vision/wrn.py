@@ -1,0 +1,122 @@
+"""Wide residual networks (Zagoruyko and Komodakis, 2016), pre-activation, with a middle width for each block.
+
+WRN-d-w has three stages of n = (d - 4) / 6 blocks with 16 w, 32 w and 64 w channels; a block is BN-ReLU-conv3x3 to its
+middle width, BN-ReLU-mask, conv3x3, plus the shortcut. Reduced, bottleneck, pruned and copycat networks differ in
+`depth`, `width` and `mid_features` alone.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jaxtyping import Array
+
+from jaxstack.core.errors import UserError
+from jaxstack.nn.vision.layers import BatchNorm, Variance, conv, head, masked, of_blocks
+
+STEM = 16
+
+
+class Block(nn.Module):
+    """A pre-activation block: BN, ReLU, 3x3 to `mid` channels, BN, ReLU, mask, 3x3 to `features`, plus the shortcut.
+
+    Where channels or size change, the shortcut is a 1x1 convolution of the activated input, else the raw input. With no
+    middle channels the block is its shortcut alone.
+    """
+
+    features: int
+    mid: int
+    stride: int = 1
+    variance: Variance = "torch"
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool = False, mask: Array | None = None) -> Array:
+        """[N, H, W, C] -> [N, H / stride, W / stride, features]; mask [mid] or [N, mid]."""
+        changes = x.shape[-1] != self.features or self.stride != 1
+        if not self.mid and not changes:
+            return x
+        active = jax.nn.relu(BatchNorm(self.variance, name="bn1")(x, train))
+        shortcut = conv(self.features, 1, self.stride, name="shortcut")(active) if changes else x
+        if not self.mid:
+            return shortcut
+        h = conv(self.mid, 3, self.stride, name="conv1")(active)
+        h = masked(jax.nn.relu(BatchNorm(self.variance, name="bn2")(h, train)), mask)
+        return conv(self.features, name="conv2")(h) + shortcut
+
+
+class WRN(nn.Module):
+    """A wide residual network. Blocks are named block0, block1, ..."""
+
+    depth: int = 40
+    width: float = 2.0
+    classes: int = 10
+    mid_features: tuple[int, ...] | None = None
+    """Middle channels of each block, 0 or more; default: as many as it gives out."""
+    variance: Variance = "torch"
+
+    @nn.compact
+    def __call__(
+        self, x: Array, train: bool = False, *, masks: Sequence[Array | None] | None = None, taps: bool = False
+    ) -> Any:
+        """Classify images.
+
+        Args:
+            x: [N, H, W, C] float.
+            train: whether BatchNorm takes the batch's statistics and updates the running ones.
+            masks: for each block what its middle activations are multiplied by, [mid] or [N, mid].
+            taps: also return the outputs of the three stages.
+
+        Returns:
+            Logits [N, classes], or (logits, (stage 1, stage 2, stage 3)).
+        """
+        outs, mids, strides = block_features(self.depth, self.width, self.mid_features)
+        found, last = [], len(outs) // 3
+        x = conv(STEM, name="stem")(x)
+        each = of_blocks(masks, len(outs), "masks")
+        for i, (features, mid, stride, mask) in enumerate(zip(outs, mids, strides, each)):
+            x = Block(features, mid, stride, self.variance, name=f"block{i}")(x, train, mask)
+            if i % last == last - 1:
+                found.append(x)
+        x = jax.nn.relu(BatchNorm(self.variance, name="bn")(x, train))
+        logits = head(self.classes)(x.mean((1, 2)))
+        return (logits, tuple(found)) if taps else logits
+
+
+def block_features(
+    depth: int, width: float, mid_features: Sequence[int] | None = None
+) -> tuple[list[int], list[int], list[int]]:
+    """(channels out, middle channels, stride) of each block. Raises `UserError` for a depth that is not 6 n + 4, a
+    width below 1/16, or middle widths that are negative or not one for each block."""
+    if depth < 10 or (depth - 4) % 6:
+        raise UserError(f"depth={depth}: expected 6 n + 4 with n >= 1, as 10, 16, 22, 28, 40")
+    if int(STEM * width) < 1:
+        raise UserError(f"width={width}: expected at least 1/16")
+    each = (depth - 4) // 6
+    outs = [int(STEM * width * 2**stage) for stage in range(3) for _ in range(each)]
+    strides = [2 if stage and not i else 1 for stage in range(3) for i in range(each)]
+    mids = outs if mid_features is None else list(of_blocks(mid_features, len(outs), "mid_features"))
+    if min(mids) < 0:
+        raise UserError(f"mid_features: found {min(mids)}, expected 0 or more channels for each block")
+    return outs, list(mids), strides
+
+
+def param_count(
+    depth: int, width: float, mid_features: Sequence[int] | None = None, classes: int = 10, channels: int = 3
+) -> int:
+    """Trained numbers of a WRN, BatchNorm's running statistics not among them, in closed form.
+
+    Args:
+        depth, width, mid_features, classes: as of `WRN`.
+        channels: of the images.
+    """
+    outs, mids, strides = block_features(depth, width, mid_features)
+    total, before = 9 * channels * STEM, STEM
+    for out, mid, stride in zip(outs, mids, strides):
+        changes = before != out or stride != 1
+        total += before * out * changes
+        if mid or changes:
+            total += 2 * before
+        total += mid * (9 * before + 2 + 9 * out)
+        before = out
+    return total + 2 * before + (before + 1) * classes

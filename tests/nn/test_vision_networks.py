@@ -1,0 +1,146 @@
+"""Networks for images: counts of the literature, BatchNorm against flax's and PyTorch's rule, masks, taps, names."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxstack.core.errors import UserError
+from jaxstack.nn.vision import layers, wrn, zoo
+from jaxstack.nn.vision.layers import BatchNorm
+from jaxstack.nn.vision.wrn import WRN
+
+KEY = jax.random.key(0)
+COUNTS = {
+    "lenet": 62_006,
+    "wrn-16-1": 175_066,
+    "wrn-16-2": 691_674,
+    "wrn-22-2": 1_079_642,
+    "wrn-28-2": 1_467_610,
+    "wrn-34-2": 1_855_578,
+    "wrn-40-1": 563_930,
+    "wrn-40-1.5": 1_264_410,
+    "wrn-40-2": 2_243_546,
+    "wrn-28-10": 36_479_194,
+}
+
+
+def count(network, image=32, channels=3):
+    start = jax.eval_shape(lambda key: network.init(key, jnp.zeros((1, image, image, channels))), KEY)
+    return sum(x.size for x in jax.tree.leaves(start["params"]))
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_counts_are_those_of_the_literature(name):
+    network = zoo.network(name)
+    assert count(network) == COUNTS[name]
+    if name.startswith("wrn"):
+        assert wrn.param_count(network.depth, network.width) == COUNTS[name]
+
+
+@pytest.mark.parametrize(("z", "expected"), [(0.25, 572_282), (0.5, 1_129_370), (0.75, 1_686_458)])
+def test_bottlenecks_have_the_counts_of_the_paper(z, expected):
+    outs, _, _ = wrn.block_features(40, 2)
+    mid = tuple(int(z * out) for out in outs)
+    assert wrn.param_count(40, 2, mid) == count(WRN(40, 2, mid_features=mid)) == expected
+
+
+def test_closed_form_counts_blocks_without_middle_channels_classes_and_channels():
+    mid = (0, 3, 0, 7, 5, 0)  # the first and third change channels or size, so their shortcut has weights
+    assert wrn.param_count(16, 1.5, mid, classes=7, channels=1) == count(WRN(16, 1.5, 7, mid), 8, 1)
+
+
+@pytest.mark.parametrize("variance", ["torch", "flax"])
+def test_batch_norm_is_flax_with_the_running_variance_that_is_asked_for(variance):
+    x = 2.0 + 3.0 * jax.random.normal(KEY, (4, 3, 2, 5))
+    params = {"scale": jnp.arange(1.0, 6.0), "bias": jnp.arange(5.0)}
+    stats = {"mean": jnp.ones(5), "var": jnp.full(5, 2.0)}
+    old = {"params": params, "batch_stats": stats}
+    mine, flax = BatchNorm(variance), nn.BatchNorm(momentum=0.9, epsilon=1e-5)
+    y, new = mine.apply(old, x, True, mutable=["batch_stats"])
+    other, theirs = flax.apply(old, x, use_running_average=False, mutable=["batch_stats"])
+    np.testing.assert_allclose(y, other, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(mine.apply(old, x), flax.apply(old, x, use_running_average=True), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(new["batch_stats"]["mean"], theirs["batch_stats"]["mean"], rtol=1e-5)
+    ddof = 1 if variance == "torch" else 0
+    expected = 0.9 * 2.0 + 0.1 * np.asarray(x, np.float64).reshape(-1, 5).var(0, ddof=ddof)
+    np.testing.assert_allclose(new["batch_stats"]["var"], expected, rtol=1e-5)
+    with pytest.raises(UserError, match="variance='biased': expected 'torch' or 'flax'"):
+        BatchNorm("biased").apply(old, x)
+
+
+def test_masks_taps_and_a_block_without_middle_channels():
+    x = jax.random.normal(KEY, (2, 8, 8, 3))
+    network = WRN(10, 0.5, mid_features=(5, 6, 7))
+    start = network.init(KEY, x)
+
+    @jax.jit
+    def run(start, masks):
+        return network.apply(start, x, masks=masks, taps=True)
+
+    ones = tuple(jnp.ones(n) for n in (5, 6, 7))
+    logits, taps = run(start, ones)
+    assert [t.shape for t in taps] == [(2, 8, 8, 8), (2, 4, 4, 16), (2, 2, 2, 32)]
+    np.testing.assert_allclose(logits, network.apply(start, x), rtol=1e-5, atol=1e-5)
+    # with nothing in the middle the block is its shortcut, as in the network that has no middle channels there
+    without, cut = run(start, (ones[0], 0 * ones[1], ones[2]))
+    smaller = WRN(10, 0.5, mid_features=(5, 0, 7))
+    names = jax.eval_shape(lambda key: smaller.init(key, x), KEY)
+    assert set(names["params"]["block1"]) == {"bn1", "shortcut"}
+    kept = {k: jax.tree_util.tree_map_with_path(lambda p, _, k=k: at(start[k], p), names[k]) for k in names}
+    np.testing.assert_allclose(smaller.apply(kept, x), without, rtol=1e-4, atol=1e-5)
+    assert (np.asarray(cut[0]) == np.asarray(taps[0])).all()
+    # a mask for each image
+    first = jnp.stack([ones[1], 0 * ones[1]])
+    mixed, _ = run(start, (ones[0], first, ones[2]))
+    np.testing.assert_allclose(mixed, jnp.stack([logits[0], without[1]]), rtol=1e-4, atol=1e-5)
+    # an identity block that has lost all channels gives back what it got
+    block = wrn.Block(4, 3)
+    y = jax.random.normal(KEY, (2, 3, 3, 4))
+    assert (block.apply(block.init(KEY, y), y, mask=jnp.zeros(3)) == y).all()
+    none = wrn.Block(4, 0)
+    assert not none.init(KEY, y)
+    assert none.apply({}, y) is y
+
+
+def at(tree, path):
+    for entry in path:
+        tree = tree[entry.key]
+    return tree
+
+
+def test_lenet_pads_small_images_and_shows_its_convolutions():
+    x = jax.random.normal(KEY, (2, 28, 28, 1))
+    network = zoo.network("lenet", 4)
+    start = network.init(KEY, x)
+    logits, taps = network.apply(start, x, taps=True)
+    assert logits.shape == (2, 4)
+    assert [t.shape for t in taps] == [(2, 28, 28, 6), (2, 10, 10, 16)]
+    assert min(t.min() for t in taps) == 0
+    wide = jnp.pad(x, ((0, 0), (2, 2), (2, 2), (0, 0)))
+    np.testing.assert_allclose(network.apply(start, wide), logits, rtol=1e-5, atol=1e-6)
+    with pytest.raises(UserError, match="found images of 33x33, expected at most image=32"):
+        network.init(KEY, jnp.zeros((1, 33, 33, 1)))
+
+
+def test_max_pooling_by_slices_is_that_of_flax():
+    x = jax.random.normal(KEY, (2, 7, 6, 3))
+    assert (layers.max_pool(x) == nn.max_pool(x, (2, 2), (2, 2))).all()
+    assert (layers.max_pool(x, 3, 2) == nn.max_pool(x, (3, 3), (2, 2))).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("vit", {}, "model='vit': expected one of lenet, wrn-D-W"),
+        ("wrn-12-1", {}, r"depth=12: expected 6 n \+ 4"),
+        ("wrn-10-0.01", {}, "width=0.01: expected at least 1/16"),
+        ("wrn-10-1", dict(mid_features=(1, 2)), "mid_features: found 2, expected 3, one for each block"),
+        ("wrn-10-1", dict(mid_features=(1, 2, -1)), "mid_features: found -1, expected 0 or more"),
+        ("lenet", dict(mid_features=(1,)), "mid_features: lenet has no middle widths"),
+    ],
+)
+def test_names_that_are_unknown_or_do_not_fit(name, options, message):
+    with pytest.raises(UserError, match=message):
+        zoo.network(name, **options)
