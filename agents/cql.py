@@ -9,11 +9,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array
 
-from jaxstack.agents import offline, soft
+from jaxstack.agents import conservative, offline, soft
 from jaxstack.agents.offline import Batch, State
 from jaxstack.core.config import require_at_least
 from jaxstack.core.learner import Key, Learner
@@ -47,60 +45,13 @@ class Config(offline.OfflineConfig):
         require_at_least(self, 1, "num_critics", "num_actions")
 
 
-class Noise(NamedTuple):
-    """Numbers behind the actions of the conservative term [K, B, A]."""
-
-    uniform: Array
-    """In [-1, 1]"""
-    now: Array
-    """Standard normal, of pi(s)"""
-    then: Array
-    """Likewise of pi(s')"""
-
-
-def draw(nets: soft.Nets, key: Key, count: int, actions: int) -> Noise:
-    """The noise of one conservative term."""
-    k_uniform, k_normal = jax.random.split(key)
-    shape = (actions, count, nets.task.action_size)
-    uniform = jax.random.uniform(k_uniform, shape, jnp.float32, -1.0, 1.0)
-    return Noise(uniform, *jax.random.normal(k_normal, (2, *shape), jnp.float32))
-
-
-def candidates(nets: soft.Nets, s: State, batch: Batch, noise: Noise) -> tuple[Array, Array]:
-    """Return the actions a_j [3K, B, A] and the logarithms of their densities [3K, B]; no gradient flows into them."""
-    act = jax.vmap(lambda obs, z: nets.actor(s.params["actor"], obs).sample_from(z), (None, 0))
-    (now, p_now), (then, p_then) = act(batch.obs, noise.now), act(batch.next_obs, noise.then)
-    flat = jnp.full(p_now.shape, -nets.task.action_size * np.log(2.0), jnp.float32)
-    found = jnp.concatenate([noise.uniform, now, then]), jnp.concatenate([flat, p_now, p_then])
-    return jax.lax.stop_gradient(found)
-
-
-def gap(values: Array, log_density: Array, own: Array) -> Array:
-    """Return logsumexp_j [Q(s, a_j) - log density] - Q(s, a), averaged over the batch and summed over critics.
-
-    Args:
-        values: [E, J, B] of the candidates.
-        log_density: [J, B].
-        own: [E, B] of the data's actions.
-    """
-    return (jax.nn.logsumexp(values - log_density, axis=1) - own).mean(-1).sum()
-
-
-def term(nets: soft.Nets, critic: Any, batch: Batch, actions: Array, log_density: Array) -> Array:
-    """The conservative term of the critics."""
-    count = len(actions)
-    tiled = jnp.tile(batch.obs, (count, 1))
-    values = nets.critics(critic, tiled, actions.reshape(-1, actions.shape[-1]))
-    return gap(values.reshape(nets.critics.size, count, -1), log_density, nets.critics(critic, batch.obs, batch.action))
-
-
-def update(nets: soft.Nets, s: State, batch: Batch, noise: soft.Noise, more: Noise) -> tuple:
+def update(nets: soft.Nets, s: State, batch: Batch, noise: soft.Noise, more: conservative.Noise) -> tuple:
     """One update of soft actor-critic with the conservative term in the critics' loss, its actions from the actor
     before the update."""
-    actions, log_density = candidates(nets, s, batch, more)
+    actions, log_density = conservative.candidates(nets, s, batch, more)
 
     def loss(critic: Any, goal: Array) -> Array:
-        apart = term(nets, critic, batch, actions, log_density)
+        apart = conservative.term(nets, critic, batch, actions, log_density)
         return soft.regression(nets, critic, batch, goal) + s.hypers.weight * apart
 
     return soft.update(nets, s, batch, noise, critic_loss=loss)
@@ -115,6 +66,6 @@ def cql(config: Config = Config()) -> Learner:
     def improve(s: State, batch: Batch, number: Array, key: Key) -> tuple:
         k_soft, k_more = jax.random.split(key)
         noise = soft.draw(nets, k_soft, config.batch_size)
-        return update(nets, s, batch, noise, draw(nets, k_more, config.batch_size, config.num_actions))
+        return update(nets, s, batch, noise, conservative.draw(nets, k_more, config.batch_size, config.num_actions))
 
     return offline.make_learner("cql", task, lambda key, hypers: soft.init(nets, key, hypers), improve, nets.actor)

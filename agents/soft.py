@@ -68,11 +68,16 @@ def draw(nets: Nets, key: Key, count: int) -> Noise:
 
 def temper(nets: Nets, s: State, batch: Batch, noise: Array) -> State:
     """One step of the temperature on -log alpha (log pi + target entropy)."""
-    logp = nets.actor(s.params["actor"], batch.obs).sample_from(noise)[1]
-    loss = lambda log_alpha: -(log_alpha * jax.lax.stop_gradient(logp + nets.target_entropy)).mean()
+    loss = lambda log_alpha: temperature_loss(nets, log_alpha, s.params["actor"], batch, noise)
     grads = jax.grad(loss)(s.params["log_alpha"])
     params, opt_state = offline.descend(s.params, s.opt_state, "log_alpha", grads, s.hypers.lr)
     return s._replace(params=params, opt_state=opt_state)
+
+
+def temperature_loss(nets: Nets, log_alpha: Array, actor: Any, batch: Batch, noise: Array) -> Array:
+    """mean[-log alpha (log pi(a~|s) + target entropy)]."""
+    logp = nets.actor(actor, batch.obs).sample_from(noise)[1]
+    return -(log_alpha * jax.lax.stop_gradient(logp + nets.target_entropy)).mean()
 
 
 def actor_loss(nets: Nets, actor: Any, critic: Any, alpha: Array, batch: Batch, noise: Array) -> Array:

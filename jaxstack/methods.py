@@ -104,6 +104,8 @@ METHODS: tuple[Method, ...] = (
         "Planning to go out-of-distribution in offline-to-online RL",
         2023,
         arxiv=("2310.05723",),
+        factory="jaxstack.agents.ptgood:ptgood",
+        tests="tests/agents/test_ptgood.py",
     ),
     Method(
         "imitate-then-improve",

@@ -62,6 +62,11 @@ TINY = {
     "iql": DATA,
     "cql": DATA | dict(num_actions=2),
     "imitate-then-improve": DATA | dict(pretrain_steps=1),
+    "ptgood": (DATA | dict(env="gymnax/MountainCarContinuous-v0", num_updates=2, batch_size=4, eval_episodes=2))
+    | dict(model_hidden=(4,), members=2, elites=1, fit_batch=4, fit_patience=1, fit_calls=1, refit_calls=1)
+    | dict(rollouts=4, horizon=2, encoder_hidden=(4,), codes=2, encoder_batch=4, encoder_steps=2, components=2)
+    | dict(marginal_steps=2, block=2, plan_width=2, plan_depth=2, online_steps=8, random_steps=2, updates=2)
+    | dict(refit_every=4, refill_every=2, rounds=2),
     "mate": {k: v for k, v in TEAM.items() if k not in ("num_minibatches", "num_epochs")}
     | dict(gru=4, encoder_hidden=4, decoder_hidden=(4,), mixer_hidden=(4,)),
     "sequence": dict(
@@ -72,10 +77,11 @@ TINY = {
 OPTIONS = dict(progress=False, chunk=1)
 
 
-def transitions(path):
-    """The file of a data set of Pendulum's shapes."""
+def transitions(path, env=DATA["env"]):
+    """The file of a data set of an environment's shapes, those of Pendulum or of the mountain car."""
     rng, cut = np.random.default_rng(0), np.arange(24) % 6 == 5
-    obs, action = rng.normal(size=(24, 3)), rng.uniform(-2, 2, (24, 1))
+    size, bound = (3, 2) if "Pendulum" in env else (2, 1)
+    obs, action = rng.normal(size=(24, size)), rng.uniform(-bound, bound, (24, 1))
     rows = dict(obs=obs, action=action, reward=rng.normal(size=24), next_obs=obs + 0.1, truncated=cut)
     return save_dataset(path, dataset("tiny", **rows))
 
@@ -90,35 +96,37 @@ def test_every_learner_has_a_tiny_config():
     assert set(TINY) == set(LEARNERS)
 
 
-STAGED = ("imitate-then-improve",)
+# (steps of all stages, an option that must be positive)
+STAGED = {"imitate-then-improve": (3, "lr"), "ptgood": (1 + 2 + 2 + 4, "actor_lr")}
 
 
 @pytest.mark.parametrize("name", STAGED)
 def test_a_method_in_stages_trains_resumes_and_names_bad_input(name, tmp_path):
-    options = TINY[name] | dict(dataset=str(transitions(tmp_path / "tiny.npz")))
+    options = TINY[name] | dict(dataset=str(transitions(tmp_path / "tiny.npz", TINY[name]["env"])))
+    steps, rate = STAGED[name]
     method = learners.make(name, **options)
     assert method.name == name
     whole = stages.train(method, [0, 3], run_dir=tmp_path / "whole", checkpoint_every=1, **OPTIONS)
     assert whole.alive.all()
     assert whole.learner.objective[0] in whole.metrics
-    assert sum(stage.steps for stage in method.stages) == 3
+    assert sum(stage.steps for stage in method.stages) == steps
     # stopped in the last stage: bitwise identical
     folder = max((tmp_path / "whole").glob("*_*"))
-    shutil.rmtree(folder / "checkpoints" / "2")
+    shutil.rmtree(folder / "checkpoints" / str(method.stages[-1].steps))
     status = json.loads((folder / "run.json").read_text())
     (folder / "run.json").write_text(json.dumps(status | {"status": "interrupted"}))
     again = stages.resume(method, tmp_path / "whole", **OPTIONS)
     for a, b in zip(leaves(whole.state), leaves(again.state), strict=True):
         np.testing.assert_array_equal(a, b)
-    with pytest.raises(UserError, match="lr=-1"):
-        learners.make(name, **options, lr=-1.0)
+    with pytest.raises(UserError, match=f"{rate}=-1"):
+        learners.make(name, **options, **{rate: -1.0})
     with pytest.raises(UserError, match="unknown option 'no_such_option'"):
         learners.make(name, **options, no_such_option=1)
     # what takes one learner says so
     with pytest.raises(UserError, match=f"{name}: found a method in stages, train .* expected a learner"):
         train(method)
     with pytest.raises(UserError, match=f"{name}: found a method in stages, a sweep expected a learner"):
-        sweep(lambda **changes: learners.make(name, **options, **changes), {"lr": grid(1e-3, 1e-4)})
+        sweep(lambda **changes: learners.make(name, **options, **changes), {rate: grid(1e-3, 1e-4)})
 
 
 @pytest.mark.parametrize("name", [name for name in TINY if name not in STAGED])

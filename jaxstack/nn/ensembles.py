@@ -9,9 +9,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxstack.fast.products import normalise, product
+from jaxstack.nn.networks import ACTIVATIONS, Activation
 
 Norm = Literal["none", "before", "after"]
-"""Where layers are normalised: before each ReLU without scale and shift, or after it with both."""
+"""Where layers are normalised: before each activation without scale and shift, or after it with both."""
 
 
 def uniform(limit: float) -> Callable[..., Array]:
@@ -20,7 +21,7 @@ def uniform(limit: float) -> Callable[..., Array]:
 
 
 class Net(nn.Module):
-    """Dense layers with ReLU between them.
+    """Dense layers with an activation between them.
 
     Weights are drawn from U(+-1/sqrt(inputs)), PyTorch's default. `bias`: constant of the hidden biases instead;
     `last`: limit of the last layer's uniform weights and biases instead (An et al., 2021: 0.1 and 1e-3 or 3e-3).
@@ -31,6 +32,7 @@ class Net(nn.Module):
     norm: Norm = "none"
     bias: float | None = None
     last: float | None = None
+    activation: Activation = "relu"
 
     @nn.compact
     def __call__(self, x: Float[Array, "B D"]) -> Float[Array, "B out"]:
@@ -41,7 +43,7 @@ class Net(nn.Module):
             x = nn.Dense(width, kernel_init=uniform(limit), bias_init=bias)(x)
             if self.norm == "before":
                 x = normalise(x)
-            x = nn.relu(x)
+            x = ACTIVATIONS[self.activation](x)
             if self.norm == "after":
                 scale = self.param(f"scale_{i}", nn.initializers.ones_init(), (width,), jnp.float32)
                 x = normalise(x) * scale + self.param(f"shift_{i}", nn.initializers.zeros_init(), (width,), jnp.float32)

@@ -14,12 +14,13 @@ from jaxstack.nn.conv import Conv
 from jaxstack.nn.init import orthogonal
 from jaxstack.nn.recurrent import GRU
 
-Activation = Literal["relu", "tanh", "silu", "gelu"]
+Activation = Literal["relu", "tanh", "silu", "gelu", "elu"]
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": jax.nn.relu,
     "tanh": jnp.tanh,
     "silu": jax.nn.silu,
     "gelu": jax.nn.gelu,
+    "elu": jax.nn.elu,
 }
 
 

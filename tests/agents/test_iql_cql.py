@@ -8,7 +8,7 @@ import pytest
 import reference_updates as ref
 
 from jaxstack import agents
-from jaxstack.agents import cql, iql, offline, soft
+from jaxstack.agents import conservative, cql, iql, offline, soft
 from jaxstack.core.errors import UserError
 from jaxstack.core.learner import as_hypers
 
@@ -87,11 +87,11 @@ def test_expectiles_are_means_and_tend_to_maxima():
 def test_the_update_of_cql_equals_numpy_and_without_weight_sac(file):
     one, s, batch = begin("cql", file, lr=1e-2, num_actions=2)
     nets = soft.nets_of(offline.make_task(one.config), (5,), (4,), 2, "none")
-    noise, more = soft.draw(nets, jax.random.key(1), 6), cql.draw(nets, jax.random.key(2), 6, 2)
+    noise, more = soft.draw(nets, jax.random.key(1), 6), conservative.draw(nets, jax.random.key(2), 6, 2)
 
     @jax.jit
     def both(s):
-        actions, density = cql.candidates(nets, s, batch, more)
+        actions, density = conservative.candidates(nets, s, batch, more)
         new, metrics = cql.update(nets, s, batch, noise, more)
         free = s._replace(hypers=s.hypers._replace(weight=0.0))
         plain = soft.update(
@@ -127,7 +127,7 @@ def test_the_update_of_cql_equals_numpy_and_without_weight_sac(file):
 
 def test_the_conservative_term_moves_values_without_changing_their_sum():
     values, density, own = (jax.random.normal(jax.random.key(i), s) for i, s in enumerate(((2, 5, 4), (5, 4), (2, 4))))
-    there, here = jax.grad(cql.gap, (0, 2))(values, density, own)
+    there, here = jax.grad(conservative.gap, (0, 2))(values, density, own)
     np.testing.assert_allclose(there.sum(1) + here, 0, atol=1e-6)
 
 
