@@ -86,6 +86,13 @@ def transitions(path, env=DATA["env"]):
     return save_dataset(path, dataset("tiny", **rows))
 
 
+@pytest.fixture(autouse=True)
+def _search_for_nan():
+    """The usual way to find a NaN finds none in a healthy run."""
+    with jax.debug_nans(True):
+        yield
+
+
 def leaves(tree):
     return [
         jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x for x in jax.tree.leaves(tree)
@@ -161,6 +168,10 @@ def test_a_learner_trains_resumes_is_stored_and_names_bad_input(name, tmp_path):
     got = resume(learner, tmp_path / "whole", **OPTIONS)
     for a, b in zip(leaves(whole.state), leaves(got.state), strict=True):
         np.testing.assert_array_equal(a, b)
+    # other numbers compile nothing
+    other = train(learners.make(name, **options, lr=0.2), seeds=[0, 3], **OPTIONS)
+    assert [p.name for p in other.ledger.programs if not p.reused] == []
+    assert not np.array_equal(other.metrics[losses], whole.metrics[losses], equal_nan=True)
     # a seed among others takes the step it takes alone, up to rounding
     batch = ()
     if learner.source is not None:

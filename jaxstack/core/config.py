@@ -1,14 +1,16 @@
 """Typed, frozen configs: checked where they are made, one YAML form, one command-line form."""
 
 import collections.abc
+import contextlib
+import contextvars
 import dataclasses
 import enum
 import inspect
 import sys
 import types
 import typing
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import numpy as np
 
@@ -16,6 +18,7 @@ from jaxstack.core import options as texts
 from jaxstack.core.errors import UserError, unknown
 
 C = TypeVar("C")
+_watches: contextvars.ContextVar[tuple[list[type], ...]] = contextvars.ContextVar("watches", default=())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +36,26 @@ class Config:
 
     def validate(self) -> None:
         """Override: raise `UserError` through `require` for wrong values."""
+
+    if not TYPE_CHECKING:  # with it, any attribute would pass
+
+        def __getattribute__(self, name: str) -> Any:
+            if name == "hypers":
+                for found in _watches.get():
+                    found.append(type(self))
+            return object.__getattribute__(self, name)
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[list[type]]:
+    """Note which classes of configs have their numbers (`hypers`) read in the block: what is traced there then depends
+    on their values."""
+    found: list[type] = []
+    before = _watches.set((*_watches.get(), found))
+    try:
+        yield found
+    finally:
+        _watches.reset(before)
 
 
 def require(config: Any, field: str, ok: bool, expected: str) -> None:

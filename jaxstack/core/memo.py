@@ -3,20 +3,26 @@
 A learner is recognised by what its functions compute from: their code and, recursively, what they close over. Learners
 made twice from equal configs are thus one. What cannot be compared by value (an object of a library, a jitted function)
 counts as equal only to itself; module globals are taken to stay as they are, as `jax.jit` does.
+
+Numbers of configs (their field `hypers`) are traced: they tell learners apart only where tracing reads them from a
+config after all, which is noticed.
 """
 
+import contextlib
 import dataclasses
 import enum
 import functools
 import types
 from collections import OrderedDict
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
+
+from jaxstack.core import config
 
 LEARNERS = 8
 """Learners whose programs are kept, the least recently used leave first."""
@@ -26,6 +32,10 @@ LARGEST = 2**18
 """Arrays of more elements are compared by identity."""
 
 _known: OrderedDict[Any, OrderedDict[Any, Any]] = OrderedDict()
+_reading: OrderedDict[Any, bool] = OrderedDict()
+"""Keys, without the numbers of configs, of things whose tracing reads such numbers."""
+READING = 64
+"""So many of them are remembered; one that is forgotten is noticed again."""
 
 
 class Same:
@@ -41,35 +51,61 @@ class Same:
         return id(self.thing)
 
 
-def programs(*things: Any) -> OrderedDict[Any, Any]:
-    """The store for programs made from `things` under JAX's present settings; see `keep`."""
+class Given(NamedTuple):
+    """A function whose first `count` arguments are always given, so that defaults of theirs do not matter."""
+
+    function: Callable[..., Any]
+    count: int
+
+
+@contextlib.contextmanager
+def programs(*things: Any) -> Iterator[OrderedDict[Any, Any]]:
+    """The store for programs made from `things` under JAX's present settings, see `keep`; tracing is to happen inside
+    the block. Things that differ in numbers of configs alone share a store, unless tracing reads such a number."""
     settings = tuple((name, repr(getattr(jax.config, name, value))) for name, value in jax.config.values.items())
-    key = (settings, *(fingerprint(x) for x in things))
-    store = _known.setdefault(key, OrderedDict())
-    _known.move_to_end(key)
+
+    def key(numbers: bool) -> Any:
+        return settings, numbers, tuple(fingerprint(x, numbers) for x in things)
+
+    short = key(False)
+    full = key(True) if short in _reading else short
+    store = _known.setdefault(full, OrderedDict())
+    _known.move_to_end(full)
     while len(_known) > LEARNERS:
         _known.popitem(last=False)
-    return store
+    with config.watched() as read:
+        try:
+            yield store
+        finally:
+            if read and full is short:  # what is in the store is for these numbers alone
+                keep(_reading, short, True, READING)
+                _known.pop(short, None)
+                _known[key(True)] = store
 
 
-def keep(store: OrderedDict[Any, Any], key: Any, value: Any) -> None:
-    """Put a value into a store; the oldest leaves when there are too many."""
+def keep(store: OrderedDict[Any, Any], key: Any, value: Any, most: int = PROGRAMS) -> None:
+    """Put a value into a store; the oldest leaves when there are more than `most`."""
     store[key] = value
-    while len(store) > PROGRAMS:
+    while len(store) > most:
         store.popitem(last=False)
 
 
 def jit(function: Callable[..., Any]) -> Callable[..., Any]:
     """`jax.jit(function)`, or the one made before from a function that computes the same."""
-    store = programs(function)
-    if "jit" not in store:
-        keep(store, "jit", jax.jit(function))
-    return store["jit"]
+
+    def run(*args: Any) -> Any:
+        with programs(function) as store:
+            if "jit" not in store:
+                keep(store, "jit", jax.jit(function))
+            return store["jit"](*args)
+
+    return run
 
 
 def forget() -> None:
     """Let go of all programs."""
     _known.clear()
+    _reading.clear()
 
 
 def signature(tree: Any) -> Any:
@@ -79,23 +115,26 @@ def signature(tree: Any) -> Any:
     return structure, tuple(one(x) for x in leaves)
 
 
-def fingerprint(thing: Any, above: tuple[int, ...] = ()) -> Any:
-    """A hashable value, equal for things that compute the same."""
+def fingerprint(thing: Any, numbers: bool = False, above: tuple[int, ...] = ()) -> Any:
+    """A hashable value, equal for things that compute the same; with the `numbers` of configs or without.
+
+    An object of a class with a method `computes_from` is described by what that returns.
+    """
     if thing is None or isinstance(thing, (bool, int, float, complex, str, bytes, enum.Enum)):
         return type(thing), repr(thing)  # repr tells -0.0 from 0.0, and NaN equals itself
     if id(thing) in above:
         return "above", len(above) - above.index(id(thing))
-    inner = functools.partial(fingerprint, above=(*above, id(thing)))
+    inner = functools.partial(fingerprint, numbers=numbers, above=(*above, id(thing)))
     many = lambda things: tuple(inner(x) for x in things)
+    if isinstance(thing, Given):
+        function, count = thing
+        if isinstance(function, types.FunctionType):
+            defaults = function.__defaults__ or ()
+            kept = defaults[max(count - function.__code__.co_argcount + len(defaults), 0) :]
+            return "given", count, _function(function, (kept, function.__kwdefaults__), inner)
+        return "given", count, inner(function)
     if isinstance(thing, types.FunctionType):
-        cells = []
-        for cell in thing.__closure__ or ():
-            try:
-                cells.append(inner(cell.cell_contents))
-            except ValueError:  # not assigned yet
-                cells.append("empty")
-        defaults = many((thing.__defaults__, thing.__kwdefaults__))
-        return "function", thing.__code__, Same(thing.__globals__), defaults, tuple(cells)
+        return _function(thing, (thing.__defaults__, thing.__kwdefaults__), inner)
     if isinstance(thing, types.MethodType):
         return "method", inner(thing.__func__), inner(thing.__self__)
     if isinstance(thing, functools.partial):
@@ -115,5 +154,22 @@ def fingerprint(thing: Any, above: tuple[int, ...] = ()) -> Any:
         frozen = getattr(type(thing), "__dataclass_params__").frozen  # noqa: B009 - unknown to the type checker
         unbound = getattr(thing, "scope", thing) is None  # a module of flax, which does not change either
         if frozen or unbound:
-            return type(thing), many(getattr(thing, f.name) for f in dataclasses.fields(thing))
+            names = [f.name for f in dataclasses.fields(thing)]
+            if isinstance(thing, config.Config) and not numbers:
+                names = [n for n in names if n != "hypers"]
+            return type(thing), many(getattr(thing, n) for n in names)
+    if isinstance(thing, jax.ShapeDtypeStruct):
+        return "shape", thing.shape, str(thing.dtype), thing.weak_type, thing.sharding
+    if "computes_from" in vars(type(thing)):  # inherited, it would not know what a subclass adds
+        return type(thing), inner(thing.computes_from())
     return Same(thing)
+
+
+def _function(function: types.FunctionType, defaults: Any, inner: Callable[[Any], Any]) -> Any:
+    cells = []
+    for cell in function.__closure__ or ():
+        try:
+            cells.append(inner(cell.cell_contents))
+        except ValueError:  # not assigned yet
+            cells.append("empty")
+    return "function", function.__code__, Same(function.__globals__), inner(defaults), tuple(cells)

@@ -4,6 +4,7 @@ Everything is compiled from shapes, before any array exists, so that what does n
 """
 
 import contextlib
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -97,107 +98,110 @@ def build(
     Raises `ledger.DoesNotFit` when the run needs more, `UserError` for devices that divide neither the seeds nor the
     environments of each (see devices.py).
     """
-    # under jit it is traced once, for its shapes and its program
-    start = jax.jit(lambda *args: initial(learner, *args))
-    arguments = lambda seeds, hypers, given: (
-        np.asarray(seeds, np.uint32),
-        jax.tree.map(np.asarray, as_hypers(learner.hypers if hypers is None else hypers)),
-        given,
-        None if length is None else np.int32(length),
-    )
-    rows = arguments(seeds, hypers, learner.given)
     # numbers that are arguments are no part of what is compiled
-    store = memo.programs(learner._replace(given=None, hypers=None), data)
-    known = ("shapes", memo.signature(rows))
-    if known not in store:
-        with book.clock():
-            memo.keep(store, known, jax.eval_shape(start, *rows))
-    shapes = store[known]
-    place = layout(learner, shapes[0], devices, env_devices)
-    where = None if place.mesh is None else (place.state, jax.tree.map(lambda _: place.seeds, shapes[1]))
-    if where is not None:
-        shapes = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where)
-    # beside the chunk, which takes longest
-    init = book.begin("init", start, *rows, out_shardings=where, once=True, aside=True, store=store)
-    evaluation = evaluating(learner, shapes[0], book, place, store=store) if evaluate else None
-    arrays = () if data is None else data.constants()
-    streamed = not jax.tree.leaves(arrays)  # otherwise the items are rows of `arrays`
-    check = (data is not None and learner.check_data) or (lambda examples: None)
-    if not streamed:
-        check(arrays)
-    constants = distributed.place_all(arrays, place.everywhere)
-    one_item = () if data is None else data.item(seeds)
-    chunk = chunk if data is None else source.fitting(data, seeds, chunk)
-    item = jax.tree.map(lambda x: np.zeros((chunk, *np.shape(x)), np.asarray(x).dtype), one_item)
-    # who draws: rows and augmentation depend on the seed and the step
-    draws = lambda seeds: () if data is None else distributed.place_all(np.asarray(seeds, np.uint32), place.seeds)
-    shared = (constants, draws(seeds))
-    causes: list[str] = []
-    body = jax.jit(_step_body(learner, data, guarded, causes))  # traced once, however often it is asked for its shapes
-    zero = np.int32(0)
-    if dispatch == "auto":
-        known = ("convolves", memo.signature((shapes, shared, one_item)))
+    bare = learner._replace(given=None, hypers=None, init=memo.Given(learner.init, 2))  # pyright: ignore
+    with memo.programs(bare, data) as store:
+        # under jit it is traced once, for its shapes and its program
+        start = jax.jit(lambda *args: initial(learner, *args))
+        arguments = lambda seeds, hypers, given: (
+            np.asarray(seeds, np.uint32),
+            jax.tree.map(np.asarray, as_hypers(learner.hypers if hypers is None else hypers)),
+            given,
+            None if length is None else np.int32(length),
+        )
+        rows = arguments(seeds, hypers, learner.given)
+        known = ("shapes", memo.signature(rows))
         if known not in store:
             with book.clock():
-                slow = jax.default_backend() == "cpu" and convolves(body, *shapes, zero, shared, one_item)
-            memo.keep(store, known, slow)
-        dispatch = "loop" if store[known] else "scan"
-    out = None if where is None else (*where, place.everywhere)
-    where_items = place.steps if data is not None and data.per_seed else place.everywhere
-
-    def send(tree: Any) -> Any:
-        if dispatch == "loop":  # step by step from the host
-            return tree
-        return jax.device_put(tree) if where_items is None else distributed.place_all(tree, where_items)
-
-    def checked(tree: Any) -> Any:
-        if streamed:
-            check(tree)
-        return send(tree)
-
-    options: dict[str, Any] = dict(donate=(0, 1), store=store, tag=(chunk, guarded), notes=causes)
-    with place.compiling():
-        if dispatch == "scan":
-            item = send(item)
-            args = (*shapes, zero, zero, shared, item)
-            program = book.compile("chunk", _chunk_program(body, chunk), *args, out_shardings=out, **options)
-        else:
-            args = (*shapes, zero, shared, one_item)
-            program = book.compile("step", body, *args, out_shardings=out, **options)
-    measured = book.programs[-1]
-    measured.seeds = -(-len(seeds) // devices)
-    measured.envs = -(-environments(learner, shapes[0]) // env_devices)
-    common = (constants, () if data is not None and data.per_seed else item)
-    measured.shared_bytes = sum(x.nbytes for x in jax.tree.leaves(common))
-    # host memory is shared by its devices
-    copies = max(devices * env_devices // distributed.count(), 1) if jax.default_backend() == "cpu" else 1
-    limit = ledger.available_bytes() if memory_limit is None else memory_limit
-    limit = -distributed.largest(-(2**62 if limit is None else limit))  # all processes refuse, or none
-    ledger.check_memory(book.programs[-1], len(seeds), limit, copies)
-    run = _scan if dispatch == "scan" else _loop
-
-    initialise, measure = init(), evaluation and evaluation()
-
-    def bind(seeds: Sequence[int], hypers: Any, given: Any) -> Programs:
-        rows = arguments(seeds, hypers, given)
-
+                memo.keep(store, known, jax.eval_shape(start, *rows))
+        shapes = store[known]
+        place = layout(learner, shapes[0], devices, env_devices)
+        where = None if place.mesh is None else (place.state, jax.tree.map(lambda _: place.seeds, shapes[1]))
+        if where is not None:
+            shapes = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where)
+        # beside the chunk, which takes longest
+        init = book.begin("init", start, *rows, out_shardings=where, once=True, aside=True, store=store)
+        evaluation = evaluating(learner, shapes[0], book, place, store=store) if evaluate else None
+        arrays = () if data is None else data.constants()
+        streamed = not jax.tree.leaves(arrays)  # otherwise the items are rows of `arrays`
+        check = (data is not None and learner.check_data) or (lambda examples: None)
+        if not streamed:
+            check(arrays)
+        constants = distributed.place_all(arrays, place.everywhere)
+        one_item = () if data is None else data.item(seeds)
+        chunk = chunk if data is None else source.fitting(data, seeds, chunk)
+        item = jax.tree.map(lambda x: np.zeros((chunk, *np.shape(x)), np.asarray(x).dtype), one_item)
+        # who draws: rows and augmentation depend on the seed and the step
+        draws = lambda seeds: () if data is None else distributed.place_all(np.asarray(seeds, np.uint32), place.seeds)
         shared = (constants, draws(seeds))
+        causes: list[str] = []
+        body = jax.jit(
+            _step_body(learner, data, guarded, causes)
+        )  # traced once, however often it is asked for its shapes
+        zero = np.int32(0)
+        if dispatch == "auto":
+            known = ("convolves", memo.signature((shapes, shared, one_item)))
+            if known not in store:
+                with book.clock():
+                    slow = jax.default_backend() == "cpu" and convolves(body, *shapes, zero, shared, one_item)
+                memo.keep(store, known, slow)
+            dispatch = "loop" if store[known] else "scan"
+        out = None if where is None else (*where, place.everywhere)
+        where_items = place.steps if data is not None and data.per_seed else place.everywhere
 
-        def advance(state: Any, alive: guard.Alive, done: int, count: int, items: Any = ()) -> tuple:
-            return run(program, state, alive, done, count, shared, items)
+        def send(tree: Any) -> Any:
+            if dispatch == "loop":  # step by step from the host
+                return tree
+            return jax.device_put(tree) if where_items is None else distributed.place_all(tree, where_items)
 
-        return Programs(
-            init=lambda: initialise(*rows),
-            advance=advance,
-            evaluate=measure,
-            place=lambda tree: place.place(*tree),
-            chunk=chunk,
-            bind=bind,
-            feed=lambda: None if data is None else Feed(data, seeds, chunk, checked),
-            causes=causes,
-        )
+        def checked(tree: Any) -> Any:
+            if streamed:
+                check(tree)
+            return send(tree)
 
-    return bind(seeds, hypers, learner.given)
+        options: dict[str, Any] = dict(donate=(0, 1), store=store, tag=(chunk, guarded), notes=causes)
+        with place.compiling():
+            if dispatch == "scan":
+                item = send(item)
+                args = (*shapes, zero, zero, shared, item)
+                program = book.compile("chunk", _chunk_program(body, chunk), *args, out_shardings=out, **options)
+            else:
+                args = (*shapes, zero, shared, one_item)
+                program = book.compile("step", body, *args, out_shardings=out, **options)
+        measured = book.programs[-1]
+        measured.seeds = -(-len(seeds) // devices)
+        measured.envs = -(-environments(learner, shapes[0]) // env_devices)
+        common = (constants, () if data is not None and data.per_seed else item)
+        measured.shared_bytes = sum(x.nbytes for x in jax.tree.leaves(common))
+        # host memory is shared by its devices
+        copies = max(devices * env_devices // distributed.count(), 1) if jax.default_backend() == "cpu" else 1
+        limit = ledger.available_bytes() if memory_limit is None else memory_limit
+        limit = -distributed.largest(-(2**62 if limit is None else limit))  # all processes refuse, or none
+        ledger.check_memory(book.programs[-1], len(seeds), limit, copies)
+        run = _scan if dispatch == "scan" else _loop
+
+        initialise, measure = init(), evaluation and evaluation()
+
+        def bind(seeds: Sequence[int], hypers: Any, given: Any) -> Programs:
+            rows = arguments(seeds, hypers, given)
+
+            shared = (constants, draws(seeds))
+
+            def advance(state: Any, alive: guard.Alive, done: int, count: int, items: Any = ()) -> tuple:
+                return run(program, state, alive, done, count, shared, items)
+
+            return Programs(
+                init=lambda: initialise(*rows),
+                advance=advance,
+                evaluate=measure,
+                place=lambda tree: place.place(*tree),
+                chunk=chunk,
+                bind=bind,
+                feed=lambda: None if data is None else Feed(data, seeds, chunk, checked),
+                causes=causes,
+            )
+
+        return bind(seeds, hypers, learner.given)
 
 
 def convolves(function: Callable, *args: Any) -> bool:
@@ -239,15 +243,21 @@ def evaluating(
     split = learner.eval_source(learner.config)
     total = source.finite(split, learner.name)
     constants = distributed.place_all(split.constants(), place.everywhere)
+    store = OrderedDict() if store is None else store
+    reads = memo.fingerprint(split)
 
     def measure(state: Any, constants: Any, item: Any, key: Any) -> Any:
         batch = split.batch(constants, item, key)
         return over_seeds(lambda s: evaluate(s, key, batch))(state)
 
     one_item = split.item([0])
-    with book.clock():
-        found = jax.eval_shape(measure, shapes, constants, one_item, key)
-        slow = jax.default_backend() == "cpu" and convolves(measure, shapes, constants, one_item, key)
+    known = ("measured", reads, memo.signature((shapes, constants, one_item)))
+    if known not in store:
+        with book.clock():
+            found = jax.eval_shape(measure, shapes, constants, one_item, key)
+            slow = jax.default_backend() == "cpu" and convolves(measure, shapes, constants, one_item, key)
+        memo.keep(store, known, (found, slow))
+    found, slow = store[known]
     for name, value in found.items():
         if not isinstance(value, Mean):
             raise UserError(f"{learner.name}.evaluate: {name}: expected a Mean(total, count), to add up over batches")
@@ -264,7 +274,8 @@ def evaluating(
     send = lambda tree: jax.device_put(tree) if place.mesh is None else distributed.place_all(tree, place.everywhere)
     items = send(jax.tree.map(lambda x: np.zeros((size, *np.shape(x)), np.asarray(x).dtype), one_item))
     args = (shapes, constants, items, np.int32(0), np.int32(0), key)
-    begun = book.begin("evaluate", sums, *args, out_shardings=place.everywhere, aside=True)
+    options: dict[str, Any] = dict(out_shardings=place.everywhere, aside=True, store=store, tag=(size, reads))
+    begun = book.begin("evaluate", sums, *args, **options)
 
     def finish_split() -> Callable:
         program = begun()

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxstack.core import cache, config, distributed, guard, ledger, program, signals
+from jaxstack.core import cache, config, distributed, guard, ledger, memo, program, signals
 from jaxstack.core.checkpoint import Checkpoints, NoCheckpoint, Retention, from_table, to_table
 from jaxstack.core.errors import UserError
 from jaxstack.core.learner import Key, Learner, as_hypers, better, require_one
@@ -295,10 +295,11 @@ def evaluate(learner: Learner, state: Any, key: Key | None = None) -> dict[str, 
     Raises:
         UserError: for a learner without evaluation.
     """
-    begun = program.evaluating(learner, jax.eval_shape(lambda: state), ledger.Ledger(), key=key)
-    if begun is None:
-        raise UserError(f"{learner.name}: has no evaluation")
-    return begun()(state)
+    with memo.programs(learner._replace(given=None, hypers=None)) as store:
+        begun = program.evaluating(learner, jax.eval_shape(lambda: state), ledger.Ledger(), key=key, store=store)
+        if begun is None:
+            raise UserError(f"{learner.name}: has no evaluation")
+        return begun()(state)
 
 
 def load_state(learner: Learner, run_dir: str | Path) -> Any:

@@ -327,6 +327,8 @@ class OfflineData(RandomData):
         super().__init__(rows, batch_size, seed=seed)
         self.shared = shared
 
+    computes_from = RandomData.computes_from
+
     def constants(self) -> Any:
         self.shared = jax.tree.map(jnp.asarray, self.shared)
         return super().constants(), self.shared

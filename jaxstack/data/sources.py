@@ -20,7 +20,10 @@ Augment = Callable[[jax.Array, Any], Any]
 
 
 class _Base:
-    """What all sources have in common."""
+    """What all sources have in common.
+
+    `computes_from` of each class is what its `batch` reads beside its arguments, by which memo.py tells programs apart.
+    """
 
     per_seed: bool = False
     batches: int | None = None
@@ -85,6 +88,9 @@ class ArrayData(_OnDevice):
         self.steps_per_epoch = self.count // batch_size
         self._orders: dict[tuple[int, ...], tuple[int, np.ndarray]] = {}
 
+    def computes_from(self) -> Any:
+        return self.per_seed, self.augment
+
     def item(self, seeds: Sequence[int]) -> np.ndarray:
         return np.zeros((len(seeds), self.batch_size) if self.per_seed else self.batch_size, np.int32)
 
@@ -119,6 +125,9 @@ class RandomData(_OnDevice):
         super().__init__(arrays, batch_size, most=0)
         self.seed, self.augment = seed, augment
 
+    def computes_from(self) -> Any:
+        return self.seed, self.count, self.batch_size, self.augment
+
     def item(self, seeds: Sequence[int]) -> tuple:
         return ()
 
@@ -138,6 +147,9 @@ class SplitData(_OnDevice):
         super().__init__(arrays, batch_size, most=0)
         self.batch_size = min(batch_size, self.count)
         self.batches: int | None = -(-self.count // self.batch_size)
+
+    def computes_from(self) -> Any:
+        return self.count, self.batch_size
 
     def item(self, seeds: Sequence[int]) -> np.ndarray:
         return np.zeros((), np.int32)
@@ -170,6 +182,9 @@ class HostData(_Base):
         self.function, self.per_seed, self.batches, self.augment = function, per_seed, batches, augment
         self._first: Any = None
 
+    def computes_from(self) -> Any:
+        return self.per_seed, self.augment
+
     def item(self, seeds: Sequence[int]) -> Any:
         if self._first is None:
             self._first = jax.tree.map(_host, self._example(seeds))
@@ -199,6 +214,8 @@ class IteratorData(HostData):
                 raise UserError(f"iterator of type {type(iterator).__name__} has no {method}; use HostData instead")
         super().__init__(self._next, augment=augment)
         self.iterator = iterator
+
+    computes_from = HostData.computes_from
 
     def state(self) -> Any:
         state = self.iterator.get_state()

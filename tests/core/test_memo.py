@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from toy_learners import Hypers, ToyConfig, assert_same, regression
+from toy_learners import Hypers, ToyConfig, assert_same, classifier, regression
 
 from jaxstack import agents
 from jaxstack.core import memo
 from jaxstack.core.errors import UserError
 from jaxstack.core.runner import train
+from jaxstack.data.sources import ArrayData, HostData, RandomData
 from jaxstack.measures import conventions, crossplay, partners
 
 QUIET = dict(progress=False)
@@ -80,10 +81,68 @@ def test_a_reused_program_still_says_why_a_seed_was_frozen(capsys):
     ],
 )
 def test_agents_from_equal_configs_are_one_and_others_are_not(name, options):
-    print_of = lambda **more: memo.fingerprint(agents.make(name, **options, **more))
+    def print_of(**more):
+        learner = agents.make(name, **options, **more)
+        return memo.fingerprint(learner._replace(hypers=None, init=memo.Given(learner.init, 2)))
+
     assert print_of() == print_of()
     assert hash(print_of()) == hash(print_of())
+    assert print_of() == print_of(lr=0.1, gamma=0.5)  # these are traced
     assert print_of() != print_of(num_envs=32)
+
+
+def test_a_number_that_is_read_while_tracing_is_part_of_what_is_compiled():
+    """A learner may read its config's numbers against the rule: it then has programs for each of them."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Config(ToyConfig):
+        hypers: Hypers = Hypers()
+
+    def make(lr):
+        config, one = Config(hypers=Hypers(lr=lr)), regression()
+        step = lambda s: (one.step(s)[0], {"loss/total": jnp.float32(config.hypers.lr)})
+        return one._replace(step=step, config=config, hypers=config.hypers)
+
+    for lr in (0.1, 0.2, 0.1, 0.3):
+        run = train(make(lr), 1, **QUIET)
+        assert run.metrics["loss/total"].item() == np.float32(lr)
+    assert len(fresh(run)) == 3  # the first time with this number
+    assert fresh(train(make(0.1), 1, **QUIET)) == []
+    config = Config(hypers=Hypers(lr=0.5))
+    played = [memo.jit(lambda x, c=Config(hypers=Hypers(lr=lr)): x + c.hypers.lr)(1.0) for lr in (0.5, 0.25, 0.5)]
+    assert [float(x) for x in played] == [1.5, 1.25, 1.5]
+    assert memo.fingerprint(config) == memo.fingerprint(Config())
+    assert memo.fingerprint(config, numbers=True) != memo.fingerprint(Config(), numbers=True)
+
+
+def test_defaults_of_what_is_always_given_do_not_matter():
+    def make(count, number, step=0.0):
+        def init(key, hypers=number, other=step):
+            return key, hypers, other
+
+        return memo.fingerprint(memo.Given(init, count))
+
+    assert make(2, 1.0) == make(2, 2.0)
+    assert make(1, 1.0) != make(1, 2.0)
+    assert make(2, 1.0, 3.0) != make(2, 1.0, 4.0)
+
+
+def test_sources_with_other_arrays_share_programs():
+    """Arrays are arguments; what a subclass adds is not known to be one."""
+    rows = lambda seed: (np.random.default_rng(seed).normal(size=(8, 64)), np.arange(8) % 10)
+    run = lambda data: train(classifier(), 2, data=data, **QUIET)
+    for kind in (ArrayData, RandomData):
+        run(kind(rows(0), 4))
+        assert fresh(run(kind(rows(1), 4))) == []
+        assert "chunk" in fresh(run(kind(rows(1), 8)))
+    run(HostData(lambda step: jax.tree.map(lambda x: x[:4], rows(step))))
+    assert fresh(run(HostData(lambda step: jax.tree.map(lambda x: x[4:], rows(step))))) == []
+
+    class Own(RandomData):
+        def _rows(self, constants, item, key):
+            return super()._rows(jax.tree.map(lambda x: x * self.seed, constants), item, key)
+
+    assert memo.fingerprint(Own(rows(0), 4)) != memo.fingerprint(Own(rows(0), 4))
 
 
 def test_fingerprints_tell_values_apart():
@@ -113,20 +172,23 @@ def test_fingerprints_tell_values_apart():
 
 def test_few_learners_are_kept():
     for width in range(memo.LEARNERS + 3):
-        memo.programs(ToyConfig(width=width + 1))
+        with memo.programs(ToyConfig(width=width + 1)):
+            pass
     assert len(memo._known) == memo.LEARNERS
-    store = memo.programs(1)
+    with memo.programs(1) as store:
+        pass
     for i in range(memo.PROGRAMS + 2):
         memo.keep(store, i, i)
     assert list(store) == list(range(2, memo.PROGRAMS + 2))
 
 
 def test_a_second_evaluation_compiles_nothing():
-    """Of members across environments, in mixed teams, and with given partners."""
+    """Of members across environments, in mixed teams, and with given partners; nor one of a learner whose numbers
+    differ."""
     options = dict(env="matrix_game", num_envs=2, num_steps=4, num_minibatches=1, hidden=(4,), total_steps=8)
 
-    def scores(states=None):
-        learner = agents.make("ippo", **options)
+    def scores(states=None, **numbers):
+        learner = agents.make("ippo", **options, **numbers)
         if states is None:
             states = jax.jit(jax.vmap(learner.init))(jax.random.split(jax.random.key(0), 2))
         env = learner.env
@@ -137,6 +199,7 @@ def test_a_second_evaluation_compiles_nothing():
         )
 
     states, first = scores()
-    (_, second), count = compiled(lambda: scores(states))
-    assert count == 0
-    assert_same(first, second)
+    for numbers in ({}, {"lr": 0.1}):
+        (_, second), count = compiled(lambda n=numbers: scores(states, **n))
+        assert count == 0
+        assert_same(first, second)
