@@ -160,8 +160,10 @@ def fingerprint(thing: Any, numbers: bool = False, above: tuple[int, ...] = ()) 
             return type(thing), many(getattr(thing, n) for n in names)
     if isinstance(thing, jax.ShapeDtypeStruct):
         return "shape", thing.shape, str(thing.dtype), thing.weak_type, thing.sharding
-    if "computes_from" in vars(type(thing)):  # inherited, it would not know what a subclass adds
-        return type(thing), inner(thing.computes_from())
+    # inherited, it would not know what a subclass adds
+    described = vars(type(thing)).get("computes_from")
+    if described is not None:
+        return type(thing), inner(described(thing))
     return Same(thing)
 
 
