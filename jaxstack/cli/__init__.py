@@ -51,7 +51,9 @@ Where a learner, environment or claim is named, module:attribute names one of yo
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code."""
+    """Run one command (default: that of the process); returns the exit code. The process that is interrupted while it
+    compiles ends at once."""
+    leave = _leave if argv is None else lambda code, _=False: code
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
     argv = [a for a in argv if a != "--debug"]
@@ -75,13 +77,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         print("jaxstack: interrupted", file=sys.stderr)
-        return 130
+        return leave(130, True)
     except Exception as e:
         signum = getattr(e, "signum", None)
         if debug or signum is None:
             raise
         print(f"jaxstack: {e}", file=sys.stderr)
-        return 128 + signum
+        return leave(128 + signum)
+
+
+def _leave(code: int, always: bool = False) -> int:
+    """End the process without its usual end, which waits for what is being compiled; `always`, or if something is.
+
+    To be called while the exception is handled: it holds what a compiler that was interrupted may still use.
+    """
+    from jaxstack.core import aside
+
+    if always or aside.running():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def parser() -> argparse.ArgumentParser:

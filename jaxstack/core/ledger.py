@@ -5,14 +5,13 @@ import gc
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from jaxstack.core import memo
+from jaxstack.core import aside, memo
 from jaxstack.core.errors import UserError
 
 CHEAP = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
@@ -95,7 +94,7 @@ class Ledger:
         donate: tuple[int, ...] = (),
         out_shardings: Any = None,
         once: bool = False,
-        aside: bool = False,
+        early: bool = False,
         store: OrderedDict[Any, Any] | None = None,
         tag: Any = None,
         notes: list[Any] | None = None,
@@ -103,8 +102,8 @@ class Ledger:
         """Lower `function` now; the function that is returned gives the executable and enters it into the ledger.
 
         `once`: it runs a single time, so on CPU, where optimising takes longer than running, it is not optimised.
-        `aside`: it is compiled in a thread of its own from now on, beside others; XLA keeps one core busy most of the
-        time. On CPU alone: elsewhere kernels are tuned by timing them.
+        `early`: it is compiled from now on, beside others; XLA keeps one core busy most of the time. On CPU alone:
+        elsewhere kernels are tuned by timing them.
         `store` (see memo.py) has or gets the executable; `tag` is what the function depends on beside what the store is
         for, and `notes` what tracing wrote down, which is filled again when nothing is traced.
         Raises `UserError` when `max_compiles` programs were compiled already, and so does what is returned.
@@ -142,7 +141,7 @@ class Ledger:
 
         def finish() -> Any:
             self._refuse(name)
-            compiled, compile_seconds = future.result() if future else work()
+            compiled, compile_seconds = (begun or aside.begin(name, work)).result()
             self._enter(name, traces, traced(), compile_seconds, compiled)
             if store is not None:
                 memo.keep(store, key, (compiled, self.programs[-1], list(notes or ())))
@@ -151,11 +150,7 @@ class Ledger:
         spare_mappings()
         with self.clock() as traced:
             lowered = jax.jit(counted, donate_argnums=donate, out_shardings=out_shardings).lower(*args)
-        future = None
-        if aside and cpu:
-            thread = ThreadPoolExecutor(1, f"compile {name}")
-            future = thread.submit(work)
-            thread.shutdown(wait=False)
+        begun = aside.begin(name, work) if early and cpu else None
         return finish
 
     def _refuse(self, name: str) -> None:

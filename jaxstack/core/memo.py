@@ -22,7 +22,7 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from jaxstack.core import config
+from jaxstack.core import aside, config
 
 LEARNERS = 8
 """Learners whose programs are kept, the least recently used leave first."""
@@ -91,13 +91,16 @@ def keep(store: OrderedDict[Any, Any], key: Any, value: Any, most: int = PROGRAM
 
 
 def jit(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`jax.jit(function)`, or the one made before from a function that computes the same."""
+    """`jax.jit(function)` for arrays, or the one made before from a function that computes the same."""
 
     def run(*args: Any) -> Any:
         with programs(function) as store:
-            if "jit" not in store:
-                keep(store, "jit", jax.jit(function))
-            return store["jit"](*args)
+            args = jax.tree.map(jnp.asarray, args)
+            known = ("jit", signature(args))
+            if known not in store:
+                lowered = jax.jit(function).lower(*args)
+                keep(store, known, aside.begin("jit", lowered.compile).result())
+            return store[known](*args)
 
     return run
 

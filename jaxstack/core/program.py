@@ -120,7 +120,7 @@ def build(
         if where is not None:
             shapes = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where)
         # beside the chunk, which takes longest
-        init = book.begin("init", start, *rows, out_shardings=where, once=True, aside=True, store=store)
+        init = book.begin("init", start, *rows, out_shardings=where, once=True, early=True, store=store)
         evaluation = evaluating(learner, shapes[0], book, place, store=store) if evaluate else None
         arrays = () if data is None else data.constants()
         streamed = not jax.tree.leaves(arrays)  # otherwise the items are rows of `arrays`
@@ -233,7 +233,7 @@ def evaluating(
     key = distributed.place_all(jax.random.key(EVAL_STREAM) if key is None else key, place.everywhere)
     if learner.eval_source is None:
         one = lambda state, key: over_seeds(lambda s: evaluate(s, key))(state)
-        begun = book.begin("evaluate", one, shapes, key, out_shardings=place.everywhere, aside=True, store=store)
+        begun = book.begin("evaluate", one, shapes, key, out_shardings=place.everywhere, early=True, store=store)
 
         def finish() -> Callable:
             program = begun()
@@ -274,7 +274,7 @@ def evaluating(
     send = lambda tree: jax.device_put(tree) if place.mesh is None else distributed.place_all(tree, place.everywhere)
     items = send(jax.tree.map(lambda x: np.zeros((size, *np.shape(x)), np.asarray(x).dtype), one_item))
     args = (shapes, constants, items, np.int32(0), np.int32(0), key)
-    options: dict[str, Any] = dict(out_shardings=place.everywhere, aside=True, store=store, tag=(size, reads))
+    options: dict[str, Any] = dict(out_shardings=place.everywhere, early=True, store=store, tag=(size, reads))
     begun = book.begin("evaluate", sums, *args, **options)
 
     def finish_split() -> Callable:

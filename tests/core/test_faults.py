@@ -7,6 +7,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import children
@@ -316,6 +317,33 @@ def test_a_signal_while_compiling_leaves_a_run_that_can_be_resumed(signum, code,
     monkeypatch.undo()
     assert cli.main(["resume", str(run)]) == 0
     assert steps_of(run) == 2
+
+
+INTERRUPTED = """
+import os, signal, sys, threading
+from jaxstack import cli
+from jaxstack.core import aside
+
+begin = aside.begin
+
+def then_interrupt(name, work):
+    if name == "chunk":
+        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+    return begin(name, work)
+
+aside.begin = then_interrupt
+sys.exit(cli.main())
+"""
+
+
+def test_an_interrupt_in_the_compiler_ends_the_process_with_one_line(tmp_path):
+    """Raised inside XLA's compiler, it would leave it with objects that are gone: a segmentation fault."""
+    run = tmp_path / "r"
+    argv = [*TRAIN, "--hidden", "64", "64", "--num-epochs", "4", "--total-steps", "16", "--run-dir", str(run)]
+    env = os.environ | {"JAXSTACK_CACHE": "off"}
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED, *argv], capture_output=True, text=True, env=env)
+    assert done.returncode == 130, done.stderr
+    assert done.stderr == f"jaxstack: stopped after step 0 of 2; `jaxstack resume {run}` continues\n"
 
 
 def test_a_signal_that_the_compiler_swallows_is_not_lost(tmp_path, monkeypatch):

@@ -44,22 +44,22 @@ def test_a_compile_too_many_is_an_error():
         book.compile("b", jnp.cos, 1.0)
 
 
-def test_a_program_compiled_aside_is_entered_when_it_is_asked_for():
+def test_a_program_compiled_early_is_entered_when_it_is_asked_for():
     book = ledger.Ledger(max_compiles=2)
     x = jnp.arange(3.0)
-    later = book.begin("aside", lambda x: jnp.cumsum(x) * 2, x, aside=True, once=True)
+    later = book.begin("early", lambda x: jnp.cumsum(x) * 2, x, early=True, once=True)
     assert book.compile("first", jnp.sin, x)(x).shape == (3,)
     np.testing.assert_array_equal(later()(x), [0, 2, 6])
-    assert [p.name for p in book.programs] == ["first", "aside"]
+    assert [p.name for p in book.programs] == ["first", "early"]
     assert all(p.traces == 1 for p in book.programs)
     assert all(p.compile_seconds > 0 for p in book.programs)
-    with pytest.raises(UserError, match="max_compiles=2: 'more' would be one more compile after first, aside"):
-        book.begin("more", jnp.sin, x, aside=True)()
+    with pytest.raises(UserError, match="max_compiles=2: 'more' would be one more compile after first, early"):
+        book.begin("more", jnp.sin, x, early=True)()
 
 
-def test_what_goes_wrong_aside_is_raised_where_the_program_is_asked_for(monkeypatch):
+def test_what_goes_wrong_early_is_raised_where_the_program_is_asked_for(monkeypatch):
     monkeypatch.setattr(ledger, "CHEAP", {"no_such_option": True})
-    later = ledger.Ledger().begin("aside", jnp.sin, 1.0, aside=True, once=True)
+    later = ledger.Ledger().begin("early", jnp.sin, 1.0, early=True, once=True)
     with pytest.raises(jax.errors.JaxRuntimeError, match="no_such_option"):
         later()
 
