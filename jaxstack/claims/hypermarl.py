@@ -1,7 +1,8 @@
 """HyperMARL: a shared hypernetwork specialises like separate networks where parameter sharing with ids does not.
 
 Small scale: temporal matrix games with 4 and 8 agents, and Dispersion with 4 agents for 1e6 steps. `long`: Dispersion
-for 5e6 steps. Every arm of a game or of Dispersion is tuned with the same number of settings, on seeds of its own.
+for 5e6 steps. Every arm of a game or of Dispersion is tuned with the same number of settings, on seeds of its own;
+the width of the hypernetwork is among them in the long and the full scale.
 """
 
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from jaxstack import agents
 from jaxstack.claims.harness import Check, Claim, Curve, Experiment, Row, Scale, Tuning
 from jaxstack.core.learner import Learner
 from jaxstack.core.runner import RunOptions, train
+from jaxstack.core.space import Space, Values
 from jaxstack.sweeps import choice, sweep
 
 QUIET = RunOptions(progress=False)
@@ -122,26 +124,43 @@ def particles(arm: str, total_steps: int, hidden: tuple[int, ...], **form: Any) 
     )
 
 
-# four settings for every arm; a linear hypernetwork has no hidden layer
-RATES = choice(5e-4, 1e-3, 2e-3, 4e-3)
-INITS = choice("orthogonal", "normalised")
-SPACES = {
-    "HyperMARL": {"lr": choice(5e-4, 1.5e-3), "init": INITS},
-    "HyperMARL linear": {"lr": choice(1e-3, 3e-3), "init": INITS},
-}
 DISPERSION_ARMS = (*RIVALS, "HyperMARL", "HyperMARL linear")
+
+
+def spaces(own: dict[str, Space], lr: Values) -> dict[str, Space]:
+    """What each arm tries: the learning rate, unless it has options of its `own` to try."""
+    return {arm: own.get(arm, {"lr": lr}) for arm in DISPERSION_ARMS}
+
+
+# four settings for every arm; a linear hypernetwork has no hidden layer
+INITS = choice("orthogonal", "normalised")
+SPACES = spaces(
+    {
+        "HyperMARL": {"lr": choice(5e-4, 1.5e-3), "init": INITS},
+        "HyperMARL linear": {"lr": choice(1e-3, 3e-3), "init": INITS},
+    },
+    choice(5e-4, 1e-3, 2e-3, 4e-3),
+)
+# eight, with the hypernetwork's width, which is static: a program for each
+WIDE = spaces(
+    {
+        "HyperMARL": {"lr": choice(5e-4, 1.5e-3), "init": INITS, "hyper_hidden": choice((64,), (256,))},
+        "HyperMARL linear": {"lr": choice(5e-4, 1e-3, 2e-3, 4e-3), "init": INITS},
+    },
+    choice(3e-4, 5e-4, 7e-4, 1e-3, 1.5e-3, 2e-3, 3e-3, 4e-3),
+)
 POINTS = 10
 
 
-def dispersion(name: str, total_steps: int, tuning_steps: int, hidden: tuple[int, ...]) -> Experiment:
+def dispersion(
+    name: str, total_steps: int, tuning_steps: int, hidden: tuple[int, ...], tried: dict[str, Space]
+) -> Experiment:
     """Dispersion with 4 agents. `return` is the mean of 256 evaluation episodes with sampled actions after training,
-    `return@x` after x steps; tuning ranks settings by it after `tuning_steps`."""
+    `return@x` after x steps; tuning ranks the settings `tried` by it after `tuning_steps`."""
 
     def tune(arm: str) -> Tuning:
         make = lambda **form: particles(arm, tuning_steps, hidden, **form)
-        return Tuning.of(
-            sweep(make, SPACES.get(arm, {"lr": RATES}), TUNING_SEEDS, options=QUIET), "eval/return", steps=tuning_steps
-        )
+        return Tuning.of(sweep(make, tried[arm], TUNING_SEEDS, options=QUIET), "eval/return", steps=tuning_steps)
 
     def run(arm: str, seeds: tuple[int, ...], tuned: dict[str, Any]) -> Iterator[Row]:
         form = {k: tuple(v) if isinstance(v, list) else v for k, v in tuned.items() if k != "lr"}
@@ -224,7 +243,7 @@ claim = Claim(
     scales={
         "small": Scale(
             experiments=(
-                dispersion(SHORT, 1_000_000, 250_000, (32, 32)),
+                dispersion(SHORT, 1_000_000, 250_000, (32, 32), SPACES),
                 matrix_game("specialisation", 4, 600, GAME_ARMS),
                 matrix_game("synchronisation", 4, 400, ("NoPS", "FuPS", "FuPS+ID", "HyperMARL")),
                 gradient_cosine(),
@@ -234,7 +253,7 @@ claim = Claim(
             minutes=37,
         ),
         "long": Scale(
-            experiments=(dispersion(LONG, 5_000_000, 250_000, (32, 32)),),
+            experiments=(dispersion(LONG, 5_000_000, 250_000, (32, 32), WIDE),),
             checks=dispersion_checks(LONG),
         ),
         "full": Scale(
@@ -244,7 +263,7 @@ claim = Claim(
                 matrix_game("specialisation", 16, 600, GAME_ARMS[:5]),
                 matrix_game("synchronisation", 4, 600, tuple(ARMS)),
                 gradient_cosine(),
-                dispersion(FULL, 20_000_000, 2_000_000, (64, 64)),
+                dispersion(FULL, 20_000_000, 2_000_000, (64, 64), WIDE),
             ),
             checks=(*GAME_CHECKS, *dispersion_checks(FULL)),
         ),
