@@ -2,7 +2,9 @@
 
 The same environment, quality, seed and lengths give the same bytes. `random` plays uniformly; `expert` is the trained
 policy; `medium` the policy of the first update whose score, between random play (0) and the expert (1), reaches a
-third. Trained policies play as they were trained, by sampling.
+third. `medium-replay` shares the episodes among policies on the way there, evenly spaced over the updates;
+`medium-expert` has the episodes of both, as many transitions of each. Trained policies play as they were trained, by
+sampling.
 """
 
 import hashlib
@@ -22,15 +24,17 @@ from jaxstack.data.offline import DatasetInfo, OfflineDataset, dataset
 from jaxstack.envs import rollout, vector
 from jaxstack.envs.base import Box, Environment
 
-Quality = Literal["random", "medium", "expert"]
+Quality = Literal["random", "medium-replay", "medium", "medium-expert", "expert"]
 MEDIUM = 1 / 3
 """Share of the way from random play to the expert."""
 SCORED = 100
 """Episodes behind the reference scores."""
 ENVS, LENGTH = 16, 256
 """Environments and steps of an update of PPO."""
-PLAY, SCORE = 1, 2
-"""Streams of keys: recorded episodes, and those of the reference scores."""
+PLAY, SCORE, REPLAY = 1, 2, 3
+"""Streams of keys: recorded episodes, those of the reference scores, and those of the policies before medium."""
+POLICIES = 5
+"""Of medium-replay, the last of them medium's."""
 
 
 def collect(
@@ -46,10 +50,10 @@ def collect(
 
     Args:
         env: Id of an environment with one agent.
-        quality: random, medium or expert.
+        quality: random, medium-replay, medium, medium-expert or expert.
         seed: Of training and of play.
         env_args: Options of the environment, each `name=value`.
-        episodes: Number of recorded episodes.
+        episodes: Number of recorded episodes, for medium-expert of each policy.
         steps: Environment steps that PPO trains for; the expert is its last policy.
 
     Returns:
@@ -81,8 +85,8 @@ def collect(
         raise UserError(
             f"{env}: PPO earns {expert:.4g} after {steps} steps, expected more than random play, {random:.4g}"
         )
-    state = whole.state
-    if quality == "medium":
+    played = {"expert": whole.state}
+    if quality != "expert":
         returns = whole.metrics["eval/return"].to_numpy()
         past = returns >= random + MEDIUM * (expert - random)
         if not past.any():
@@ -90,11 +94,37 @@ def collect(
                 f"{env}: PPO earns at most {returns.max():.4g}, expected a third of {random:.4g} to {expert:.4g}"
             )
         # nothing in the learner depends on its length, so that this is the beginning of the run above
-        state = run(int(past.argmax()) + 1).state
-    params = _params(learner, state)
+        last = int(past.argmax()) + 1
+        if quality == "medium-replay":
+            before = np.unique(np.linspace(1, last, POLICIES).round().astype(int))
+            played = {str(count): run(int(count)).state for count in before}
+        else:
+            played["medium"] = run(last).state
+            played = {name: played[name] for name in ("medium", "expert") if name in quality}
+    params = [_params(learner, state) for state in played.values()]
     source = f"{SCORED} episodes of random play and of PPO after {steps} steps"
     info = DatasetInfo(env, env_args, quality, random, expert, source, seed, _digest(params))
-    return _record(task, learner.policy, params, key, episodes, info)
+    if quality == "medium-replay":
+        counts = [len(x) for x in np.array_split(np.arange(episodes), len(params))]
+        keys = [jax.random.fold_in(jax.random.fold_in(key, REPLAY), i) for i in range(len(params))]
+        return joined([_record(task, learner.policy, *x, info) for x in zip(params, keys, counts) if x[-1]])
+    parts = [_record(task, learner.policy, p, key, episodes, info) for p in params]
+    return joined([shortened(part, min(p.size for p in parts)) for part in parts])
+
+
+def joined(parts: list[OfflineDataset]) -> OfflineDataset:
+    """One data set of several with the same fields, their episodes numbered on."""
+    arrays = {k: np.concatenate([p.arrays()[k] for p in parts]) for k in parts[0].arrays()}
+    before = np.cumsum([0, *(int(p.episode[-1]) + 1 for p in parts[:-1])])
+    arrays["episode"] = np.concatenate([p.episode + n for p, n in zip(parts, before)]).astype(np.int32)
+    return parts[0]._replace(**arrays)
+
+
+def shortened(data: OfflineDataset, rows: int) -> OfflineDataset:
+    """The whole episodes that end within the first `rows` rows; at least one."""
+    ends = np.flatnonzero(data.ends) + 1
+    kept = ends[max(0, int((ends <= rows).sum()) - 1)]
+    return data._replace(**{k: v[:kept] for k, v in data.arrays().items()})
 
 
 def _config(env: str, env_args: tuple[str, ...], steps: int) -> Config:

@@ -37,7 +37,7 @@ class OfflineConfig(Config):
     env_args: tuple[str, ...] = ()
     """Options of the environment, each `name=value`."""
     dataset: str = ""
-    """File of the data set, `.npz` or `.hdf5`; `jaxstack info FILE` describes it."""
+    """File of the data set, `.npz`, `.hdf5` or PTGOOD's `.json`; `jaxstack info FILE` describes it."""
     num_updates: int = 100_000
     batch_size: int = 256
     actor_hidden: tuple[int, ...] = (256, 256)

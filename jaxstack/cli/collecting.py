@@ -5,7 +5,7 @@ from typing import Any
 
 from jaxstack.cli.parsing import Commands, whole
 
-QUALITIES = ("random", "medium", "expert")
+QUALITIES = ("random", "medium-replay", "medium", "medium-expert", "expert")
 
 
 def add_commands(commands: Commands) -> None:

@@ -1,4 +1,5 @@
-"""Files of transitions: NPZ of this project, and HDF5 in the form of D4RL (Fu et al., 2020).
+"""Files of transitions: NPZ of this project, HDF5 in the form of D4RL (Fu et al., 2020), and JSON in that of PTGOOD
+(McInroe et al., 2024).
 
 Nothing is unpickled. D4RL's HDF5 needs the extra `offline` (h5py).
 """
@@ -15,7 +16,7 @@ from jaxstack.core.errors import UserError
 from jaxstack.data.offline import DatasetInfo, OfflineDataset, dataset
 
 FORMAT = 1
-SUFFIXES = (".npz", ".hdf5", ".h5")
+SUFFIXES = (".npz", ".hdf5", ".h5", ".json")
 D4RL_KEYS = {
     "observations": "obs",
     "actions": "action",
@@ -26,13 +27,15 @@ D4RL_KEYS = {
     "infos/action_log_probs": "log_prob",
 }
 NEEDED = ("observations", "actions", "rewards", "terminals")
+JSON_NEEDED = ("observations", "actions", "next_observations", "rewards", "terminals")
 
 
 def load_dataset(path: str | Path) -> OfflineDataset:
     """Read a data set from its file.
 
     Args:
-        path: `.npz` as `save_dataset` writes it, or `.hdf5` (`.h5`) with the keys of D4RL.
+        path: `.npz` as `save_dataset` writes it, `.hdf5` (`.h5`) with the keys of D4RL, or `.json` with the five keys
+            of PTGOOD's release.
 
     Returns:
         All rows; `learning_view()` are those that a learner can bootstrap from.
@@ -49,7 +52,8 @@ def load_dataset(path: str | Path) -> OfflineDataset:
         raise UserError(f"{path}: found a name ending in {path.suffix!r}, expected one of {', '.join(SUFFIXES)}")
     if not path.is_file():
         raise UserError(f"{path}: found no such file, expected a data set")
-    return _npz(path) if path.suffix == ".npz" else _d4rl(path)
+    readers = {".npz": _npz, ".json": _json}
+    return readers.get(path.suffix, _d4rl)(path)
 
 
 def save_dataset(path: str | Path, data: OfflineDataset) -> Path:
@@ -109,6 +113,32 @@ def _info(path: Path, text: Any) -> DatasetInfo:
     if form != FORMAT:
         raise UserError(f"{path}: format {form!r}, expected {FORMAT}")
     return info
+
+
+def _json(path: Path) -> OfflineDataset:
+    """An object of lists: no flag tells of time limits, so an episode was cut where the next observation is not that of
+    the next row."""
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path}: not a readable JSON file ({' '.join(str(e).split())[:120]})") from e
+    found = sorted(fields) if isinstance(fields, dict) else []
+    for key in JSON_NEEDED:
+        if key not in found:
+            raise UserError(f"{path}: key {key!r} is missing, found {', '.join(found) or 'none'}")
+    arrays: dict[str, np.ndarray] = {}
+    for key in JSON_NEEDED:
+        try:
+            arrays[D4RL_KEYS[key]] = np.asarray(fields[key], np.float32)
+        except (ValueError, TypeError) as e:
+            raise UserError(f"{path}: {key}: expected numbers in rows of one length ({str(e)[:80]})") from e
+    terminated = arrays.pop("terminated").reshape(-1).astype(bool)
+    obs, after = arrays["obs"], arrays["next_obs"]
+    truncated = np.zeros(len(terminated), bool)
+    if obs.shape == after.shape and len(obs) == len(terminated):  # else `dataset` says what does not fit
+        goes_on = (after[:-1] == obs[1:]).reshape(len(obs) - 1, -1).all(1)
+        truncated[:-1] = ~terminated[:-1] & ~goes_on
+    return dataset(str(path), DatasetInfo(env=path.stem), **arrays, terminated=terminated, truncated=truncated)
 
 
 def _d4rl(path: Path) -> OfflineDataset:

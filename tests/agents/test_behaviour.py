@@ -8,6 +8,7 @@ from jaxstack import cli
 from jaxstack.agents import behaviour
 from jaxstack.core.errors import UserError
 from jaxstack.data.files import load_dataset
+from jaxstack.data.offline import dataset
 from jaxstack.data.scores import normalised_score
 
 PENDULUM = dict(env_args=("max_steps_in_episode=6",), episodes=4)
@@ -53,6 +54,16 @@ def test_medium_is_the_first_update_past_a_third_and_repeats(monkeypatch):
     expert = behaviour.collect("gymnax/Pendulum-v1", "expert", **options)
     assert expert.digest() != medium[0].digest()
     assert (expert.info.random_score, expert.info.expert_score) == (-10.0, 20.0)
+    both = behaviour.collect("gymnax/Pendulum-v1", "medium-expert", **options)
+    assert both.size == medium[0].size + expert.size
+    for k, v in medium[0].arrays().items():
+        np.testing.assert_array_equal(both.arrays()[k], np.concatenate([v, expert.arrays()[k] + 4 * (k == "episode")]))
+    runs.clear()
+    replay = behaviour.collect("gymnax/Pendulum-v1", "medium-replay", **options)
+    assert [count for count, _ in runs] == [4, 1, 2]
+    assert (replay.size, len(replay.episode_returns())) == (24, 4)
+    inside = ~replay.ends[:-1]
+    np.testing.assert_array_equal(replay.next_obs[:-1][inside], replay.obs[1:][inside])
     monkeypatch.setattr(behaviour, "_score", lambda *args: 0.0)
     with pytest.raises(UserError, match="expected more than random play"):
         behaviour.collect("gymnax/Pendulum-v1", "expert", **options)
@@ -60,7 +71,12 @@ def test_medium_is_the_first_update_past_a_third_and_repeats(monkeypatch):
 
 def test_bad_input_is_named(capsys):
     for env, quality, options, message in (
-        ("gymnax/Pendulum-v1", "good", {}, "quality='good': expected one of random, medium, expert"),
+        (
+            "gymnax/Pendulum-v1",
+            "good",
+            {},
+            "quality='good': expected one of random, medium-replay, medium, medium-expert, expert",
+        ),
         ("gymnax/Pendulum-v1", "random", dict(episodes=0), "episodes=0"),
         ("navigation", "random", {}, "expected one agent and a horizon"),
     ):
@@ -68,6 +84,13 @@ def test_bad_input_is_named(capsys):
             behaviour.collect(env, quality, **options)
     assert cli.main(["collect", "gymnax/Pendulum-v1", "--quality", "random", "--out", "x.txt"]) == 2
     assert "--out x.txt: expected a name ending in .npz" in capsys.readouterr().err
+
+
+def test_what_is_shortened_keeps_whole_episodes():
+    rows = dict(obs=np.zeros((9, 1)), action=np.zeros((9, 1)), reward=np.arange(9), episode=[0, 0, 0, 1, 1, 2, 2, 2, 2])
+    data = dataset("rows", **rows)
+    for limit, kept in ((9, 9), (8, 5), (5, 5), (4, 3), (1, 3)):
+        assert behaviour.shortened(data, limit).size == kept
 
 
 @pytest.mark.slow

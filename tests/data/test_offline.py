@@ -99,6 +99,33 @@ def test_d4rl_hdf5_with_and_without_next_observations(tmp_path, stored):
         load_dataset(path)
 
 
+def test_the_json_of_ptgood_tells_cut_episodes_by_their_observations(tmp_path):
+    obs = [[0.0], [1.0], [5.0], [6.0], [7.0]]
+    fields = dict(observations=obs, actions=[[0.1]] * 5, rewards=[0, 1, 2, 3, 4])
+    fields |= dict(next_observations=[[1.0], [2.0], [6.0], [9.0], [8.0]], terminals=[0, 0, 0, 1, 0])
+    file = tmp_path / "walker.json"
+    file.write_text(json.dumps(fields))
+    data = load_dataset(file)
+    assert data.terminated.tolist() == [False, False, False, True, False]
+    assert data.truncated.tolist() == [False, True, False, False, False]
+    assert data.episode.tolist() == [0, 0, 1, 1, 2]
+    assert data.reward.tolist() == [0, 1, 2, 3, 4]
+    np.testing.assert_array_equal(data.next_obs[:, 0], [1, 2, 6, 9, 8])
+    for change, message in (
+        (dict(rewards=None), "walker.json: key 'rewards' is missing, found actions, next_observations, observations"),
+        (dict(actions=[[1], [2, 3]]), "walker.json: actions: expected numbers in rows of one length"),
+        (dict(rewards=["a"] * 5), "walker.json: rewards: expected numbers"),
+        (dict(terminals=[0]), "walker.json: .*terminated"),
+    ):
+        file.write_text(json.dumps({k: v for k, v in (fields | change).items() if v is not None}))
+        with pytest.raises(UserError, match=message):
+            load_dataset(file)
+    for text in ("{", "[1]"):
+        file.write_text(text)
+        with pytest.raises(UserError, match=r"walker\.json: (not a readable JSON file|key 'observations' is missing)"):
+            load_dataset(file)
+
+
 def test_bad_input_is_named(tmp_path):
     bad = made()["reward"]
     bad[[5, 7]] = np.nan, np.inf
