@@ -14,6 +14,7 @@ from jaxstack.cli import (
     audits,
     claims,
     collecting,
+    distilling,
     exporting,
     figures,
     listing,
@@ -40,6 +41,7 @@ Train agents and sequence models in JAX, whole runs and all seeds in one program
   jaxstack conventions RUN                        do trained pairs read each other, or have they agreed on constants
   jaxstack audit ENV ENV                          what environments ask for: memory, hidden information, coordination
   jaxstack architectures search --num 100         rank untrained networks by their codes of one minibatch
+  jaxstack distil RUN --out DIR                   a smaller classifier from a trained one's weights alone
   jaxstack plot RUN RUN ...                       learning curves with intervals
   jaxstack render RUN --out episode.gif           watch an episode
   jaxstack export RUN DIR                         the policy for other programs
@@ -109,6 +111,18 @@ def parser() -> argparse.ArgumentParser:
         epilog="--debug shows the traceback of an error.",
     )
     commands = Commands(whole.add_subparsers(dest="command", metavar="COMMAND", title="commands"))
-    for group in (listing, training, collecting, scores, audits, figures, exporting, architectures, tuning, claims):
+    for group in (
+        listing,
+        training,
+        collecting,
+        scores,
+        audits,
+        figures,
+        exporting,
+        architectures,
+        tuning,
+        distilling,
+        claims,
+    ):
         group.add_commands(commands)
     return whole

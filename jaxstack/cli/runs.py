@@ -90,16 +90,17 @@ def groups(run_dirs: Sequence[str]) -> list[tuple[Any, list[Member], Any]]:
     ]
 
 
-def one_row(args: argparse.Namespace) -> tuple[Any, Any]:
+def one_row(args: argparse.Namespace, acts: bool = True) -> tuple[Any, Any]:
     """(learner, state without an axis of seeds) of the row that `--setting` and `--train-seed` choose. Raises
-    `UserError`."""
+    `UserError`, with `acts` also for a learner without a policy."""
     import jax
 
     from jaxstack.core import runner
     from jaxstack.core.errors import UserError
 
     learner, plan = load(args.run_dir)
-    needs_policy(learner, args.command)
+    if acts:
+        needs_policy(learner, args.command)
     seeds, settings = plan["seeds"], plan.get("settings")
     rows = range(len(seeds))
     if args.setting is not None:

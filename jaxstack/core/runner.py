@@ -358,6 +358,43 @@ def start_from(learner: Learner, states: Any) -> Learner:
     return learner._replace(init=init, given=states.params)
 
 
+def save(
+    learner: Learner, states: Any, seeds: Sequence[int], run_dir: str | Path, metrics: dict[str, Any] | None = None
+) -> Path:
+    """Store states that were not made by `train` as a finished run, for all that reads runs.
+
+    Args:
+        learner: Whose states they are; its `num_steps` are the run's.
+        states: Leaves [S, ...], one row per seed, with the shapes of the learner's own.
+        seeds: S numbers by which the rows are called.
+        run_dir: Empty or new.
+        metrics: Of the last step, name -> [S].
+
+    Returns:
+        The directory.
+
+    Raises:
+        UserError: For a directory with content, or states that do not fit.
+    """
+    seeds, num_steps = check_seeds(seeds), _num_steps(learner, None, None)
+    template = jax.eval_shape(lambda: program.initial(learner, seeds, None))[0]
+    shapes = lambda tree: {jax.tree_util.keystr(k): x.shape for k, x in jax.tree_util.tree_leaves_with_path(tree)}
+    found, expected = shapes(states), shapes(template)
+    for name in sorted({*found, *expected}):
+        if found.get(name) != expected.get(name):
+            raise UserError(f"state{name}: found shape {found.get(name)}, expected {expected.get(name)}")
+    plan = {"agent": learner.name, "config": plain_config(learner), "seeds": seeds, "num_steps": num_steps}
+    run = RunDir.create(run_dir, plan | {"objective": list(learner.objective)})
+    with _closing(run):
+        values = {k: np.asarray(v, np.float64) for k, v in (metrics or {}).items()}
+        row: Row = {"step": num_steps, "samples": num_steps * learner.samples_per_step}
+        run.append([row | {"seed": s} | {k: float(v[i]) for k, v in values.items()} for i, s in enumerate(seeds)])
+        with contextlib.closing(Checkpoints(run.checkpoints)) as store:
+            store.save(num_steps, (states, guard.start(len(seeds))), {"data": None, "metrics": run.mark()})
+        run.status("finished", step=num_steps)
+    return Path(run_dir)
+
+
 def _create(job: Job) -> RunDir | None:
     """The directory of a job that begins."""
     plan = job.plan

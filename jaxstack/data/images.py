@@ -127,7 +127,7 @@ class Facts(NamedTuple):
 
 
 FACTS = {
-    "digits": Facts((8, 8, 1), white=16.0),
+    "digits": Facts((8, 8, 1), white=16.0, mean=0.3053, std=0.3759),
     "mnist-5k": Facts((28, 28, 1), mean=0.1307, std=0.3081),
     "fashion-mnist": Facts((28, 28, 1), mean=0.2860, std=0.3530),
 }

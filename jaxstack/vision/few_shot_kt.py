@@ -18,6 +18,8 @@ from jaxtyping import Array
 from jaxstack.core.errors import UserError
 from jaxstack.core.learner import Key, Learner
 from jaxstack.core.source import Source
+from jaxstack.data.sources import HostData
+from jaxstack.nn import classifier as classifiers
 from jaxstack.nn import supervised
 from jaxstack.nn.conv import Conv
 from jaxstack.nn.supervised import Model, Optimiser
@@ -185,3 +187,29 @@ def few_images(labels: Any, count: int, seed: int) -> np.ndarray:
             raise UserError(f"images per class: found {count}, expected 1 to {len(rows)}, those of class {label}")
         found.append(rng.choice(rows, count, replace=False))
     return np.concatenate(found)
+
+
+def few_source(config: classifiers.Config, images: int, seeds: Sequence[int], batch_size: int) -> HostData:
+    """Batches of a classifier's training images, of which each seed has `images` per class of its own.
+
+    Args:
+        config: says which images, and how they are moved.
+        images: per class.
+        seeds: of the run, which also draw the images.
+        batch_size: rows without replacement, at most all there are.
+    """
+    x, y = classifiers.arrays(config, "train")
+    rows = {seed: few_images(y, images, seed) for seed in seeds}
+
+    def batch(step: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        size = min(batch_size, len(rows[seed]))
+        own = np.random.default_rng((seed, step)).choice(rows[seed], size, replace=False)
+        return x[own], y[own]
+
+    return HostData(batch, per_seed=True, augment=functools.partial(moved, config))
+
+
+def moved(config: classifiers.Config, key: Key, batch: Any) -> tuple[Array, Array]:
+    """A batch (images uint8, labels) augmented as the config says, the images as the networks take them."""
+    x, y = classifiers.augmented(config, key, batch)
+    return classifiers.prepared(config, x), y

@@ -122,6 +122,14 @@ def attention_transfer_loss(taps_t: Sequence[Array], taps_s: Sequence[Array]) ->
     return jnp.mean(attention_distance(taps_t, taps_s))
 
 
+def attention_weight(image: tuple[int, int, int], of_32: float = 250.0) -> float:
+    """The weight of the attention for images of other sizes than 32x32, for which the paper's is `of_32`.
+
+    A mean over the squared differences of unit vectors falls as their length, the number of pixels, grows.
+    """
+    return of_32 * image[0] * image[1] / 32**2
+
+
 def generator_loss(logits_t: Array, logits_s: Array, tau: Any = 1.0) -> Array:
     """L_G = -D(p || q): what the generator minimises."""
     return -belief_divergence(logits_t, logits_s, tau)
