@@ -105,7 +105,7 @@ def _distil(args: argparse.Namespace, _: list[str]) -> None:
     target = classifiers.classifier(small)
     states, _alive = program.initial(target, [args.seed], None)
     stats = {k: v for k, v in found.items() if k != "params"}
-    done = jnp.full((1,), target.num_steps, jnp.int32)
+    done = jnp.full((1,), small.num_updates, jnp.int32)
     states = states._replace(params=found["params"], stats=stats, step=done)
     last = rows[-1]["accuracy"]
     runner.save(target, states, [args.seed], args.out, {} if last is None else {"test/accuracy": np.array([last])})
