@@ -7,7 +7,6 @@ policy acts. The environment is played for evaluation alone. float32.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +20,7 @@ from jaxstack.core import memo
 from jaxstack.core.config import Config, require, require_at_least, require_positive, require_unit
 from jaxstack.core.errors import UserError
 from jaxstack.core.learner import Key, Learner, Metrics, Policy, as_hypers
-from jaxstack.data.files import load_dataset
+from jaxstack.data.files import load_dataset, main_file
 from jaxstack.data.offline import OfflineData, OfflineDataset, check_fits, returns_to_go, state_statistics
 from jaxstack.envs import rollout, vector
 from jaxstack.envs.base import Box, Environment
@@ -37,7 +36,8 @@ class OfflineConfig(Config):
     env_args: tuple[str, ...] = ()
     """Options of the environment, each `name=value`."""
     dataset: str = ""
-    """File of the data set, `.npz`, `.hdf5` or PTGOOD's `.json`; `jaxstack info FILE` describes it."""
+    """File of the data set, `.npz`, `.hdf5` or PTGOOD's `.json`, or a folder of Minari; `jaxstack info PATH` describes
+    it."""
     num_updates: int = 100_000
     batch_size: int = 256
     actor_hidden: tuple[int, ...] = (256, 256)
@@ -147,7 +147,8 @@ def read(path: str) -> OfflineDataset:
     """The data set of the option `dataset`, kept for the next learner. Raises `UserError`."""
     if not path:
         raise UserError("dataset='': expected the path of a data set, see `jaxstack collect --help`")
-    stat = Path(path).stat() if Path(path).is_file() else None
+    file = main_file(path)
+    stat = file.stat() if file.is_file() else None
     return _read(path, None if stat is None else (stat.st_mtime_ns, stat.st_size))
 
 

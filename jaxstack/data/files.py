@@ -1,11 +1,12 @@
-"""Files of transitions: NPZ of this project, HDF5 in the form of D4RL (Fu et al., 2020), and JSON in that of PTGOOD
-(McInroe et al., 2024).
+"""Files of transitions: NPZ of this project, HDF5 in the form of D4RL (Fu et al., 2020), folders of Minari (Younis et
+al., 2024), and JSON in the form of PTGOOD (McInroe et al., 2024).
 
-Nothing is unpickled. D4RL's HDF5 needs the extra `offline` (h5py).
+Nothing is unpickled. HDF5 needs the extra `offline` (h5py); the library minari is not needed.
 """
 
 import dataclasses
 import json
+import os
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,14 @@ D4RL_KEYS = {
     "infos/action_log_probs": "log_prob",
 }
 NEEDED = ("observations", "actions", "rewards", "terminals")
+MINARI_FILE = "data/main_data.hdf5"
+MINARI_KEYS = {
+    "observations": "obs",
+    "actions": "action",
+    "rewards": "reward",
+    "terminations": "terminated",
+    "truncations": "truncated",
+}
 JSON_NEEDED = ("observations", "actions", "next_observations", "rewards", "terminals")
 
 
@@ -34,8 +43,8 @@ def load_dataset(path: str | Path) -> OfflineDataset:
     """Read a data set from its file.
 
     Args:
-        path: `.npz` as `save_dataset` writes it, `.hdf5` (`.h5`) with the keys of D4RL, or `.json` with the five keys
-            of PTGOOD's release.
+        path: `.npz` as `save_dataset` writes it, `.hdf5` (`.h5`) with the keys of D4RL, `.json` with the five keys of
+            PTGOOD's release, or the folder of a Minari data set, whose id does where it lies in MINARI_DATASETS_PATH.
 
     Returns:
         All rows; `learning_view()` are those that a learner can bootstrap from.
@@ -47,13 +56,28 @@ def load_dataset(path: str | Path) -> OfflineDataset:
         data = jaxstack.load_dataset("medium.npz")
         data.episode_returns().mean()
     """
-    path = Path(path)
+    path, file = Path(path), main_file(path)
+    if file != path:
+        return _minari(path, file)
     if path.suffix not in SUFFIXES:
-        raise UserError(f"{path}: found a name ending in {path.suffix!r}, expected one of {', '.join(SUFFIXES)}")
+        endings = ", ".join(SUFFIXES)
+        raise UserError(
+            f"{path}: found a name ending in {path.suffix!r}, expected one of {endings} or a folder of Minari"
+        )
     if not path.is_file():
         raise UserError(f"{path}: found no such file, expected a data set")
     readers = {".npz": _npz, ".json": _json}
     return readers.get(path.suffix, _d4rl)(path)
+
+
+def main_file(path: str | Path) -> Path:
+    """Return the file in which the rows of a data set lie: `path` itself, or that in the folder of Minari which `path`
+    is or whose id it is."""
+    root = Path(os.environ.get("MINARI_DATASETS_PATH", "~/.minari/datasets")).expanduser()
+    for folder in (Path(path), root / path):
+        if (folder / MINARI_FILE).is_file():
+            return folder / MINARI_FILE
+    return Path(path)
 
 
 def save_dataset(path: str | Path, data: OfflineDataset) -> Path:
@@ -141,11 +165,65 @@ def _json(path: Path) -> OfflineDataset:
     return dataset(str(path), DatasetInfo(env=path.stem), **arrays, terminated=terminated, truncated=truncated)
 
 
-def _d4rl(path: Path) -> OfflineDataset:
+def _h5py(path: Path) -> Any:
     try:
         import h5py  # pyright: ignore[reportMissingImports]
     except ImportError as e:
         raise UserError(f"{path}: HDF5 needs h5py, expected `pip install 'jaxstack[offline]'`") from e
+    return h5py
+
+
+def _minari(path: Path, file: Path) -> OfflineDataset:
+    """Episodes of T steps with T + 1 observations."""
+    h5py = _h5py(path)
+    rows: dict[str, list[np.ndarray]] = {k: [] for k in (*MINARI_KEYS.values(), "next_obs", "episode")}
+    try:
+        with h5py.File(file, "r") as content:
+            names = sorted((n for n in content if n.startswith("episode_")), key=lambda n: int(n.partition("_")[2]))
+            for number, name in enumerate(names):
+                for key, x in _episode(path, name, content[name], h5py.Dataset).items():
+                    rows[key].append(x)
+                rows["episode"].append(np.full(len(rows["reward"][-1]), number, np.int32))
+    except UserError:
+        raise
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path}: not a readable HDF5 file ({' '.join(str(e).split())[:120]})") from e
+    if not rows["reward"]:
+        raise UserError(f"{path}: found no episodes, expected at least one")
+    arrays = {k: np.concatenate(x) for k, x in rows.items()}
+    arrays["terminated"] = arrays["terminated"].reshape(-1).astype(bool)
+    arrays["truncated"] = arrays["truncated"].reshape(-1).astype(bool) & ~arrays["terminated"]
+    if np.issubdtype(arrays["action"].dtype, np.integer):
+        arrays["action"] = arrays["action"].astype(np.int32)
+    return dataset(str(path), DatasetInfo(env=_minari_id(path, file)), **arrays)
+
+
+def _episode(path: Path, name: str, group: Any, kind: type) -> dict[str, np.ndarray]:
+    """The rows of one episode."""
+    found = {}
+    for theirs, ours in MINARI_KEYS.items():
+        if theirs not in group:
+            raise UserError(f"{path}: {name}: key {theirs!r} is missing, found {', '.join(group) or 'none'}")
+        if not isinstance(group[theirs], kind):
+            parts = ", ".join(group[theirs])
+            raise UserError(f"{path}: {name}: {theirs}: found parts {parts}, expected one array")
+        found[ours] = np.asarray(group[theirs])
+    obs, steps = found["obs"], len(found["reward"])
+    if len(obs) != steps + 1:
+        raise UserError(f"{path}: {name}: observations: found {len(obs)}, expected {steps + 1}, one more than rewards")
+    return found | {"obs": obs[:-1], "next_obs": obs[1:]}
+
+
+def _minari_id(path: Path, file: Path) -> str:
+    """The id in the description of a data set, else the folder's name."""
+    try:
+        return str(json.loads((file.parent / "metadata.json").read_text(encoding="utf-8"))["dataset_id"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return path.name
+
+
+def _d4rl(path: Path) -> OfflineDataset:
+    h5py = _h5py(path)
     try:
         with h5py.File(path, "r") as file:
             read = lambda key: np.asarray(file[key])

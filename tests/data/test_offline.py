@@ -99,6 +99,60 @@ def test_d4rl_hdf5_with_and_without_next_observations(tmp_path, stored):
         load_dataset(path)
 
 
+def test_folders_of_minari(tmp_path, monkeypatch):
+    h5py = pytest.importorskip("h5py")
+    folder = tmp_path / "task" / "small-v0"
+    (folder / "data").mkdir(parents=True)
+    (folder / "data" / "metadata.json").write_text(json.dumps({"dataset_id": "task/small-v0", "data_format": "hdf5"}))
+
+    def write(change=lambda file: None):
+        with h5py.File(folder / "data" / "main_data.hdf5", "w") as file:
+            # more than ten: numbers decide the order, not names
+            for k in range(11):
+                group = file.create_group(f"episode_{k}")
+                group["observations"] = np.arange(3.0)[:, None] + 10 * k
+                group["actions"] = np.full((2, 1), 0.1 * k)
+                group["rewards"] = np.float32([k, -k])
+                group["terminations"] = [False, k % 2 == 0]
+                group["truncations"] = [False, True]
+            change(file)
+
+    write()
+    data = load_dataset(folder)
+    assert data.info.env == "task/small-v0"
+    assert data.episode.tolist() == [k for k in range(11) for _ in range(2)]
+    assert data.reward.tolist() == [r for k in range(11) for r in (k, -k)]
+    np.testing.assert_array_equal(data.obs[:, 0], [10 * k + t for k in range(11) for t in range(2)])
+    np.testing.assert_array_equal(data.next_obs, data.obs + 1)
+    assert data.terminated.sum() == 6
+    assert data.truncated.sum() == 5
+    assert data.has_next.all()
+    # by its id
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    assert load_dataset("task/small-v0").digest() == data.digest()
+
+    def shorter(file):
+        del file["episode_3/rewards"]
+        file["episode_3/rewards"] = [1.0]
+
+    def parts(file):
+        del file["episode_0/observations"]
+        file.create_group("episode_0/observations/image")
+
+    def missing(file):
+        del file["episode_2/actions"]
+
+    for change, message in (
+        (shorter, "episode_3: observations: found 3, expected 2, one more than rewards"),
+        (parts, "episode_0: observations: found parts image, expected one array"),
+        (missing, "episode_2: key 'actions' is missing, found observations, rewards"),
+        (lambda file: file.clear(), "found no episodes"),
+    ):
+        write(change)
+        with pytest.raises(UserError, match=message):
+            load_dataset(folder)
+
+
 def test_the_json_of_ptgood_tells_cut_episodes_by_their_observations(tmp_path):
     obs = [[0.0], [1.0], [5.0], [6.0], [7.0]]
     fields = dict(observations=obs, actions=[[0.1]] * 5, rewards=[0, 1, 2, 3, 4])
