@@ -14,6 +14,7 @@ from jaxstack.cli import (
     audits,
     claims,
     collecting,
+    compressing,
     distilling,
     exporting,
     figures,
@@ -41,6 +42,7 @@ Train agents and sequence models in JAX, whole runs and all seeds in one program
   jaxstack conventions RUN                        do trained pairs read each other, or have they agreed on constants
   jaxstack audit ENV ENV                          what environments ask for: memory, hidden information, coordination
   jaxstack architectures search --num 100         rank untrained networks by their codes of one minibatch
+  jaxstack compress RUN --keep 0.5 --out DIR      a classifier with fewer channels
   jaxstack distil RUN --out DIR                   a smaller classifier from a trained one's weights alone
   jaxstack plot RUN RUN ...                       learning curves with intervals
   jaxstack render RUN --out episode.gif           watch an episode
@@ -120,6 +122,7 @@ def parser() -> argparse.ArgumentParser:
         figures,
         exporting,
         architectures,
+        compressing,
         tuning,
         distilling,
         claims,

@@ -30,6 +30,16 @@ def whole(text: str) -> int:
         raise argparse.ArgumentTypeError(str(e)) from None
 
 
+def real(text: str) -> float:
+    """A number, likewise."""
+    from jaxstack.core import errors, options
+
+    try:
+        return options.real(text)
+    except errors.UserError as e:
+        raise argparse.ArgumentTypeError(str(e)) from None
+
+
 def episode_flags(p: argparse.ArgumentParser, of: str) -> None:
     """Options of commands that run episodes with a policy."""
     p.add_argument("--episodes", type=whole, help=f"episodes {of}; default: 128")

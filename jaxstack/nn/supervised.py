@@ -127,6 +127,23 @@ def variables(state: State) -> Any:
     return state.ema or {"params": state.params, **state.stats}
 
 
+def with_variables(learner: Learner, variables: Any, step: int, hypers: Any = None) -> State:
+    """A state of a learner of `supervised` with given weights and statistics, as if after `step` steps.
+
+    Args:
+        learner: of the network that the variables are of.
+        variables: {"params": ..., "batch_stats": ...}.
+        step: steps that lie behind it; schedules end there.
+        hypers: default: the learner's.
+    """
+    state = learner.init(jax.random.key(0), learner.hypers if hypers is None else hypers)
+    own = jax.tree.map(jnp.asarray, dict(variables))
+    params = own.pop("params")
+    kept = jax.tree.map(jnp.copy, {"params": params, **own}) if state.ema else state.ema
+    done = jnp.int32(step)
+    return state._replace(params=params, stats=own, ema=kept, step=done, total=done)
+
+
 class Optimiser(NamedTuple):
     """What of the optimisation is no number that can be swept in one program."""
 

@@ -55,6 +55,10 @@ class WRN(nn.Module):
     """Middle channels of each block, 0 or more; default: as many as it gives out."""
     variance: Variance = "torch"
 
+    def middle(self) -> tuple[int, ...]:
+        """Middle channels of each block."""
+        return tuple(block_features(self.depth, self.width, self.mid_features)[1])
+
     @nn.compact
     def __call__(
         self, x: Array, train: bool = False, *, masks: Sequence[Array | None] | None = None, taps: bool = False
