@@ -56,7 +56,7 @@ def _compress(args: argparse.Namespace, _: list[str]) -> None:
     tuning = sp.Tuning(args.lr, float(state.hypers.momentum), float(state.hypers.weight_decay))
 
     def change(key: jax.Array, x: jax.Array) -> jax.Array:
-        return classifier.prepared(config, classifier.augmented(config, key, (x, y))[0])
+        return classifier.prepared(config, classifier.augmented(config, key, x))
 
     whole = variables(state)
     pruned = sp.begin(whole, mid, jax.random.key(args.seed), tuning)
