@@ -90,8 +90,8 @@ def _fit(config: Config, state: Any, k_data: jax.Array, rows: jax.Array, train: 
     learner = classifier.classifier(config)
 
     def step(state: Any, at: jax.Array) -> tuple[Any, tuple]:
-        x = classifier.augmented(config, jax.random.fold_in(k_data, state.step), train[0][at])
-        return learner.step(state, (x, train[1][at]))[0], ()
+        key = jax.random.fold_in(k_data, state.step)
+        return learner.step(state, classifier.augmented(config, key, (train[0][at], train[1][at])))[0], ()
 
     return variables(lax.scan(step, state, rows)[0])
 
@@ -141,7 +141,7 @@ def _prune(
     tuning = sp.Tuning(lr, config.hypers.momentum, config.hypers.weight_decay)
 
     def change(key: jax.Array, x: jax.Array) -> jax.Array:
-        return classifier.prepared(config, classifier.augmented(config, key, x))
+        return classifier.prepared(config, classifier.augmented(config, key, (x, None))[0])
 
     return sp.prune_and_tune(classifier.network(config), train, state, rows, criterion, tuning, change)[0]
 

@@ -28,10 +28,14 @@ def add_commands(commands: Commands) -> None:
 
 
 def _compress(args: argparse.Namespace, _: list[str]) -> None:
+    import json
+    from pathlib import Path
+
     import jax
 
     from jaxstack.core import rundir, runner
     from jaxstack.core.errors import UserError
+    from jaxstack.core.files import write_whole
     from jaxstack.nn import classifier
     from jaxstack.nn.supervised import variables, with_variables
     from jaxstack.vision import structured_pruning as sp
@@ -56,7 +60,7 @@ def _compress(args: argparse.Namespace, _: list[str]) -> None:
     tuning = sp.Tuning(args.lr, float(state.hypers.momentum), float(state.hypers.weight_decay))
 
     def change(key: jax.Array, x: jax.Array) -> jax.Array:
-        return classifier.prepared(config, classifier.augmented(config, key, x))
+        return classifier.prepared(config, classifier.augmented(config, key, (x, None))[0])
 
     whole = variables(state)
     pruned = sp.begin(whole, mid, jax.random.key(args.seed), tuning)
@@ -71,14 +75,15 @@ def _compress(args: argparse.Namespace, _: list[str]) -> None:
     made = classifier.classifier(config, mid_features=left, num_updates=max(1, removals * args.updates))
     new = with_variables(made, small, made.config.num_updates, state.hypers)
     one = lambda tree: jax.tree.map(lambda v: v[None], tree)
-    origin = {"run": args.run_dir, "method": args.method, "keep": args.keep}
-    runner.store(made, one(new), [args.seed], args.out, made.config.num_updates, {"compressed": origin})
-    _table({args.run_dir: (config, state), args.out: (made.config, new)}, x)
+    runner.save(made, one(new), [args.seed], args.out)
+    facts = {"run": args.run_dir, "method": args.method, "keep": args.keep, "updates": args.updates}
+    facts["networks"] = _table({args.run_dir: (config, state), args.out: (made.config, new)}, x)
+    write_whole(Path(args.out) / "compress.json", json.dumps(facts, indent=1))
     print(f"run: {args.out}")
 
 
-def _table(nets: Mapping[str, tuple[Any, Any]], x: Any) -> None:
-    """Parameters, errors and latencies of networks, by name (config, state)."""
+def _table(nets: Mapping[str, tuple[Any, Any]], x: Any) -> dict[str, dict[str, float]]:
+    """Print parameters, errors and latencies of networks, given by name as (config, state), and return them."""
     import jax
 
     from jaxstack.core import config as configs
@@ -94,10 +99,15 @@ def _table(nets: Mapping[str, tuple[Any, Any]], x: Any) -> None:
     times = {
         size: timing.interleaved(forms, [(given, x[i : i + size]) for i in (0, 1)], repeats=15) for size in (1, 32)
     }
+    found = {}
     for name, (config, state) in nets.items():
         count = sum(v.size for v in jax.tree.leaves(state.params))
         parts = [classifier.classifier(configs.replace(config, eval_split=part)) for part in ("valid", "test")]
         states = jax.tree.map(lambda v: v[None], state)
         wrong = [1.0 - float(runner.evaluate(part, states)["eval/accuracy"][0]) for part in parts]
-        ms = [f"{1e3 * times[size][name].median:.2f} ms" for size in (1, 32)]
+        own = [1e3 * times[size][name].median for size in (1, 32)]
+        ms = [f"{t:.2f} ms" for t in own]
         print(f"{name:<24} {count:>11,} {wrong[0]:>12.2%} {wrong[1]:>11.2%} {ms[0]:>9} {ms[1]:>9}")
+        values = (count, *wrong, *own)
+        found[name] = dict(zip(("parameters", "valid_error", "test_error", "ms_batch_1", "ms_batch_32"), values))
+    return found

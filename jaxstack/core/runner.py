@@ -302,39 +302,6 @@ def evaluate(learner: Learner, state: Any, key: Key | None = None) -> dict[str, 
         return begun()(state)
 
 
-def store(
-    learner: Learner,
-    states: Any,
-    seeds: Sequence[int],
-    run_dir: str | Path,
-    step: int,
-    plan: dict[str, Any] | None = None,
-) -> Path:
-    """Store states that were made otherwise as a finished run, for all that reads runs.
-
-    Args:
-        learner: Whose states they are; the run has its config.
-        states: Leaves [S, ...].
-        seeds: S.
-        run_dir: A new directory.
-        step: Steps that lie behind them, 1 or more.
-        plan: What is stored beside what `resume` needs.
-
-    Raises:
-        UserError: For a directory that has content, or no step.
-    """
-    seeds = check_seeds(seeds)
-    if step < 1:
-        raise UserError(f"step={step}: expected at least 1")
-    facts = {"agent": learner.name, "config": plain_config(learner), "seeds": seeds, "num_steps": step}
-    run = RunDir.create(run_dir, facts | {"objective": list(learner.objective)} | (plan or {}))
-    with contextlib.closing(run), _closing(run):
-        with contextlib.closing(Checkpoints(run.checkpoints)) as checkpoints:
-            checkpoints.save(step, (states, guard.start(len(seeds))), {"data": None, "metrics": run.mark()})
-        run.status("finished", step=step)
-    return run.path
-
-
 def load_state(learner: Learner, run_dir: str | Path) -> Any:
     """The newest stored state [S, ...] of a run, for evaluation. Raises `UserError` when there is none."""
     return stored(learner, run_dir)[0]

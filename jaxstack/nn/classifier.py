@@ -139,15 +139,16 @@ def arrays(config: Config, which: Literal["train", "valid", "test"]) -> images.I
     return images.sized(x, config.size), y
 
 
-def augmented(config: Config, key: Key, x: Array) -> Array:
-    """Images [N, H, W, C] moved and mirrored as the config says."""
+def augmented(config: Config, key: Key, batch: tuple[Array, Any]) -> tuple[Array, Any]:
+    """A batch (images, labels) whose images are moved and mirrored as the config says."""
+    x, y = batch
     x = augment.shift(key, x, config.shift, config.edge) if config.shift else x
-    return augment.flip(jax.random.fold_in(key, 1), x) if config.flip else x
+    return augment.flip(jax.random.fold_in(key, 1), x) if config.flip else x, y
 
 
 def source(config: Config) -> Source:
     """Batches of the training part, in shuffled epochs of each seed's own."""
-    change = (lambda key, batch: (augmented(config, key, batch[0]), batch[1])) if config.shift or config.flip else None
+    change = (lambda key, batch: augmented(config, key, batch)) if config.shift or config.flip else None
     return ArrayData(arrays(config, "train"), config.batch_size, per_seed=True, augment=change)
 
 
