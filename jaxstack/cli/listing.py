@@ -3,12 +3,13 @@
 import argparse
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from jaxstack.cli.parsing import Commands
 
-SUFFIXES = (".npz", ".hdf5", ".h5")
-"""Of data sets."""
+SUFFIXES, MINARI_FILE = (".npz", ".hdf5", ".h5", ".json"), "data/main_data.hdf5"
+"""Of data sets, as in `data.files`, which is imported late."""
 WHAT = ("methods", "agents", "learners", "envs", "claims")
 
 
@@ -73,7 +74,7 @@ def _info(args: argparse.Namespace, _: list[str]) -> None:
         return
     if args.name is None:
         raise UserError("info: expected the NAME of a method, learner, environment or data set, or --determinism")
-    if args.name.endswith(SUFFIXES):
+    if args.name.endswith(SUFFIXES) or (Path(args.name) / MINARI_FILE).is_file():
         from jaxstack.data.files import load_dataset
 
         print("\n".join(load_dataset(args.name).describe()))

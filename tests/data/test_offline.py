@@ -9,8 +9,9 @@ import pytest
 
 import jaxstack
 from jaxstack import cli
+from jaxstack.cli import listing
 from jaxstack.core.errors import UserError
-from jaxstack.data import offline, scores
+from jaxstack.data import files, offline, scores
 from jaxstack.data.files import load_dataset, save_dataset
 from jaxstack.data.offline import DatasetInfo, OfflineData, dataset, returns_to_go, soft_returns_to_go
 
@@ -99,7 +100,7 @@ def test_d4rl_hdf5_with_and_without_next_observations(tmp_path, stored):
         load_dataset(path)
 
 
-def test_folders_of_minari(tmp_path, monkeypatch):
+def test_folders_of_minari(tmp_path, monkeypatch, capsys):
     h5py = pytest.importorskip("h5py")
     folder = tmp_path / "task" / "small-v0"
     (folder / "data").mkdir(parents=True)
@@ -130,6 +131,8 @@ def test_folders_of_minari(tmp_path, monkeypatch):
     # by its id
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
     assert load_dataset("task/small-v0").digest() == data.digest()
+    assert cli.main(["info", str(folder)]) == 0
+    assert "transitions = 22" in capsys.readouterr().out
 
     def shorter(file):
         del file["episode_3/rewards"]
@@ -153,7 +156,7 @@ def test_folders_of_minari(tmp_path, monkeypatch):
             load_dataset(folder)
 
 
-def test_the_json_of_ptgood_tells_cut_episodes_by_their_observations(tmp_path):
+def test_the_json_of_ptgood_tells_cut_episodes_by_their_observations(tmp_path, capsys):
     obs = [[0.0], [1.0], [5.0], [6.0], [7.0]]
     fields = dict(observations=obs, actions=[[0.1]] * 5, rewards=[0, 1, 2, 3, 4])
     fields |= dict(next_observations=[[1.0], [2.0], [6.0], [9.0], [8.0]], terminals=[0, 0, 0, 1, 0])
@@ -165,6 +168,9 @@ def test_the_json_of_ptgood_tells_cut_episodes_by_their_observations(tmp_path):
     assert data.episode.tolist() == [0, 0, 1, 1, 2]
     assert data.reward.tolist() == [0, 1, 2, 3, 4]
     np.testing.assert_array_equal(data.next_obs[:, 0], [1, 2, 6, 9, 8])
+    assert cli.main(["info", str(file)]) == 0
+    assert "episodes = 3, terminated 1, truncated 1" in capsys.readouterr().out
+    assert (listing.SUFFIXES, listing.MINARI_FILE) == (files.SUFFIXES, files.MINARI_FILE)
     for change, message in (
         (dict(rewards=None), "walker.json: key 'rewards' is missing, found actions, next_observations, observations"),
         (dict(actions=[[1], [2, 3]]), "walker.json: actions: expected numbers in rows of one length"),
