@@ -421,7 +421,7 @@ METHODS: tuple[Method, ...] = (
     Method(
         "classifier",
         "learner",
-        "A classifier of images: MLP, small convolutional network, LeNet, wide residual network",
+        "A classifier of images: MLP, LeNet, WRN, DenseNet, ResNet, VGG, MobileNet",
         2026,
         factory="jaxstack.nn.classifier:classifier",
         extras=("data",),

@@ -16,7 +16,7 @@ def add_commands(commands: Commands) -> None:
         "Remove channels of a trained classifier one by one, with training in between (prune-and-tune), and store the "
         "smaller network as a run of its own.",
     )
-    p.add_argument("run_dir", metavar="RUN", help="of `jaxstack train classifier --model wrn-D-W`")
+    p.add_argument("run_dir", metavar="RUN", help="of `jaxstack train classifier`, wrn-D-W or densenet-bc-D-K")
     p.add_argument("--method", default="fisher", metavar="NAME", help="fisher, l1, l1-normalised, l1-signed or random")
     p.add_argument("--keep", type=real, default=0.5, help="share of the middle channels that stay, in (0, 1]")
     p.add_argument("--out", metavar="DIR", required=True, help="a new directory")
@@ -44,7 +44,7 @@ def _compress(args: argparse.Namespace, _: list[str]) -> None:
     config = learner.config
     if learner.name != "classifier" or not hasattr(classifier.network(config), "mid_features"):
         what = config.model if learner.name == "classifier" else learner.name
-        raise UserError(f"{args.run_dir}: found {what}, expected a classifier with --model wrn-D-W")
+        raise UserError(f"{args.run_dir}: found {what}, expected a classifier with --model wrn-D-W or densenet-bc-D-K")
     if not 0.0 < args.keep <= 1.0:
         raise UserError(f"--keep {args.keep:g}: expected a share in (0, 1]")
     if args.updates < 1 or args.lr < 0:

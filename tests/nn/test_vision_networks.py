@@ -10,6 +10,7 @@ from jaxstack.core.errors import UserError
 from jaxstack.nn.vision import layers, wrn, zoo
 from jaxstack.nn.vision.layers import BatchNorm
 from jaxstack.nn.vision.wrn import WRN
+from jaxstack.vision import structured_pruning as sp
 
 KEY = jax.random.key(0)
 COUNTS = {
@@ -23,7 +24,18 @@ COUNTS = {
     "wrn-40-1.5": 1_264_410,
     "wrn-40-2": 2_243_546,
     "wrn-28-10": 36_479_194,
+    "densenet-bc-100-12": 769_162,
+    "resnet-18": 11_173_962,
+    "vgg-16": 14_728_266,
+    "mobilenet-v1": 3_217_226,
+    "mobilenet-v2": 2_296_922,
 }
+IMAGENET = {"resnet-18-imagenet": 11_689_512, "resnet-34-imagenet": 21_797_672, "resnet-50-imagenet": 25_557_032}
+
+
+def test_counts_for_imagenet_are_those_of_torchvision():
+    for name, expected in IMAGENET.items():
+        assert count(zoo.network(name, 1000), 64) == expected
 
 
 def count(network, image=32, channels=3):
@@ -104,6 +116,50 @@ def test_masks_taps_and_a_block_without_middle_channels():
     assert none.apply({}, y) is y
 
 
+def test_networks_give_their_stages_and_learn_statistics():
+    x = jax.random.normal(KEY, (2, 16, 16, 1))
+    sides = {
+        "densenet-bc-10-2": [(16, 6), (8, 5), (4, 4)],
+        "resnet-18": [(16, 64), (8, 128), (4, 256), (2, 512)],
+        "resnet-50-imagenet": [(4, 256), (2, 512), (1, 1024), (1, 2048)],
+        "mobilenet-v1": [(16, 64), (8, 128), (4, 256), (2, 512), (1, 1024)],
+        "mobilenet-v2": [(16, 16), (16, 24), (8, 32), (4, 64), (4, 96), (2, 160), (2, 320)],
+    }
+    for name, expected in sides.items():
+        network = zoo.network(name, 4)
+
+        def run(key, network=network):
+            start = network.init(key, x)
+            return start, network.apply(start, x, True, taps=True, mutable=["batch_stats"])
+
+        start, ((logits, taps), changed) = jax.eval_shape(run, KEY)
+        assert logits.shape == (2, 4)
+        assert [t.shape[1:] for t in taps] == [(side, side, c) for side, c in expected], name
+        assert jax.tree.structure(changed["batch_stats"]) == jax.tree.structure(start["batch_stats"])
+    with pytest.raises(UserError, match="vgg-16: found images of 16x16, expected at least 32x32"):
+        zoo.network("vgg-16").init(KEY, x)
+
+
+def test_dense_layers_lose_channels_as_residual_blocks_do():
+    x = jax.random.normal(KEY, (2, 8, 8, 2))
+    network = zoo.network("densenet-bc-10-2", 3)
+    assert network.middle() == (8,) * 3
+    assert sum(zoo.network("densenet-bc-100-12").middle()) == 2304
+    start = network.init(KEY, x)
+    masks = (jnp.ones(8), jnp.zeros(8), jnp.ones(8).at[3].set(0.0))
+    mid, small = sp.compress(start, masks)
+    assert mid == (8, 0, 7)
+    smaller = zoo.network("densenet-bc-10-2", 3, mid_features=mid)
+    found, wanted = smaller.apply(small, x), network.apply(start, x, masks=masks)
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+    assert sum(v.size for v in jax.tree.leaves(small["params"])) == count(smaller, 8, 2)
+
+
+def test_means_of_pixels_leave_out_an_odd_row():
+    x = jax.random.normal(KEY, (2, 5, 4, 3))
+    np.testing.assert_allclose(layers.mean_pool(x), nn.avg_pool(x, (2, 2), (2, 2)), rtol=1e-5, atol=1e-6)
+
+
 def at(tree, path):
     for entry in path:
         tree = tree[entry.key]
@@ -135,6 +191,10 @@ def test_max_pooling_by_slices_is_that_of_flax():
     [
         ("vit", {}, "model='vit': expected one of lenet, wrn-D-W"),
         ("wrn-12-1", {}, r"depth=12: expected 6 n \+ 4"),
+        ("densenet-bc-12-2", {}, r"depth=12: expected 6 n \+ 4"),
+        ("densenet-bc-10-0", {}, "growth=0: expected at least 1"),
+        ("densenet-bc-10-2", dict(mid_features=(1,)), "mid_features: found 1, expected 3, one for each block"),
+        ("resnet-20", {}, "depth=20: expected 18, 34 or 50"),
         ("wrn-10-0.01", {}, "width=0.01: expected at least 1/16"),
         ("wrn-10-1", dict(mid_features=(1, 2)), "mid_features: found 2, expected 3, one for each block"),
         ("wrn-10-1", dict(mid_features=(1, 2, -1)), "mid_features: found -1, expected 0 or more"),
@@ -144,3 +204,25 @@ def test_max_pooling_by_slices_is_that_of_flax():
 def test_names_that_are_unknown_or_do_not_fit(name, options, message):
     with pytest.raises(UserError, match=message):
         zoo.network(name, **options)
+
+
+TORCH = {
+    "lenet": {"conv1", "conv2", "fc1", "fc2", "fc3"},
+    "wrn-16-1": {"conv1", "bn1", "fc", "block1.layer.1.conv2", "block2.layer.0.convShortcut", "block3.layer.1.bn2"},
+    "resnet-18": {"conv1", "bn1", "fc", "layer1.1.bn2", "layer2.0.downsample.0", "layer4.0.downsample.1"},
+    "resnet-50-imagenet": {"layer1.0.downsample.0", "layer3.5.conv3", "layer4.2.bn3", "fc"},
+    "vgg-16": {"features.0", "features.1", "features.7", "features.40", "features.41", "classifier"},
+    "mobilenet-v1": {"conv1", "bn1", "layers.0.conv1", "layers.12.bn2", "linear"},
+    "mobilenet-v2": {"conv1", "layers.0.shortcut.0", "layers.16.shortcut.1", "layers.5.bn3", "conv2", "bn2", "linear"},
+}
+LAYERS = {"lenet": 5, "resnet-18": 41, "resnet-50-imagenet": 107, "vgg-16": 27, "mobilenet-v1": 55}
+
+
+@pytest.mark.parametrize("name", TORCH)
+def test_layers_have_their_names_in_pytorch(name):
+    network = zoo.network(name)
+    start = jax.eval_shape(lambda key: network.init(key, jnp.zeros((1, 32, 32, 3))), KEY)
+    paths = {tuple(k.key for k in path[1:-1]) for path, _ in jax.tree_util.tree_leaves_with_path(start)}
+    names = {network.torch_name(path) for path in paths}
+    assert len(names) == len(paths) == LAYERS.get(name, len(paths))
+    assert TORCH[name] <= names

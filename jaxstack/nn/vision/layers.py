@@ -104,3 +104,10 @@ def max_pool(x: Array, size: int = 2, stride: int = 2) -> Array:
     for part in parts[1:]:
         out = jnp.maximum(out, part)
     return out
+
+
+def mean_pool(x: Array) -> Array:
+    """Means over 2x2 pixels; an odd last row or column is left out, as PyTorch does: [N, H, W, C] -> half of H, W."""
+    n, rows, columns, c = x.shape
+    x = x[:, : rows // 2 * 2, : columns // 2 * 2]
+    return x.reshape(n, rows // 2, 2, columns // 2, 2, c).mean((2, 4))

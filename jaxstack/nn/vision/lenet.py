@@ -13,11 +13,18 @@ from jaxstack.nn.vision.layers import max_pool, torch_bias, torch_uniform
 
 
 class LeNet(nn.Module):
-    """Two 5x5 convolutions with 6 and 16 channels, each with ReLU and 2x2 max pooling, then layers of 120 and 84."""
+    """Two 5x5 convolutions with 6 and 16 channels, each with ReLU and 2x2 max pooling, then layers of 120 and 84.
+
+    Images are flattened with the channels first, as PyTorch does, so that its weights need no other order.
+    """
 
     classes: int = 10
     image: int = 32
     """Pixels on a side of what the first convolution sees: smaller images get zeros around."""
+
+    def torch_name(self, modules: tuple[str, ...]) -> str:
+        """The name of a layer in a state dict: conv1, conv2, fc1, fc2, fc3."""
+        return ".".join(modules)
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False, *, taps: bool = False) -> Any:
@@ -34,7 +41,7 @@ class LeNet(nn.Module):
             layer = Conv(features, (5, 5), padding=0, kernel_init=torch_uniform, bias_init=bias, name=f"conv{i}")
             found.append(jax.nn.relu(layer(x)))
             x = max_pool(found[-1])
-        x = x.reshape(len(x), -1)
+        x = jnp.transpose(x, (0, 3, 1, 2)).reshape(len(x), -1)
         for i, features in enumerate((120, 84, self.classes), 1):
             bias = torch_bias(x.shape[-1])
             x = nn.Dense(features, kernel_init=torch_uniform, bias_init=bias, name=f"fc{i}")(x)

@@ -59,6 +59,14 @@ class WRN(nn.Module):
         """Middle channels of each block."""
         return tuple(block_features(self.depth, self.width, self.mid_features)[1])
 
+    def torch_name(self, modules: tuple[str, ...]) -> str:
+        """The name of a layer in the state dicts of BayesWatch's and xternalz's networks."""
+        block, *part = modules
+        if not part:
+            return {"stem": "conv1", "bn": "bn1", "Dense_0": "fc"}[block]
+        stage, i = divmod(int(block.removeprefix("block")), (self.depth - 4) // 6)
+        return f"block{stage + 1}.layer.{i}.{'convShortcut' if part[0] == 'shortcut' else part[0]}"
+
     @nn.compact
     def __call__(
         self, x: Array, train: bool = False, *, masks: Sequence[Array | None] | None = None, taps: bool = False

@@ -1,18 +1,22 @@
-"""Networks for images by name: lenet, wrn-D-W."""
+"""Networks for images by name."""
 
 import re
 from collections.abc import Sequence
 from typing import Any
 
-import flax.linen as nn
-
 from jaxstack.core.errors import UserError
+from jaxstack.nn.vision.densenet import DenseNet
 from jaxstack.nn.vision.layers import Variance
 from jaxstack.nn.vision.lenet import LeNet
-from jaxstack.nn.vision.wrn import WRN, block_features
+from jaxstack.nn.vision.plain import VGG16, MobileNetV1, MobileNetV2
+from jaxstack.nn.vision.resnet import ResNet
+from jaxstack.nn.vision.wrn import WRN
 
-NAMES = "lenet, wrn-D-W (wrn-10-2, wrn-40-1.5)"
+NAMES = "lenet, wrn-D-W, densenet-bc-D-K, resnet-18|34|50[-imagenet], vgg-16, mobilenet-v1, mobilenet-v2"
 _WRN = re.compile(r"wrn-(\d+)-(\d+(?:\.\d+)?)")
+_DENSE = re.compile(r"densenet-bc-(\d+)-(\d+)")
+_RESNET = re.compile(r"resnet-(\d+)(-imagenet)?")
+_PLAIN = {"vgg-16": VGG16, "mobilenet-v1": MobileNetV1, "mobilenet-v2": MobileNetV2}
 
 
 def network(
@@ -21,32 +25,44 @@ def network(
     """An unbound network.
 
     Args:
-        name: lenet, or wrn-D-W with depth and width.
+        name: lenet, wrn-D-W with depth and width (wrn-10-2, wrn-40-1.5), densenet-bc-D-K with depth and growth
+            (densenet-bc-100-12), resnet-D for small images or resnet-D-imagenet, vgg-16, mobilenet-v1, mobilenet-v2.
         classes: number of logits.
-        mid_features: middle channels of each block, for wrn-D-W.
+        mid_features: middle channels of each block, for wrn-D-W and densenet-bc-D-K.
         variance: of BatchNorm's running variance.
 
     Returns:
         A flax module, see the package's docstring.
 
     Raises:
-        UserError: for an unknown name, or middle widths that do not fit.
+        UserError: for an unknown name, a depth or width that there is none of, or middle widths that do not fit.
     """
     mid = None if mid_features is None else tuple(mid_features)
     if match := _WRN.fullmatch(name):
-        depth, width = int(match[1]), float(match[2])
-        block_features(depth, width, mid)
-        return WRN(depth, width, classes, mid, variance)
+        found = WRN(int(match[1]), float(match[2]), classes, mid, variance)
+        found.middle()
+        return found
+    if match := _DENSE.fullmatch(name):
+        found = DenseNet(int(match[1]), int(match[2]), classes, mid, variance)
+        found.middle()
+        return found
     if mid is not None:
-        raise UserError(f"mid_features: {name} has no middle widths, expected a network wrn-D-W")
+        raise UserError(f"mid_features: {name} has no middle widths, expected a network wrn-D-W or densenet-bc-D-K")
     if name == "lenet":
         return LeNet(classes)
+    if match := _RESNET.fullmatch(name):
+        found = ResNet(int(match[1]), classes, "imagenet" if match[2] else "small", variance)
+        found.blocks()
+        return found
+    if name in _PLAIN:
+        return _PLAIN[name](classes, variance)
     raise UserError(f"model={name!r}: expected one of {NAMES}")
 
 
 def known(name: str) -> bool:
     """Whether `network` makes one of that name."""
     try:
-        return isinstance(network(name), nn.Module)
+        network(name)
     except UserError:
         return False
+    return True

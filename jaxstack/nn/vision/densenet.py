@@ -1,0 +1,83 @@
+"""DenseNet-BC (Huang et al., 2017) with a middle width for each layer: 769,162 parameters at depth 100, growth 12.
+
+Three stages of (depth - 4) / 6 layers; a layer is BN-ReLU-conv1x1 to its middle width (4 k), BN-ReLU-mask, conv3x3 to k
+channels, which are joined to its input. Between stages BN-ReLU-conv1x1 halves the channels and 2x2 means the pixels.
+Layers are named block0, block1, ..., and their parts as those of `WRN`, so what prunes one prunes the other.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from jaxstack.core.errors import UserError
+from jaxstack.nn.vision.layers import BatchNorm, Variance, conv, head, masked, mean_pool, of_blocks
+
+BOTTLENECK = 4
+"""Middle channels of a layer over its growth."""
+
+
+class Layer(nn.Module):
+    """What a dense layer adds to its input: [N, H, W, C] -> [N, H, W, growth]; zeros without middle channels."""
+
+    growth: int
+    mid: int
+    variance: Variance = "torch"
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool = False, mask: Array | None = None) -> Array:
+        if not self.mid:
+            return jnp.zeros((*x.shape[:3], self.growth), x.dtype)
+        h = conv(self.mid, 1, name="conv1")(jax.nn.relu(BatchNorm(self.variance, name="bn1")(x, train)))
+        h = masked(jax.nn.relu(BatchNorm(self.variance, name="bn2")(h, train)), mask)
+        return conv(self.growth, name="conv2")(h)
+
+
+class DenseNet(nn.Module):
+    """DenseNet-BC for small images."""
+
+    depth: int = 100
+    growth: int = 12
+    classes: int = 10
+    mid_features: tuple[int, ...] | None = None
+    """Middle channels of each layer, 0 or more; default: four times the growth."""
+    variance: Variance = "torch"
+
+    def middle(self) -> tuple[int, ...]:
+        """Middle channels of each layer. Raises `UserError` for a depth that is not 6 n + 4, no growth, or middle
+        widths that are negative or not one for each layer."""
+        if self.depth < 10 or (self.depth - 4) % 6:
+            raise UserError(f"depth={self.depth}: expected 6 n + 4 with n >= 1, as 40 or 100")
+        if self.growth < 1:
+            raise UserError(f"growth={self.growth}: expected at least 1")
+        count = (self.depth - 4) // 2
+        default = [BOTTLENECK * self.growth] * count
+        mids = default if self.mid_features is None else list(of_blocks(self.mid_features, count, "mid_features"))
+        if min(mids) < 0:
+            raise UserError(f"mid_features: found {min(mids)}, expected 0 or more channels for each layer")
+        return tuple(mids)
+
+    @nn.compact
+    def __call__(
+        self, x: Array, train: bool = False, *, masks: Sequence[Array | None] | None = None, taps: bool = False
+    ) -> Any:
+        """Classify images; arguments as of `WRN`, taps are the outputs of the three stages."""
+        mids, found = self.middle(), []
+        each = of_blocks(masks, len(mids), "masks")
+        x = conv(2 * self.growth, name="stem")(x)
+        last = len(mids) // 3
+        for i, (mid, mask) in enumerate(zip(mids, each)):
+            layer = Layer(self.growth, mid, self.variance, name=f"block{i}")
+            x = jnp.concatenate([x, layer(x, train, mask)], -1)
+            if i % last < last - 1:
+                continue
+            found.append(x)
+            if len(found) < 3:
+                active = jax.nn.relu(BatchNorm(self.variance, name=f"transition{len(found)}_bn")(x, train))
+                x = mean_pool(conv(x.shape[-1] // 2, 1, name=f"transition{len(found)}_conv")(active))
+        x = jax.nn.relu(BatchNorm(self.variance, name="bn")(x, train))
+        logits = head(self.classes)(x.mean((1, 2)))
+        return (logits, tuple(found)) if taps else logits
