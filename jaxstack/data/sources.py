@@ -163,6 +163,32 @@ class SplitData(_OnDevice):
         return Batch(jax.tree.map(lambda x: x[jnp.where(inside, rows, 0)], constants), inside.astype(jnp.float32))
 
 
+class WholeData(_Base):
+    """Arrays kept on the device that each step gets whole, for a learner that draws from them itself; with `batches=1`
+    as the one `Batch` of an `eval_source`."""
+
+    def __init__(self, arrays: Any, batches: int | None = None):
+        if batches not in (None, 1):
+            raise UserError(f"batches={batches}: expected 1 or none, as a batch is all there is")
+        self.arrays, self.batches = arrays, batches
+
+    def computes_from(self) -> Any:
+        return self.batches
+
+    def constants(self) -> Any:
+        self.arrays = jax.tree.map(jnp.asarray, self.arrays)
+        return self.arrays
+
+    def item(self, seeds: Sequence[int]) -> tuple:
+        return ()
+
+    def items(self, start: int, count: int, seeds: Sequence[int], out: Any) -> None:
+        """All steps get the same."""
+
+    def _rows(self, constants: Any, item: Any, key: jax.Array) -> Any:
+        return constants if self.batches is None else Batch(constants, jnp.ones(1, jnp.float32))
+
+
 class HostData(_Base):
     """Batches made on the host by a pure function of the step (0, 1, ...): `function(step) -> pytree of arrays`.
 

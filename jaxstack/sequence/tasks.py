@@ -48,6 +48,8 @@ class Task(Config):
     """"last": all targets are to be read from the state after the last token (an auto-encoder)."""
     num_inputs: ClassVar[int] = 0
     """Width of real inputs; 0 for tokens."""
+    reads: ClassVar[bool] = False
+    """Whether examples are drawn from `data`, which a program then gets as an argument."""
 
     @property
     def num_tokens(self) -> int:
@@ -63,9 +65,19 @@ class Task(Config):
         """One example."""
         raise NotImplementedError
 
-    def sample(self, key: Key, count: int, test: bool = False) -> Batch:
-        """`count` independent examples; `test` (static) chooses what is scored where the two differ."""
-        return jax.vmap(lambda k: self.example(k, test))(jax.random.split(key, count))
+    def data(self, test: bool) -> Any:
+        """Arrays on the host that examples are drawn from, of a task that `reads`."""
+        return None
+
+    def draw(self, key: Key, test: bool, data: Any) -> Batch:
+        """One example, drawn from `data`."""
+        return self.example(key, test)
+
+    def sample(self, key: Key, count: int, test: bool = False, data: Any = None) -> Batch:
+        """`count` independent examples; `test` (static) chooses what is scored where the two differ. `data` is that of
+        `test`; without it, it becomes a constant of the program."""
+        data = self.data(test) if data is None else data
+        return jax.vmap(lambda k: self.draw(k, test, data))(jax.random.split(key, count))
 
     def validate(self) -> None:
         require_at_least(self, 2, "length")
@@ -394,16 +406,17 @@ def make(name: str, **options: Any) -> Task:
     return config.from_dict(TASKS.load(name), options, f"task {name}")
 
 
-def finite(task: Task, examples: int, seed: int = 0) -> Callable[[Key, int], Batch]:
-    """A training set of fixed size without storing it: (key, count) -> `count` of its examples, drawn with
-    replacement; example i is always the same. Raises `UserError` for no examples."""
+def finite(task: Task, examples: int, seed: int = 0) -> Callable[..., Batch]:
+    """A training set of fixed size without storing it: (key, count, data=None) -> `count` of its examples, drawn with
+    replacement; example i is always the same, `data` is as for `Task.sample`. Raises `UserError` for no examples."""
     if examples < 1:
         raise UserError(f"examples={examples!r}: expected a whole number >= 1")
 
-    def sample(key: Key, count: int) -> Batch:
+    def sample(key: Key, count: int, data: Any = None) -> Batch:
+        data = task.data(False) if data is None else data
         index = jax.random.randint(key, (count,), 0, examples)
         keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(index)
-        return jax.vmap(lambda k: task.example(k, False))(keys)
+        return jax.vmap(lambda k: task.draw(k, False, data))(keys)
 
     return sample
 

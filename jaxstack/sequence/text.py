@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -72,14 +73,16 @@ def split(corpus: np.ndarray, valid_fraction: float = 0.1) -> tuple[np.ndarray, 
 class Text(Task):
     """Next-byte prediction on windows of length + 1 bytes at random places; `test` draws from the validation part.
 
-    The corpus becomes a constant of the program, which suits corpora up to some 100 MB; for larger ones give the
-    runner `data.sources.HostData(windows(corpus, ...))`.
+    The corpus stays on the device; one that does not fit there goes through the runner's data, as
+    `data.sources.HostData(windows(corpus, ...))`.
     """
 
     length: int = 128
     path: str = ""
     """A file or a folder of .txt files; see `load`."""
     valid_fraction: float = 0.1
+
+    reads: ClassVar[bool] = True
 
     @property
     def num_tokens(self) -> int:
@@ -96,8 +99,15 @@ class Text(Task):
         """Training and validation bytes."""
         return split(load(self.path), self.valid_fraction)
 
+    def data(self, test: bool) -> np.ndarray:
+        """Training or validation bytes [N]."""
+        return self.parts()[test]
+
     def example(self, key: Key, test: bool) -> Batch:
-        data = jnp.asarray(self.parts()[test])
+        return self.draw(key, test, self.data(test))
+
+    def draw(self, key: Key, test: bool, data: Any) -> Batch:
+        data = jnp.asarray(data)
         start = jax.random.randint(key, (), 0, data.shape[0] - self.length)
         window = jax.lax.dynamic_slice_in_dim(data, start, self.length + 1).astype(jnp.int32)
         return Batch(window[:-1], window[1:], jnp.ones(self.length, bool))

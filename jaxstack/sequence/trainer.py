@@ -1,6 +1,7 @@
 """Training of sequence models on a task: AdamW, warm-up and cosine, accumulation, bfloat16, sharding over devices.
 
-Every step draws fresh examples on the device (or takes batches from a source, `takes_batch`); the loss is the mean over
+Every step draws fresh examples on the device (or takes batches from a source, `takes_batch`), those of a task that
+reads from arrays, such as text, from arguments of the program; the loss is the mean over
 scored positions, cross entropy in nats or squared error. Parameters and the loss stay float32. Decoupled weight decay
 (Loshchilov and Hutter, 2019) applies to linear weights and embeddings alone, see model.py.
 """
@@ -19,7 +20,9 @@ from jaxstack.core import options as texts
 from jaxstack.core.config import require, require_at_least, require_positive, require_unit
 from jaxstack.core.errors import UserError, unknown
 from jaxstack.core.learner import Key, Learner, Metrics, as_hypers
+from jaxstack.core.metrics import Mean
 from jaxstack.core.registry import Registry
+from jaxstack.data.sources import WholeData
 from jaxstack.nn import optimisers
 from jaxstack.sequence import parallel, tasks
 from jaxstack.sequence.model import SequenceModel, cast, check_tokens, decay_mask, reinitialise
@@ -242,15 +245,15 @@ def gradients(model: SequenceModel, config: Config, task: Task) -> Callable[[Any
     return whole
 
 
-def evaluation(model: SequenceModel, config: Config, task: Task) -> Callable[[State, Key], Metrics]:
+def evaluation(model: SequenceModel, config: Config, task: Task) -> Callable[..., Metrics]:
     """Loss, accuracy and perplexity on `eval_examples` test examples, at the task's length and at `eval_lengths`
-    (name@length)."""
+    (name@length); (state, key) -> metrics or, for a task that reads, (state, key, its test data as a batch)."""
 
     shard = _sharding(config, task)
 
-    def one(task: Task, params: Any, key: Key) -> Metrics:
+    def one(task: Task, params: Any, key: Key, data: Any) -> Metrics:
         def part(key: Key) -> tuple[Array, Array, Array]:
-            weights, batch = shard(params, task.sample(key, rows, test=True))
+            weights, batch = shard(params, task.sample(key, rows, test=True, data=data))
             out = forward(model, config, weights, batch.tokens)
             total, count = tasks.loss_terms(out, batch)
             right = tasks.accuracy(out, batch) * count if task.num_targets else jnp.zeros(())
@@ -267,12 +270,15 @@ def evaluation(model: SequenceModel, config: Config, task: Task) -> Callable[[St
 
     others = [configs.replace(task, length=n) for n in config.eval_lengths]
 
-    def evaluate(state: State, key: Key) -> Metrics:
-        metrics = one(task, state.params, key)
+    def evaluate(state: State, key: Key, batch: Any = None) -> Metrics:
+        data = None if batch is None else batch.data
+        metrics = one(task, state.params, key, data)
         for other in others:
-            found = one(other, state.params, jax.random.fold_in(key, other.length))
+            found = one(other, state.params, jax.random.fold_in(key, other.length), data)
             metrics |= {f"{name}@{other.length}": value for name, value in found.items()}
-        return metrics
+        if batch is None:
+            return metrics
+        return {name: Mean(jnp.asarray(value), jnp.float32(1.0)) for name, value in metrics.items()}
 
     return evaluate
 
@@ -299,9 +305,10 @@ def build(model: SequenceModel, task: Task, config: Config) -> Learner:
         opt_state = optimiser(config, hypers).init(params)
         return State(hypers, params, opt_state, key, jnp.int32(0), jnp.int32(config.num_updates))
 
-    def step(state: State, batch: Batch | None = None) -> tuple[State, Metrics]:
+    def step(state: State, batch: Any = None) -> tuple[State, Metrics]:
+        """`batch` is one of the runner's data, or what the task reads."""
         key, k_data = jax.random.split(state.key)
-        batch = draw(k_data, config.batch_size) if batch is None else batch
+        batch = batch if isinstance(batch, Batch) else draw(k_data, config.batch_size, data=batch)
         loss, grads = gradient(state.params, batch)
         updates, opt_state = optimiser(config, state.hypers, state.total).update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -312,6 +319,7 @@ def build(model: SequenceModel, task: Task, config: Config) -> Learner:
         }
         return state._replace(params=params, opt_state=opt_state, key=key, step=state.step + 1), metrics
 
+    own = task.reads and not config.takes_batch
     return Learner(
         init=init,
         step=step,
@@ -324,7 +332,9 @@ def build(model: SequenceModel, task: Task, config: Config) -> Learner:
         num_steps=config.num_updates,
         with_length=lambda s, steps: s._replace(total=jnp.full_like(s.total, steps)),
         objective=("eval/accuracy", "max") if task.num_targets else ("eval/loss", "min"),
-        check_data=lambda batch: check_batch(batch, task),
+        source=(lambda _: WholeData(task.data(False))) if own else None,
+        eval_source=(lambda _: WholeData(task.data(True), batches=1)) if task.reads else None,
+        check_data=None if own else lambda batch: check_batch(batch, task),
     )
 
 

@@ -2,10 +2,12 @@ import jax
 import numpy as np
 import pytest
 
+from jaxstack.core import runner
 from jaxstack.core.errors import UserError
+from jaxstack.core.runner import train
 from jaxstack.core.source import Feed
-from jaxstack.data.sources import HostData
-from jaxstack.sequence import tasks, text
+from jaxstack.data.sources import HostData, WholeData
+from jaxstack.sequence import tasks, text, trainer
 
 
 @pytest.fixture
@@ -47,6 +49,29 @@ def test_windows_come_from_their_part(corpus):
         assert batch.tokens.min() == low  # every place occurs, also the first and the last
         assert batch.targets.max() == high - 1
         assert batch.mask.all()
+
+
+def test_the_corpus_is_an_argument_of_the_programs():
+    """Not a constant: the sizes of the executables' arguments say so."""
+    small = dict(task="text", features=4, depth=1, batch_size=2, num_updates=2, eval_examples=4, mixers=("mingru",))
+    learner = trainer.sequence(task_args=("length=8",), **small)
+    run = train(learner, progress=False)
+    task = tasks.make("text", length=8)
+    whole, held_out = (len(task.data(test)) for test in (False, True))
+    sizes = {p.name: p.argument_bytes for p in run.ledger.programs}
+    params = sum(x.nbytes for x in jax.tree.leaves(run.state.params))
+    assert whole <= sizes["chunk"] < whole + 20 * params
+    assert held_out <= sizes["evaluate"] < held_out + 20 * params
+    # the same examples as where the corpus is a constant
+    state = learner.init(jax.random.key(0), learner.hypers)
+    with_data, without = (jax.jit(learner.step)(state, *data)[1]["loss/train"] for data in ((task.data(False),), ()))
+    assert with_data == without
+    last = run.metrics.iloc[-1]
+    assert last["eval/perplexity"] == pytest.approx(np.exp(last["eval/loss"]), rel=1e-5)
+    again = runner.evaluate(learner, run.state)
+    assert again["eval/loss"].item() == pytest.approx(last["eval/loss"], rel=1e-6)
+    with pytest.raises(UserError, match="batches=2: expected 1"):
+        WholeData(np.zeros(3), batches=2)
 
 
 def test_blocks_predict_every_byte_once():
