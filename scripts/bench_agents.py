@@ -40,6 +40,7 @@ import numpy as np
 
 from jaxstack import agents
 from jaxstack.core import devices, ledger, program
+from jaxstack.report.timing import in_turn, quartiles, timed
 
 PPO = dict(num_epochs=4, num_minibatches=4, gamma=0.99, lam=0.95, clip=0.2, vf_coef=0.5, ent_coef=0.01)
 
@@ -262,22 +263,13 @@ CASES: dict[str, Case] = {
 }
 
 
-def interleaved(sides: dict[str, Side], repeats: int, updates: bool = False) -> dict[str, list[float]]:
+def interleaved(sides: dict[Any, Side], repeats: int, updates: bool = False) -> dict[Any, list[float]]:
     """Seconds of each run, or of its updates alone; the first round is not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for repeat in range(repeats + 1):
-        for name, side in sides.items():
-            run = side.updates(repeat) if updates and side.updates else partial(side.run, repeat)
-            begin = time.perf_counter()
-            run()
-            if repeat:
-                seconds[name].append(time.perf_counter() - begin)
-    return seconds
 
+    def measure(side: Side, repeat: int) -> float:
+        return timed(side.updates(repeat) if updates and side.updates else partial(side.run, repeat)).wall
 
-def quartiles(over: list[float], under: list[float]) -> list[float]:
-    """Of the ratio over / under within a repeat."""
-    return [float(q) for q in np.quantile(np.asarray(over) / np.asarray(under), (0.25, 0.5, 0.75))]
+    return in_turn({name: partial(measure, side) for name, side in sides.items()}, repeats)
 
 
 def matrix_rate() -> float:
@@ -287,9 +279,7 @@ def matrix_rate() -> float:
     jax.block_until_ready(product(x))
     best = np.inf
     for _ in range(20):
-        begin = time.perf_counter()
-        jax.block_until_ready(product(x))
-        best = min(best, time.perf_counter() - begin)
+        best = min(best, timed(lambda: jax.block_until_ready(product(x))).wall)
     return 2 * 1024**3 / best
 
 

@@ -25,7 +25,6 @@ in wall time; the JSON has both in CPU time too, which counts waiting threads. A
 
 import argparse
 import contextlib
-import time
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -41,6 +40,7 @@ from jaxstack import envs
 from jaxstack.core.errors import UserError
 from jaxstack.envs import rollout, vector
 from jaxstack.envs.base import Environment
+from jaxstack.report.timing import Taken, in_turn, quartiles, timed
 
 DEFAULT_ENVS = (
     *envs.ids("native"),
@@ -193,21 +193,25 @@ def measure(id: str, width: int, args: argparse.Namespace) -> dict[str, Any]:
         forms["library"] = peer
     calls = max(1, round(args.steps / (width * args.num_steps)))
     steps = calls * width * args.num_steps
-    wall: dict[str, list[float]] = {form: [] for form in forms}
-    cpu: dict[str, list[float]] = {form: [] for form in forms}
-    for repeat in range(args.repeats + 1):  # the first one compiles
-        for form, (run, carry) in forms.items():
-            begin = time.perf_counter(), time.process_time()
+
+    def play(form: str, repeat: int) -> Taken:
+        run, carry = forms[form]
+        out = jnp.zeros(())
+
+        def rollouts() -> None:
+            nonlocal carry, out
             for call in range(calls):
                 carry, out = run(carry, jax.random.key(repeat * calls + call))
             jax.block_until_ready((carry, out))
-            end = time.perf_counter(), time.process_time()
-            if not bool(jnp.isfinite(out)):
-                raise UserError(f"{id}, {form}: outputs are not finite")
-            forms[form] = run, carry
-            if repeat:
-                wall[form].append(end[0] - begin[0])
-                cpu[form].append(end[1] - begin[1])
+
+        taken = timed(rollouts)
+        if not bool(jnp.isfinite(out)):
+            raise UserError(f"{id}, {form}: outputs are not finite")
+        forms[form] = run, carry
+        return taken
+
+    taken = in_turn({form: partial(play, form) for form in forms}, args.repeats)  # the first one compiles
+    wall, cpu = ({form: [t[i] for t in found] for form, found in taken.items()} for i in range(2))
     row: dict[str, Any] = {"env": id, "width": width, "steps_per_repeat": steps}
     for form in forms:
         row[form] = {
@@ -216,8 +220,7 @@ def measure(id: str, width: int, args: argparse.Namespace) -> dict[str, Any]:
         }
         if form != "pool":
             for name, times in (("pool_ratio_quartiles", wall), ("pool_cpu_ratio_quartiles", cpu)):
-                ratios = np.asarray(times[form]) / np.asarray(times["pool"])
-                row[form][name] = [float(q) for q in np.quantile(ratios, (0.25, 0.5, 0.75))]
+                row[form][name] = quartiles(times[form], times["pool"])
     return row
 
 

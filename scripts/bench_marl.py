@@ -4,6 +4,7 @@
     python scripts/bench_marl.py --peers-python PYTHON              and what of lbforaging, rware and jumanji it has
     python scripts/bench_marl.py --cases play --env lbf rware --repeats 9
     python scripts/bench_marl.py --cases probes parity --probes-python PYTHON     against dec-pomdp-diagnostics
+    python scripts/bench_marl.py --cases mate --mate PATH --mate-python PYTHON    against MATE's official code
 
 play     random play, environment steps per second of CPU time (of all threads), 128 environments in rollouts of 128
          steps with auto-reset from a pool, as in bench_envs.py; `lbf` is 8 x 8 with 2 agents, 2 foods and sight 2,
@@ -19,26 +20,32 @@ probes   the six estimates of a feed-forward audit (OAR, HAR, PIF with and witho
          most 3 times the time of 5.
 parity   values of both on the same arrays, ours with reference_compat=True: real and binary observations, hidden
          states, real actions, 1,600 steps. No aims: docs/methods/decpomdp-probes.md tells why what differs does.
+mate     training of MATE with mixed embeddings, 10 environments x 5 steps, `lbf` 8 x 8 with 2 agents and 2 foods,
+         layers and recurrent states of 128: environment steps per second, compilation not counted. PATH is a clone of
+         uoe-agents/MATE, PYTHON has torch, gymnasium and lbforaging, see bench_marl_mate.py. Aim: at least 5
+         times the official code.
 
 Repeats alternate between all that is compared. Shown are medians, and ratios within a repeat with quartiles.
 """
 
 import argparse
 import tempfile
-import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import bench_agents
 import bench_report
 import jax
 import numpy as np
 from bench_child import Child
 from bench_envs import ours
 
-from jaxstack import envs
+from jaxstack import agents, envs
 from jaxstack.core.errors import UserError
 from jaxstack.measures import probes as measure
+from jaxstack.report.timing import Taken, in_turn, quartiles, timed
 
 WIDTH, LENGTH = 128, 128
 AIMS = {
@@ -64,17 +71,21 @@ class Player:
         self.run, self.carry = ours(envs.make(id), WIDTH, LENGTH, "pool")
         self.count = 0
 
-    def seconds(self, rollouts: int) -> float:
-        """CPU seconds of so many rollouts."""
-        begin = time.process_time()
-        for _ in range(rollouts):
-            self.count += 1
-            self.carry, total = self.run(self.carry, jax.random.key(self.count))
-        jax.block_until_ready((self.carry, total))
-        taken = time.process_time() - begin
+    def rate(self, rollouts: int) -> float:
+        """Steps per CPU second of so many rollouts."""
+        total = jax.numpy.zeros(())
+
+        def play() -> None:
+            nonlocal total
+            for _ in range(rollouts):
+                self.count += 1
+                self.carry, total = self.run(self.carry, jax.random.key(self.count))
+            jax.block_until_ready((self.carry, total))
+
+        taken = timed(play).cpu
         if not np.isfinite(float(total)):
             raise UserError("outputs are not finite")
-        return taken
+        return rollouts * WIDTH * LENGTH / taken
 
 
 def play(args: argparse.Namespace) -> list[Row]:
@@ -82,19 +93,20 @@ def play(args: argparse.Namespace) -> list[Row]:
     child = None
     if args.peers_python is not None:
         child = Child("peers", [str(args.peers_python), str(Path(__file__).with_name("bench_marl_peers.py"))])
+
+    def of_peer(peer: str, _: int) -> float:
+        assert child is not None
+        steps, seconds = child.ask(do="play", peer=peer, steps=PEER_STEPS.get(peer, 1))
+        return steps / max(seconds, 1e-9)
+
     try:
         about = child.ask(do="about") if child else {}
         peers = {id: [p for p in PEERS.get(id, {}) if p in about] for id in args.env}
-        rates: dict[str, list[float]] = {}
-        for repeat in range(args.repeats + 1):  # the first one compiles
-            for id, player in players.items():
-                measured = {id: (args.rollouts * WIDTH * LENGTH, player.seconds(args.rollouts))}
-                for peer in peers[id]:
-                    assert child is not None
-                    measured[peer] = child.ask(do="play", peer=peer, steps=PEER_STEPS.get(peer, 1))
-                if repeat:
-                    for name, (steps, seconds) in measured.items():
-                        rates.setdefault(name, []).append(steps / seconds)
+        measures: dict[str, Callable[[int], float]] = {}
+        for id, player in players.items():
+            measures[id] = lambda _, player=player: player.rate(args.rollouts)
+            measures |= {peer: partial(of_peer, peer) for peer in peers[id]}
+        rates = in_turn(measures, args.repeats)  # the first one compiles
     finally:
         if child:
             child.close()
@@ -103,11 +115,10 @@ def play(args: argparse.Namespace) -> list[Row]:
         rows.append(rate_row(id, rates[id], AIMS.get(id)))
         for peer in peers[id]:
             rows.append(rate_row(peer, rates[peer], None) | {"version": about[peer]})
-            ratio = np.asarray(rates[id]) / np.asarray(rates[peer])
-            low, median, high = (float(q) for q in np.quantile(ratio, (0.25, 0.5, 0.75)))
+            low, median, high = ratio = quartiles(rates[id], rates[peer])
             aim = PEERS[id][peer]
             print(f"{f'play, {id} / {peer}':40s} {median:12.1f} [{low:.1f}, {high:.1f}] (aim at least {aim:g})")
-            rows.append({"case": f"play, {id} / {peer}", "ratio_quartiles": [low, median, high], "target": aim})
+            rows.append({"case": f"play, {id} / {peer}", "ratio_quartiles": ratio, "target": aim})
             rows[-1]["met"] = median >= aim
     return rows
 
@@ -173,15 +184,17 @@ def probes(args: argparse.Namespace) -> list[Row]:
         child = probe_child(args)
         try:
             version = child.ask(do="about").get("dec-pomdp-diagnostics") if child else None
-            taken: dict[str, list[tuple[float, float]]] = {}
-            for repeat in range(args.repeats + 1):  # the first one compiles
-                for name, call in todo.items():
-                    seconds = timed(call)
-                    if repeat:
-                        taken.setdefault(name, []).append(seconds)
-                if child and repeat:
-                    answer = child.ask(do="audit", arrays=str(path), null_reps=5)
-                    taken.setdefault("package", []).append((answer["cpu_s"], answer["wall_s"]))
+            measures: dict[str, Callable[[int], Taken]] = {
+                n: lambda _, call=call: timed(call) for n, call in todo.items()
+            }
+
+            def package(repeat: int) -> Taken:
+                answer = child.ask(do="audit", arrays=str(path), null_reps=5) if child and repeat else {}
+                return Taken(answer.get("wall_s", 0.0), answer.get("cpu_s", 0.0))
+
+            if child:
+                measures["package"] = package
+            taken = in_turn(measures, args.repeats)  # the first one compiles
         finally:
             if child:
                 child.close()
@@ -200,23 +213,15 @@ def audit(team: measure.Trajectories, reps: int, names: Sequence[str] = measure.
     return measure.audit(team, settings, names)
 
 
-def timed(call: Callable[[], Any]) -> tuple[float, float]:
-    """CPU seconds of all threads and seconds of the clock of a call that returns numpy arrays."""
-    cpu, wall = time.process_time(), time.perf_counter()
-    call()
-    return time.process_time() - cpu, time.perf_counter() - wall
-
-
-def seconds_row(name: str, seconds: list[tuple[float, float]], most: float | None) -> Row:
-    cpu, wall = (np.quantile(v, (0.25, 0.5, 0.75)).tolist() for v in zip(*seconds))
+def seconds_row(name: str, seconds: list[Taken], most: float | None) -> Row:
+    wall, cpu = (np.quantile(v, (0.25, 0.5, 0.75)).tolist() for v in zip(*seconds))
     print(f"{f'probes, {name}':48s} {cpu[1]:7.2f} s CPU, {wall[1]:7.2f} s", flush=True)
     row: Row = {"case": f"probes, {name}", "cpu_s_quartiles": cpu, "wall_s_quartiles": wall}
     return row if most is None else row | {"target": most, "met": wall[1] <= most}
 
 
-def ratio_row(name: str, above: list, below: list, aim: float, at_least: bool) -> Row:
-    ratio = np.asarray(above)[:, 0] / np.asarray(below)[:, 0]
-    low, median, high = (float(q) for q in np.quantile(ratio, (0.25, 0.5, 0.75)))
+def ratio_row(name: str, above: list[Taken], below: list[Taken], aim: float, at_least: bool) -> Row:
+    low, median, high = quartiles([t.cpu for t in above], [t.cpu for t in below])
     bound = "at least" if at_least else "at most"
     print(f"{f'probes, {name}':48s} {median:7.2f} [{low:.2f}, {high:.2f}] (aim {bound} {aim:g})", flush=True)
     met = median >= aim if at_least else median <= aim
@@ -250,7 +255,41 @@ def probe_child(args: argparse.Namespace) -> Child | None:
     return Child("probes", [str(args.probes_python), str(Path(__file__).with_name("bench_marl_peers.py"))])
 
 
-CASES = {"play": play, "probes": probes, "parity": parity}
+def mate(args: argparse.Namespace) -> list[Row]:
+    missing = [f"--{n.replace('_', '-')}" for n in ("mate", "mate_python") if getattr(args, n) is None]
+    if missing:
+        raise UserError(f"{', '.join(missing)}: expected for the case mate, see --help")
+    steps = 50 * args.mate_updates
+    options: dict[str, Any] = dict(env="lbf", mode="mix", num_envs=10, num_steps=5, total_steps=steps, emb_dim=10)
+    side = bench_agents.ours(agents.make("mate", hidden=(128, 128), gru=128, **options), args.mate_updates)
+    assert side.updates is not None
+    start = side.updates
+    child = Child("mate", [str(args.mate_python), str(Path(__file__).with_name("bench_marl_mate.py")), str(args.mate)])
+
+    def official(_: int) -> Taken:
+        played, wall, cpu = child.ask(do="train", mode="mix", updates=args.mate_updates)
+        assert played == steps
+        return Taken(wall, cpu)
+
+    try:
+        about = child.ask(do="about")
+        taken = in_turn({"ours": lambda n: timed(start(n)), "official": official}, args.repeats)
+    finally:
+        child.close()
+    rows: list[Row] = []
+    for name, clock in (("second", lambda t: t.wall), ("CPU-second", lambda t: t.cpu)):
+        seconds = {side: [clock(t) for t in found] for side, found in taken.items()}
+        rates = {k: np.quantile(steps / np.asarray(v), (0.25, 0.5, 0.75)).tolist() for k, v in seconds.items()}
+        low, median, high = ratio = quartiles(seconds["official"], seconds["ours"])
+        case = f"mate, ours / official, steps per {name}"
+        print(f"{case:48s} {median:7.2f} [{low:.2f}, {high:.2f}] (aim at least 5)", flush=True)
+        print(f"{'':12s}ours {rates['ours'][1] / 1e3:.2f} k, official {rates['official'][1] / 1e3:.2f} k", flush=True)
+        row = {"case": case, "rates_quartiles": rates, "ratio_quartiles": ratio, "target": 5.0, "met": median >= 5.0}
+        rows.append(row | {"versions": about, "updates": args.mate_updates})
+    return rows
+
+
+CASES = {"play": play, "probes": probes, "parity": parity, "mate": mate}
 
 
 def options() -> argparse.ArgumentParser:
@@ -258,6 +297,9 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=["play", "probes"])
     parser.add_argument("--peers-python", type=Path, help="a Python that has lbforaging, rware or jumanji")
     parser.add_argument("--probes-python", type=Path, help="a Python that has dec-pomdp-diagnostics")
+    parser.add_argument("--mate", type=Path, metavar="PATH", help="a clone of uoe-agents/MATE")
+    parser.add_argument("--mate-python", type=Path, help="a Python that has torch, gymnasium and lbforaging")
+    parser.add_argument("--mate-updates", type=int, default=200, help="of 50 environment steps, in a repeat of mate")
     parser.add_argument("--probe-rows", type=int, default=8000, help="steps that the probes read; parity a fifth")
     parser.add_argument("--env", nargs="+", default=list(AIMS), metavar="ID", help="of play")
     parser.add_argument("--rollouts", type=int, default=8, help="of 128 steps of 128 environments, in a repeat of play")

@@ -23,6 +23,7 @@ import numpy as np
 
 import jaxstack.sequence.scan as scan
 from jaxstack.core.errors import UserError
+from jaxstack.report.timing import in_turn, timed
 from jaxstack.sequence.kla import kla_scan
 
 TABLE = Path(scan.__file__).with_name("scan_table.json")
@@ -59,13 +60,8 @@ def measure(recurrence: str, length: int, lanes: int, methods: list[str], repeat
         for kind, g in (("fwd", f), ("grad", jax.value_and_grad(f, argnums=tuple(range(len(args)))))):
             calls[method, kind] = jax.jit(g).lower(*args).compile(), args
         compile_s[method] = time.perf_counter() - begin
-    times: dict[tuple[str, str], list[float]] = {name: [] for name in calls}
-    for repeat in range(repeats + 1):
-        for name, (call, args) in calls.items():
-            begin = time.perf_counter()
-            jax.block_until_ready(call(*args))
-            if repeat:
-                times[name].append(1e3 * (time.perf_counter() - begin))
+    once = lambda f: lambda _: 1e3 * timed(lambda: jax.block_until_ready(f[0](*f[1]))).wall
+    times = in_turn({name: once(f) for name, f in calls.items()}, repeats)
     ratio = lambda m, kind: statistics.median(x / y for x, y in zip(times[m, kind], times[methods[0], kind]))
     return {
         m: dict(

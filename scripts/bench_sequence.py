@@ -35,10 +35,11 @@ import bench_scan
 import jax
 import jax.numpy as jnp
 import numpy as np
-from bench_agents import Side, interleaved, quartiles
+from bench_agents import Side, interleaved
 from bench_child import Child
 
 from jaxstack.core.errors import UserError
+from jaxstack.report.timing import quartiles
 from jaxstack.sequence import scan
 from jaxstack.sequence.kla_weights import layer_to_torch
 from jaxstack.sequence.trainer import make_mixer
@@ -165,7 +166,7 @@ def mixers(args: argparse.Namespace) -> list[Row]:
         seconds = {}
         for alone in (False, True):
             group = {key: side for key, side in sides.items() if (key[0] == "attention") == alone}
-            seconds |= interleaved(group, args.repeats)  # pyright: ignore[reportArgumentType]
+            seconds |= interleaved(group, args.repeats)
         at = f"mixers, T = {length}"
         for (name, kind), side in sides.items():
             more = {"batch": batch, "state_bytes": state_bytes(layer(name, length)), "options": LAYERS[name][1]}

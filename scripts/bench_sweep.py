@@ -15,16 +15,17 @@ The aim is below 0.25.
 """
 
 import argparse
-import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import bench_report
 import jax
 import numpy as np
-from bench_agents import Side, mpe, ours, quartiles
+from bench_agents import Side, mpe, ours
 
 from jaxstack.core import ledger, program, space
+from jaxstack.report.timing import in_turn, timed
 
 AIM = 0.25
 
@@ -45,22 +46,14 @@ def swept(learner: Any, updates: int, settings: int, seeds: int) -> Side:
     return Side(run, book.seconds, max(p.peak_bytes for p in book.programs))
 
 
-def timed(side: Side) -> float:
-    begin = time.perf_counter()
-    side.run(0)
-    return time.perf_counter() - begin
-
-
 def measure(sweep: Side, single: Side, repeats: int, singles: int) -> tuple[list[float], list[float]]:
     """Seconds of each sweep, and of the mean single run around it."""
-    for side in (sweep, single):
-        side.run(0)
-    together, alone = [], []
-    for _ in range(repeats):
-        before = [timed(single) for _ in range(singles)]
-        together.append(timed(sweep))
-        alone.append(float(np.mean([*before, *(timed(single) for _ in range(singles))])))
-    return together, alone
+    run = lambda side: lambda _: timed(partial(side.run, 0)).wall
+    sides = {("before", i): run(single) for i in range(singles)} | {("sweep", 0): run(sweep)}
+    sides |= {("after", i): run(single) for i in range(singles)}
+    found = in_turn(sides, repeats)
+    together = found.pop(("sweep", 0))
+    return together, np.mean(list(found.values()), 0).tolist()
 
 
 def main() -> None:

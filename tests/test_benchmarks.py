@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jaxstack.core.errors import UserError
+
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 
 STAND_IN = """
@@ -181,7 +183,7 @@ def test_probes_are_compared_with_a_child(script, tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "__file__", str(tmp_path / "bench_marl.py"))
     # seconds by the number of null values; the estimates themselves are tested with the measures
     monkeypatch.setattr(bench, "audit", lambda team, reps, names=(): reps)
-    monkeypatch.setattr(bench, "timed", lambda call: (2.0 * call(), 1.0 * call()))
+    monkeypatch.setattr(bench, "timed", lambda call: bench.Taken(wall=1.0 * call(), cpu=2.0 * call()))
     args = ["--probes-python", sys.executable, "--probe-rows", "500", "--repeats", "2"]
     rows = {row["case"]: row for row in bench.probes(bench.options().parse_args(args))}
     assert rows["probes, package"]["version"] == "9.9"
@@ -196,3 +198,32 @@ def test_probes_are_compared_with_a_child(script, tmp_path, monkeypatch):
         assert drawn["action"].shape[:3] == drawn["obs"].shape[:3] == (3, 4, 2)
         assert ("hidden" in drawn) == (kind == "hidden")
         assert np.issubdtype(drawn["action"].dtype, np.integer) == (kind != "moves")
+
+
+MATE_STAND_IN = """
+import json, sys
+assert sys.argv[1] == "clone"
+for line in sys.stdin:
+    ask = json.loads(line)
+    answer = {"torch": "9.9"} if ask["do"] == "about" else [50 * ask["updates"], 3.0, 2.0]
+    print(json.dumps(answer), flush=True)
+"""
+
+
+def test_training_of_mate_is_compared_with_a_child(script, tmp_path, monkeypatch):
+    bench = script("bench_marl")
+    (tmp_path / "bench_marl_mate.py").write_text(MATE_STAND_IN)
+    monkeypatch.setattr(bench, "__file__", str(tmp_path / "bench_marl.py"))
+    made = []
+    side = script("bench_agents").Side(None, 0.0, 0, lambda repeat: lambda: repeat)
+    monkeypatch.setattr(bench.bench_agents, "ours", lambda learner, updates: made.append((learner, updates)) or side)
+    monkeypatch.setattr(bench, "timed", lambda call: bench.Taken(wall=0.5, cpu=0.5))
+    parse = bench.options().parse_args
+    rows = bench.mate(parse(["--mate", "clone", "--mate-python", sys.executable, "--mate-updates", "4"]))
+    assert [(r["ratio_quartiles"], r["met"]) for r in rows] == [([6.0] * 3, True), ([4.0] * 3, False)]
+    assert rows[0]["rates_quartiles"] == {"ours": [400.0] * 3, "official": pytest.approx([200 / 3] * 3)}
+    ((learner, updates),) = made
+    assert (updates, learner.num_steps, learner.samples_per_step) == (4, 4, 50)
+    assert learner.config.gru == 128
+    with pytest.raises(UserError, match="--mate-python: expected for the case mate"):
+        bench.mate(parse(["--mate", "clone"]))

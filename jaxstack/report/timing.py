@@ -2,10 +2,13 @@
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import jax
+import numpy as np
+
+Name = TypeVar("Name", bound=Hashable)
 
 
 class Timing(NamedTuple):
@@ -21,6 +24,46 @@ class Timing(NamedTuple):
     @property
     def median(self) -> float:
         return statistics.median(self.seconds)
+
+
+class Taken(NamedTuple):
+    """Seconds that a call took."""
+
+    wall: float
+    cpu: float
+    """Of all threads of this process."""
+
+
+def timed(call: Callable[[], Any]) -> Taken:
+    """Time a call that blocks until it is done."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    call()
+    return Taken(time.perf_counter() - wall, time.process_time() - cpu)
+
+
+def in_turn(measures: Mapping[Name, Callable[[int], Any]], repeats: int, warm_up: bool = True) -> dict[Name, list[Any]]:
+    """Measure things in turn, so that a load on the machine meets all of them alike.
+
+    Args:
+        measures: by name; each gets the number of the repeat, from 0, and returns what it measured.
+        repeats: of every measure.
+        warm_up: whether a repeat before them, number 0 then, is not counted.
+
+    Returns:
+        What was measured by name, in order.
+    """
+    found: dict[Name, list[Any]] = {name: [] for name in measures}
+    for repeat in range(repeats + warm_up):
+        for name, measure in measures.items():
+            value = measure(repeat)
+            if repeat >= warm_up:
+                found[name].append(value)
+    return found
+
+
+def quartiles(over: Sequence[float], under: Sequence[float]) -> list[float]:
+    """Quartiles of the ratio over / under within a repeat."""
+    return [float(q) for q in np.quantile(np.asarray(over) / np.asarray(under), (0.25, 0.5, 0.75))]
 
 
 def interleaved(
@@ -53,12 +96,14 @@ def interleaved(
         jax.block_until_ready(run(*args[-1]))
         once = time.perf_counter() - start
         counts[name] = max(1, min(calls, round(at_least / max(once, 1e-9))))
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(repeats):
-        for name, run in compiled.items():
-            start = time.perf_counter()
+
+    def measure(name: str) -> float:
+        def calls() -> None:
             for n in range(counts[name]):
-                out = run(*args[n % len(args)])
+                out = compiled[name](*args[n % len(args)])
             jax.block_until_ready(out)
-            seconds[name].append((time.perf_counter() - start) / counts[name])
+
+        return timed(calls).wall / counts[name]
+
+    seconds = in_turn({name: lambda _, n=name: measure(n) for name in functions}, repeats, warm_up=False)
     return {name: Timing(tuple(found)) for name, found in seconds.items()}
