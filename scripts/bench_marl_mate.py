@@ -76,14 +76,11 @@ class Team:
 
 def official(path: Path) -> Any:
     """The code's modules, with gymnasium in place of gym."""
-    import gymnasium
-
-    sys.modules["gym"] = gymnasium
-    sys.modules["gym.spaces"] = gymnasium.spaces
-    sys.modules["gym.spaces.utils"] = gymnasium.spaces.utils
+    for name in ("", ".spaces", ".spaces.utils"):
+        sys.modules[f"gym{name}"] = importlib.import_module(f"gymnasium{name}")
     collections.MutableMapping = collections.abc.MutableMapping  # pyright: ignore - gone since Python 3.10
     sys.path[:0] = [str(path), str(path / "mate")]
-    train = importlib.import_module("mate.algos.a2c.train")
+    train: Any = importlib.import_module("mate.algos.a2c.train")
     train.save_models = lambda *_: None
     return train
 

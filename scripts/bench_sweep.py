@@ -25,7 +25,7 @@ import numpy as np
 from bench_agents import Side, mpe, ours
 
 from jaxstack.core import ledger, program, space
-from jaxstack.report.timing import in_turn, timed
+from jaxstack.report.timing import in_turn, quartiles, timed
 
 AIM = 0.25
 

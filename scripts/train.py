@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
+import numpy as np
 import tyro
 
 from jaxstack import agents
@@ -65,7 +66,7 @@ def main(options: Options) -> None:
         first = jax.tree.map(lambda x: x[0], result.state)
         bundle.save_policy(options.out / arm / "policy", learner, first)
         last = result.metrics[result.metrics.step == result.metrics.step.max()]
-        finals[arm] = stats.estimate(stats.mean, last["eval/return"].to_numpy())
+        finals[arm] = stats.estimate(stats.mean, np.asarray(last["eval/return"]))
         frames[arm], results[arm] = result.metrics, (learner, first)
     print(f"\nreturn of greedy evaluation episodes on {options.env}, mean of {options.seeds} seeds [95% interval]")
     for arm, e in finals.items():
