@@ -160,7 +160,7 @@ def dispersion(
 
     def tune(arm: str) -> Tuning:
         make = lambda **form: particles(arm, tuning_steps, hidden, **form)
-        return Tuning.of(sweep(make, tried[arm], TUNING_SEEDS, options=QUIET), "eval/return", steps=tuning_steps)
+        return Tuning.of(sweep(make, tried[arm], TUNING_SEEDS, options=QUIET), steps=tuning_steps)
 
     def run(arm: str, seeds: tuple[int, ...], tuned: dict[str, Any]) -> Iterator[Row]:
         form = {k: tuple(v) if isinstance(v, list) else v for k, v in tuned.items() if k != "lr"}
@@ -169,11 +169,12 @@ def dispersion(
         every = learner.config.num_updates // POINTS
         metrics = train(learner, None, seeds, hypers=hypers, options=QUIET, eval_every=every).metrics
         number = sum(x.size for x in jax.tree.leaves(jax.eval_shape(learner.init, jax.random.key(0)).params))
+        goal, _ = learner.objective
         for seed in seeds:
-            curve = metrics[(metrics.seed == seed) & metrics["eval/return"].notna()]
+            curve = metrics[(metrics.seed == seed) & metrics[goal].notna()]
             last = curve.iloc[-1]
-            row = {"return": last["eval/return"], "eaten": last["eval/eaten"], "length": last["eval/length"]}
-            points = {f"return@{r['samples']:g}": r["eval/return"] for _, r in curve.iterrows()}
+            row = {"return": last[goal], "eaten": last["eval/eaten"], "length": last["eval/length"]}
+            points = {f"return@{r['samples']:g}": r[goal] for _, r in curve.iterrows()}
             yield {"seed": seed, "parameters": number} | row | points
 
     return Experiment(name, DISPERSION_ARMS, run, tune=tune)

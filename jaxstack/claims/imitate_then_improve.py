@@ -119,9 +119,11 @@ def curves(arm: str, kind: Data, norm: bool, seeds: tuple[int, ...], budget: Bud
     lengths = dict(num_updates=budget.updates, pretrain_steps=0 if arm in ("TD3+BC", "EDAC") else budget.pretrain)
     method: Any = agents.make("imitate-then-improve", **options, **sizes, **lengths)
     run = RunOptions(progress=False, eval_every=budget.eval_every, chunk=budget.eval_every)
-    table = counted(stages.train(method, list(seeds), options=run).metrics)
-    table = table[table["eval/return"].notna()]
-    grid = table.pivot_table(index="seed", columns="updates", values="eval/return").loc[list(seeds)]
+    result = stages.train(method, list(seeds), options=run)
+    goal, _ = result.learner.objective
+    table = counted(result.metrics)
+    table = table[table[goal].notna()]
+    grid = table.pivot_table(index="seed", columns="updates", values=goal).loc[list(seeds)]
     return grid.columns.to_numpy(), grid.to_numpy()
 
 

@@ -37,13 +37,15 @@ class Tuning(NamedTuple):
     """Training steps (updates or samples) per trial."""
 
     @classmethod
-    def of(cls, sweep: Any, metric: str, largest: bool = True, steps: int = 0) -> "Tuning":
-        """The tuning that a `jaxstack.sweeps.Sweep` did; failed runs have NaN scores."""
+    def of(cls, sweep: Any, metric: str | None = None, largest: bool | None = None, steps: int = 0) -> "Tuning":
+        """The tuning that a `jaxstack.sweeps.Sweep` did, by its learner's objective unless a `metric` is named; failed
+        runs have NaN scores."""
+        name, best = sweep.goal(metric, largest)
         table = sweep.table.sort_values(["setting", "seed"])
-        values = table[metric].where(table.alive)
+        values = table[name].where(table.alive)
         scores = [tuple(float(v) for v in values[table.setting == i]) for i in sweep.settings.index]
         settings = tuple({k: _plain(v) for k, v in row.items()} for row in sweep.settings.to_dict("records"))
-        return cls(settings, tuple(scores), tuple(int(s) for s in sweep.seeds), metric, largest, steps)
+        return cls(settings, tuple(scores), tuple(int(s) for s in sweep.seeds), name, best, steps)
 
     @property
     def chosen(self) -> dict[str, Any]:

@@ -77,7 +77,7 @@ def members(run_dir: str, plan: dict[str, Any]) -> list[Member]:
 def groups(run_dirs: Sequence[str]) -> list[tuple[Any, list[Member], Any]]:
     """(learner, members, states [K, ...]) of the runs whose learner and config are equal, but for the hyperparameters,
     which do not act."""
-    from jaxstack.core import config, runner
+    from jaxstack.core import config, runner, states
 
     found: dict[str, list[tuple[Any, list[Member], Any]]] = {}
     for run_dir in {Path(r).absolute(): r for r in run_dirs}.values():
@@ -85,7 +85,7 @@ def groups(run_dirs: Sequence[str]) -> list[tuple[Any, list[Member], Any]]:
         key = repr((plan["agent"], config.to_dict(learner.config) | {"hypers": None}))
         found.setdefault(key, []).append((learner, members(run_dir, plan), runner.load_state(learner, run_dir)))
     return [
-        (g[0][0], [m for _, own, _ in g for m in own], runner.side_by_side([state for _, _, state in g]))
+        (g[0][0], [m for _, own, _ in g for m in own], states.side_by_side([state for _, _, state in g]))
         for g in found.values()
     ]
 

@@ -11,6 +11,7 @@ A run in groups of seeds (`split_seeds`) has a directory like this for each grou
 metrics or checkpoints beside them; a method in stages one for each stage.
 """
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -21,13 +22,14 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from jaxstack.core import options
 from jaxstack.core.errors import UserError
 from jaxstack.core.files import free_name, set_aside, write_whole
+from jaxstack.core.signals import Interrupted
 
 CHECKSUM = "# sha256 "
 FREE = "num_steps or options"
@@ -345,3 +347,20 @@ def _say(text: str) -> None:
 
 def _clean(row: Row) -> Row:
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+
+
+@contextlib.contextmanager
+def closing(run: RunDir | None) -> Iterator[None]:
+    """Release the directory; a run that ends with an error is marked so."""
+    try:
+        yield
+    except Interrupted:
+        raise
+    except BaseException as e:
+        if run is not None:
+            with contextlib.suppress(UserError):  # the error itself may be a full disk
+                run.status("failed", error=f"{type(e).__name__}: {e}"[:500])
+        raise
+    finally:
+        if run is not None:
+            run.close()

@@ -5,103 +5,53 @@ recompiles, and how steps are grouped never changes a result. All buffers are do
 """
 
 import contextlib
-import dataclasses
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NoReturn
+from typing import Any, Literal, NoReturn
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxstack.core import cache, config, distributed, guard, ledger, memo, program, signals
+from jaxstack.core import cache, config, distributed, guard, ledger, program, signals
 from jaxstack.core.checkpoint import Checkpoints, NoCheckpoint, Retention, from_table, to_table
 from jaxstack.core.errors import UserError
-from jaxstack.core.learner import Key, Learner, as_hypers, better, require_one
+from jaxstack.core.job import (
+    Job,
+    Result,
+    RunOptions,
+    check_rows,
+    check_seeds,
+    data_of,
+    plain_config,
+    same_config,
+    same_hypers,
+    steps_of,
+)
+from jaxstack.core.learner import Learner, better, require_one
 from jaxstack.core.progress import Progress
-from jaxstack.core.rundir import RunDir, by_step, read_plan
+from jaxstack.core.rundir import RunDir, by_step, closing, read_plan
 from jaxstack.core.signals import COMPILING, Interrupted
 from jaxstack.core.sinks import Row, Sink
 from jaxstack.core.source import Feed, Source
+from jaxstack.core.states import evaluate, load_state, save, side_by_side, start_from, stored, stored_hypers
 
-
-@dataclass(frozen=True)
-class RunOptions(config.Config):
-    """How a run is carried out; none of it changes results."""
-
-    chunk: int = 0
-    """Training steps per dispatch; 0 picks about 50 dispatches per run."""
-    dispatch: Literal["auto", "scan", "loop"] = "auto"
-    """scan: many steps in one program; loop: one step a call (faster for convolutions on CPU)."""
-    eval_every: int = 0
-    """Steps between evaluations; 0 evaluates at the end only, -1 never."""
-    checkpoint_every: int = 0
-    """Steps between checkpoints; 0 saves at the end and when interrupted."""
-    keep_last: int = 2
-    keep_best: int = 0
-    best_metric: str = ""
-    """What `keep_best` goes by; default: the learner's objective."""
-    best_direction: Literal["max", "min", ""] = ""
-    """Whether it is better large or small; default: as the learner's objective, of another metric large."""
-    max_compiles: int | None = None
-    """A further compile is an error. What an earlier call in this process compiled (see memo.py) does not count."""
-    guard: bool = True
-    """Freeze seeds whose losses, state or inputs go non-finite, see guard.py."""
-    devices: int = 1
-    """Spread the seeds over this many devices, or groups of `env_devices`; over those of all hosts, see scaling.md."""
-    env_devices: int = 1
-    """Devices that share the environments of one seed, see devices.py."""
-    split_seeds: int | Literal["auto"] | None = None
-    """At most so many seeds at once, in groups one after another; auto: as many as fit; default: refuse a run that
-    does not fit. In a run directory each group is a run of its own, in a folder named after its seeds; what reads or
-    resumes the run reads and resumes them all."""
-    progress: bool = True
-    memory_limit_mb: int | None = None
-    """Refuse a run that needs more; default: what is free."""
-
-    def validate(self) -> None:
-        config.require_at_least(self, 0, "chunk", "checkpoint_every", "keep_best")
-        config.require_at_least(self, -1, "eval_every")
-        config.require_at_least(self, 1, "keep_last", "devices", "env_devices")
-        for field in ("max_compiles", "split_seeds", "memory_limit_mb"):
-            value = getattr(self, field)
-            config.require(self, field, not isinstance(value, int) or value >= 1, "a number >= 1")
-
-
-class Result(NamedTuple):
-    """A finished run: final state [S, ...], metrics as a pandas frame (a row for each step and seed, ordered by step),
-    seeds alive [S]."""
-
-    state: Any
-    metrics: Any
-    alive: np.ndarray
-    ledger: ledger.Ledger
-    run_dir: Path | None
-
-
-class Job(NamedTuple):
-    """Validated run specification."""
-
-    learner: Learner
-    num_steps: int
-    seeds: list[int]
-    hypers: Any
-    data: Source | None
-    run_dir: Path | None
-    plan: dict[str, Any]
-    options: RunOptions
-    sinks: Sequence[Sink]
-    book: ledger.Ledger
-    stop: list[int]
-    """Signals received."""
-    said: list[str]
-    """Why seeds were frozen, in the order in which it was seen."""
-    settings: list[int] | None = None
-    """Number of each row's setting: rows are then (setting, seed) pairs."""
-    length: int | None = None
-    """Steps after which schedules end, where a resumed run does not keep its own."""
+__all__ = [
+    "Interrupted",
+    "Result",
+    "RunOptions",
+    "check_seeds",
+    "evaluate",
+    "load_state",
+    "plain_config",
+    "resume",
+    "same_config",
+    "save",
+    "start_from",
+    "stored",
+    "train",
+]
 
 
 def train(
@@ -150,10 +100,10 @@ def train(
     """
     require_one(learner, "train (`core.stages.train` takes it)")
     options = config.replace(options, **changes)
-    num_steps = _num_steps(learner, num_steps, total_samples)
-    seeds = check_seeds(seeds) if settings is None else _check_rows(seeds, settings)
+    num_steps = steps_of(learner, num_steps, total_samples)
+    seeds = check_seeds(seeds) if settings is None else check_rows(seeds, settings)
     settings = None if settings is None else [int(i) for i in settings]
-    data = _data(learner, data)
+    data = data_of(learner, data)
     plan = {"agent": learner.name, "config": plain_config(learner), "seeds": seeds, "num_steps": num_steps} | (
         plan or {}
     )
@@ -232,10 +182,10 @@ def resume(
     if learner.with_length is not None and num_steps != old["num_steps"]:
         what = f"{num_steps} steps instead of {old['num_steps']}: schedule={schedule}"
         distributed.on_first(lambda: print(f"run directory {run_dir}: {what}", flush=True))  # noqa: T201
-    data = _data(learner, data)
+    data = data_of(learner, data)
     cache.enable()
     book = ledger.Ledger(options.max_compiles)
-    hypers = _stored_hypers(learner, old) if hypers is None else hypers
+    hypers = stored_hypers(learner, old) if hypers is None else hypers
     run, settings = Path(run_dir), old.get("settings")
     job = Job(learner, num_steps, seeds, hypers, data, run, old, options, sinks, book, [], [], settings, length)
     with contextlib.ExitStack() as stack:
@@ -275,126 +225,6 @@ def _restore(job: Job, run: RunDir | None) -> tuple[int, Any, dict[str, Any], li
     return step, from_table(arrays, template) if step else None, meta, table
 
 
-def _stored_hypers(learner: Learner, plan: dict[str, Any]) -> Any:
-    """The hyperparameters that were given to `train` beside the config, None for the config's own."""
-    if "hypers" not in plan:
-        return None
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: np.asarray(plan["hypers"][jax.tree_util.keystr(path)], np.float32), learner.hypers
-    )
-
-
-def evaluate(learner: Learner, state: Any, key: Key | None = None) -> dict[str, np.ndarray]:
-    """What the learner measures of a state [S, ...], by name [S]; over its whole `eval_source`, where it has one.
-
-    Args:
-        learner: with an `evaluate`.
-        state: as `train` and `load_state` return it.
-        key: of what is drawn; default: the one of all runs, so that evaluations of a run are repeated.
-
-    Raises:
-        UserError: for a learner without evaluation.
-    """
-    with memo.programs(learner._replace(given=None, hypers=None)) as store:
-        begun = program.evaluating(learner, jax.eval_shape(lambda: state), ledger.Ledger(), key=key, store=store)
-        if begun is None:
-            raise UserError(f"{learner.name}: has no evaluation")
-        return begun()(state)
-
-
-def load_state(learner: Learner, run_dir: str | Path) -> Any:
-    """The newest stored state [S, ...] of a run, for evaluation. Raises `UserError` when there is none."""
-    return stored(learner, run_dir)[0]
-
-
-def stored(learner: Learner, run_dir: str | Path) -> tuple[Any, np.ndarray]:
-    """The newest stored (state [S, ...], alive [S]) of a run, of its last stage where it has stages. Raises `UserError`
-    when there is none."""
-    plan = read_plan(run_dir)
-    if "groups" in plan:
-        groups = [stored(learner, Path(run_dir) / name) for name in plan["groups"]]
-        return side_by_side([state for state, _ in groups]), np.concatenate([alive for _, alive in groups])
-    if "stages" in plan:
-        return stored(learner, Path(run_dir) / plan["stages"][-1])
-    # shapes alone: rows of what is given are those of another number of seeds in a group
-    rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct((len(plan["seeds"]), *x.shape[1:]), x.dtype), learner.given)
-    template = jax.eval_shape(lambda given: program.initial(learner, plan["seeds"], None, given), rows)
-    with contextlib.closing(Checkpoints(Path(run_dir) / "checkpoints", read_only=True)) as store:
-        _, (state, alive), _, _ = store.restore(template)
-    return state, np.asarray(alive.failed_step) == 0
-
-
-def start_from(learner: Learner, states: Any) -> Learner:
-    """Make the learner of a run that starts from what another run of such a learner has learned.
-
-    It takes over `params`, or what the method says (`Learner.adapted`); environments, random numbers, steps and
-    hyperparameters are those of the new run.
-
-    Args:
-        learner: What is trained; its config may differ from that of the other run in whatever has no part in the shapes
-            of `params`.
-        states: The other run's, leaves [S, ...], one row per seed of the new run.
-
-    Returns:
-        The learner, for `train` with S seeds.
-
-    Raises:
-        UserError: Naming the parameter that does not fit.
-    """
-    fresh = jax.eval_shape(learner.init, jax.random.key(0), as_hypers(learner.hypers))
-    shapes = lambda tree: {jax.tree_util.keystr(k): x for k, x in jax.tree_util.tree_leaves_with_path(tree)}
-    found, expected = shapes(states.params), shapes(fresh.params)
-    for name in sorted([*expected, *found], key=lambda name: name in found and name in expected):
-        have = f"shape {found[name].shape[1:]}" if name in found else "none"
-        want = f"shape {expected[name].shape}" if name in expected else "none"
-        if have != want:
-            raise UserError(f"params{name}: found {have}, expected {want}")
-    if learner.adapted is not None:
-        return learner.adapted()._replace(given=states)
-
-    def init(key: Key, hypers: Any, params: Any) -> Any:
-        return learner.init(key, hypers)._replace(params=params)
-
-    return learner._replace(init=init, given=states.params)
-
-
-def save(
-    learner: Learner, states: Any, seeds: Sequence[int], run_dir: str | Path, metrics: dict[str, Any] | None = None
-) -> Path:
-    """Store states that were not made by `train` as a finished run, for all that reads runs.
-
-    Args:
-        learner: Whose states they are; its `num_steps` are the run's.
-        states: Leaves [S, ...], one row per seed, with the shapes of the learner's own.
-        seeds: S numbers by which the rows are called.
-        run_dir: Empty or new.
-        metrics: Of the last step, name -> [S].
-
-    Returns:
-        The directory.
-
-    Raises:
-        UserError: For a directory with content, or states that do not fit.
-    """
-    seeds, num_steps = check_seeds(seeds), _num_steps(learner, None, None)
-    template = jax.eval_shape(lambda: program.initial(learner, seeds, None))[0]
-    shapes = lambda tree: {jax.tree_util.keystr(k): x.shape for k, x in jax.tree_util.tree_leaves_with_path(tree)}
-    found, expected = shapes(states), shapes(template)
-    for name in sorted({*found, *expected}):
-        if found.get(name) != expected.get(name):
-            raise UserError(f"state{name}: found shape {found.get(name)}, expected {expected.get(name)}")
-    plan = {"agent": learner.name, "config": plain_config(learner), "seeds": seeds, "num_steps": num_steps}
-    run = RunDir.create(run_dir, plan | {"objective": list(learner.objective)})
-    with _closing(run):
-        values = {k: np.asarray(v, np.float64) for k, v in (metrics or {}).items()}
-        row: Row = {"step": num_steps, "samples": num_steps * learner.samples_per_step}
-        run.append([row | {"seed": s} | {k: float(v[i]) for k, v in values.items()} for i, s in enumerate(seeds)])
-        with contextlib.closing(Checkpoints(run.checkpoints)) as store:
-            store.save(num_steps, (states, guard.start(len(seeds))), {"data": None, "metrics": run.mark()})
-        run.status("finished", step=num_steps)
-    return Path(run_dir)
-
-
 def _create(job: Job) -> RunDir | None:
     """The directory of a job that begins."""
     plan = job.plan
@@ -411,24 +241,24 @@ def _fresh(job: Job, programs: program.Programs | None = None) -> Result:
         programs = _programs(job) if programs is None else programs
     except Interrupted:
         run = _create(job)
-        with _closing(run):
+        with closing(run):
             _interrupt_after(job, run, 0)
     run = _create(job)
-    with _closing(run):
+    with closing(run):
         return _loop(job, programs, run, *programs.init(), 0)
 
 
 def _continued(job: Job, programs: program.Programs | None = None) -> Result:
     """The stored run of the job from its newest checkpoint on."""
     run = distributed.on_first(lambda: RunDir.open(job.run_dir or ""))
-    with _closing(run):
+    with closing(run):
         step, restored, meta, table = _restore(job, run)
         try:
             programs = _programs(job) if programs is None else programs
         except Interrupted:
             _interrupt_after(job, run, step)
         if restored is not None:
-            _same_hypers(job, restored[0])
+            same_hypers(job, restored[0])
             if job.length is not None and job.learner.with_length is not None:
                 restored = job.learner.with_length(restored[0], job.length), restored[1]
         if job.data is not None and restored is not None:
@@ -446,7 +276,7 @@ def _split(job: Job, count: int, resumed: bool = False) -> Result:
     with contextlib.suppress(Interrupted):  # told below, when the directory is there
         programs = {size: _programs(group) for size, group in {len(g.seeds): g for _, g in groups}.items()}
     run = distributed.on_first(lambda: RunDir.open(job.run_dir or "")) if resumed else _create(job)
-    with _closing(run):
+    with closing(run):
         try:
             if not programs:
                 raise Interrupted(job.stop[0], COMPILING)
@@ -485,11 +315,6 @@ def _groups(job: Job, count: int) -> list[tuple[str, Job]]:
         group = job._replace(learner=learner, seeds=seeds, hypers=hypers, run_dir=folder, plan=plan, settings=settings)
         groups.append((name, group))
     return groups
-
-
-def side_by_side(states: Sequence[Any]) -> Any:
-    """States [S, ...] of several runs as those of one."""
-    return jax.tree.map(lambda *xs: jnp.concatenate(xs), *states)
 
 
 def _programs(job: Job) -> program.Programs:
@@ -687,83 +512,3 @@ def _rows(job: Job, start: int, metrics: dict, extra: dict, failed: np.ndarray) 
                 row |= {k: float(v[s]) for k, v in extra.items()}
             rows.append(row)
     return rows
-
-
-def plain_config(learner: Any) -> dict[str, Any]:
-    """The config of a learner, or of a method in stages, as plain dicts; empty where there is none."""
-    return config.to_dict(learner.config) if dataclasses.is_dataclass(learner.config) else {}
-
-
-def same_config(run_dir: str | Path, old: dict[str, Any], new: dict[str, Any]) -> None:
-    changed = [k for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
-    if changed:
-        what = ", ".join(f"{k}: {old.get(k)!r} -> {new.get(k)!r}" for k in changed)
-        raise UserError(f"run directory {run_dir}: the config was changed since the run began ({what})")
-
-
-def _same_hypers(job: Job, state: Any) -> None:
-    """Stored hyperparameters go on: raise `UserError` naming one that is given otherwise now."""
-    given = job.learner.hypers if job.hypers is None else job.hypers
-    stored = jax.tree_util.tree_leaves_with_path(state.hypers)
-    for (where, old), new in zip(stored, jax.tree.leaves(given)):
-        if not np.array_equal(np.asarray(old), np.broadcast_to(np.asarray(new, np.float32), np.shape(old))):
-            name = jax.tree_util.keystr(where).lstrip(".")
-            old, new = np.asarray(old).tolist(), np.asarray(new).tolist()
-            raise UserError(f"run directory {job.run_dir}: {name}={new}: expected {old}, with which the run began")
-
-
-def _num_steps(learner: Learner, num_steps: int | None, total_samples: int | None) -> int:
-    if num_steps is not None and total_samples is not None:
-        raise UserError(f"num_steps={num_steps}, total_samples={total_samples}: expected one of the two")
-    if total_samples is not None:
-        num_steps = -(-int(total_samples) // learner.samples_per_step)
-    elif num_steps is None:
-        num_steps = learner.num_steps
-    if num_steps is None or not 1 <= num_steps < 2**31:
-        raise UserError(f"num_steps={num_steps}: expected 1 to 2^31-1")
-    return int(num_steps)
-
-
-def check_seeds(seeds: int | Sequence[int]) -> list[int]:
-    """The seeds as a list; raises `UserError` for none, equal ones or numbers that are no seeds."""
-    out = list(range(seeds)) if isinstance(seeds, int) else [int(s) for s in seeds]
-    if not out or len(set(out)) != len(out) or min(out) < 0 or max(out) >= 2**32:
-        raise UserError(f"seeds={seeds}: expected a number >= 1 or different seeds in 0..2^32-1")
-    return out
-
-
-def _check_rows(seeds: int | Sequence[int], settings: Sequence[int]) -> list[int]:
-    """The seeds of rows (setting, seed); raises `UserError` when there is not one for each, or for equal rows."""
-    out = [seeds] if isinstance(seeds, int) else [int(s) for s in seeds]
-    check_seeds(sorted(set(out)))
-    if len(out) != len(settings) or len({*zip(settings, out)}) != len(out):
-        raise UserError(f"seeds={seeds}, settings={settings}: expected a seed for each setting, and different pairs")
-    return out
-
-
-def _data(learner: Learner, data: Source | None) -> Source | None:
-    """The source of the run: the one given, else the learner's own."""
-    if data is None and learner.source is not None:
-        return learner.source(learner.config)
-    if learner.takes_batch and data is None:
-        raise UserError(f"{learner.name}: data is needed, e.g. ArrayData(arrays, batch_size)")
-    if data is not None and not learner.takes_batch and learner.source is None:
-        raise UserError(f"{learner.name}: generates its own batches; data must be None")
-    return data
-
-
-@contextlib.contextmanager
-def _closing(run: RunDir | None) -> Iterator[None]:
-    """Release the directory; a run that ends with an error is marked so."""
-    try:
-        yield
-    except Interrupted:
-        raise
-    except BaseException as e:
-        if run is not None:
-            with contextlib.suppress(UserError):  # the error itself may be a full disk
-                run.status("failed", error=f"{type(e).__name__}: {e}"[:500])
-        raise
-    finally:
-        if run is not None:
-            run.close()

@@ -1,5 +1,6 @@
 """The harness with toy claims: verdicts, rows that survive a stop, data, tuning, records, bad input."""
 
+import dataclasses
 import functools
 import json
 import math
@@ -326,7 +327,10 @@ def test_tuning_chooses_by_the_mean_and_fails_if_all_failed():
 def test_tuning_of_a_sweep():
     rows = [(0, 1e-3, 7, True, 2.0), (0, 1e-3, 8, True, 4.0), (1, 1e-2, 7, True, 9.0), (1, 1e-2, 8, False, 9.0)]
     table = pd.DataFrame(rows, columns=["setting", "lr", "seed", "alive", "eval/return"])
-    tuning = Tuning.of(Sweep({"lr": choice(1e-3, 1e-2)}, [7, 8], table, None, []), "eval/return", steps=5)
+    swept = Sweep({"lr": choice(1e-3, 1e-2)}, [7, 8], table, None, [])
+    tuning = Tuning.of(swept, steps=5)  # by the learner's objective
+    smallest = Tuning.of(dataclasses.replace(swept, objective=("eval/return", "min")))
+    assert (smallest.metric, smallest.largest) == ("eval/return", False)
     assert tuning.settings == ({"lr": 1e-3}, {"lr": 1e-2})
     assert tuning.scores[0] == (2.0, 4.0)
     assert math.isnan(tuning.scores[1][1])

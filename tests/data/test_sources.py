@@ -287,3 +287,25 @@ ONES = lambda config: SplitData(np.ones(3), 2)
 def test_bad_data_is_named(make, message):
     with pytest.raises(UserError, match=message):
         make()
+
+
+def test_pipelines_of_grain_feed_a_run_and_resume(tmp_path):
+    grain = pytest.importorskip("grain", reason="the extra `data` has grain")
+    learner = seen(4)
+
+    def batches():
+        rows = grain.MapDataset.source(np.arange(50, dtype=np.int32)).seed(3).shuffle().repeat()
+        return rows.map(lambda x: x * 2).batch(4)
+
+    run = lambda steps, data, **options: train(learner, steps, 2, data=data, progress=False, **options)
+    iterator = lambda: IteratorData(iter(batches().to_iter_dataset()))
+    whole = run(30, iterator(), chunk=7)
+    sums = whole.metrics["loss/total"].to_numpy().reshape(30, 2)
+    assert len(np.unique(sums)) > 15
+    assert (sums[:, 0] == sums[:, 1]).all()  # shared by the seeds
+    run(13, iterator(), run_dir=tmp_path / "r", chunk=4)
+    again = resume(learner, tmp_path / "r", 30, data=iterator(), progress=False)
+    assert_same(again.state, whole.state)
+    # a map dataset is a pure function of the step, the same batches
+    on_host = run(30, HostData(batches().__getitem__))
+    assert on_host.metrics["loss/total"].tolist() == whole.metrics["loss/total"].tolist()
