@@ -16,9 +16,8 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
-from jaxstack import envs
+from jaxstack.agents.configs import PlayConfig
 from jaxstack.core import losses, replay
-from jaxstack.core.config import Config as Base
 from jaxstack.core.config import require, require_at_least, require_positive, require_unit
 from jaxstack.core.errors import UserError
 from jaxstack.core.guard import CHECK
@@ -52,13 +51,11 @@ class Hypers(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Config(Base):
+class Config(PlayConfig):
     """Deep Q-learning; the defaults solve CartPole."""
 
     env: str = "gymnax/CartPole-v1"
     """Environment id, see `jaxstack list envs`."""
-    env_args: tuple[str, ...] = ()
-    """Options of the environment, each `name=value`."""
     total_steps: int = 100_000
     """Environment steps over all parallel environments."""
     num_envs: int = 1
@@ -85,16 +82,12 @@ class Config(Base):
     norm: Norm = "none"
     """layer: LayerNorm behind each hidden layer's weights; weight: each unit's weights have a length of their own
     (Salimans & Kingma, 2016), output layer included."""
-    auto_reset: Literal["pool", "exact"] = "pool"
-    pool_size: int | None = None
-    eval_episodes: int = 32
-    eval_steps: int = 1000
-    """Longest evaluation episode where the environment sets no horizon."""
     hypers: Hypers = Hypers()
 
     def validate(self) -> None:
-        require_at_least(self, 1, "total_steps", "num_envs", "train_every", "rounds", "buffer_size", "batch_size")
-        require_at_least(self, 1, "target_period", "n_step", "learning_starts", "eval_episodes", "eval_steps")
+        super().validate()
+        require_at_least(self, 1, "train_every", "rounds", "buffer_size", "batch_size")
+        require_at_least(self, 1, "target_period", "n_step", "learning_starts")
         require_at_least(self, 0, "hypers.lr", "hypers.l2", "hypers.adam_eps")
         require_unit(self, "hypers.gamma", "hypers.eps_start", "hypers.eps_end")
         require_positive(self, "hypers.eps_share")
@@ -196,7 +189,7 @@ class QNetwork(nn.Module):
 
 def make_task(cfg: Config) -> Task:
     """Raises `UserError` where config and environment do not fit."""
-    env = envs.make(cfg.env, **envs.parse_options(cfg.env_args))
+    env = cfg.make_env()
     spec = env.spec
     require(cfg, "env", spec.num_agents == 1, f"one agent, found {spec.num_agents}")
     if not isinstance(spec.action_space, Discrete):

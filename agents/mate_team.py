@@ -12,9 +12,8 @@ from typing import Any, Literal, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jaxstack import envs
+from jaxstack.agents.configs import RolloutConfig
 from jaxstack.agents.task_embedding import Embedder
-from jaxstack.core.config import Config as Base
 from jaxstack.core.config import require, require_at_least, require_positive, require_unit
 from jaxstack.core.learner import Key, Policy
 from jaxstack.envs import rollout, vector
@@ -49,7 +48,7 @@ class Hypers(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Config(Base):
+class Config(RolloutConfig):
     """MATE on an environment whose task changes from episode to episode."""
 
     mode: Literal["none", "oracle", "ind", "cen", "mix"] = "mix"
@@ -57,10 +56,6 @@ class Config(Base):
     (one encoder of joint transitions, which acting needs too), mix (as ind, trained as a mixture)."""
     env: str = "hidden_corner"
     """Environment id, see `jaxstack list envs`."""
-    env_args: tuple[str, ...] = ()
-    """Options of the environment, each `name=value`."""
-    total_steps: int = 1_000_000
-    """Environment steps over all parallel environments."""
     num_envs: int = 10
     num_steps: int = 5
     """Rollout length of one update, and rewards in a return."""
@@ -95,29 +90,17 @@ class Config(Base):
     """Learning rates to 0 linearly over the run."""
     adapt_optimiser: Literal["reset", "keep"] = "reset"
     """The optimiser of actors and critics in a run that starts from another: anew, or as it was."""
-    auto_reset: Literal["pool", "exact"] = "pool"
-    pool_size: int | None = None
-    eval_episodes: int = 32
-    eval_steps: int = 1000
-    """Longest evaluation episode where the environment sets no horizon."""
-    eval_greedy: bool = True
     hypers: Hypers = Hypers()
 
     def validate(self) -> None:
-        require_at_least(self, 1, "total_steps", "num_envs", "num_steps", "emb_dim", "encoder_hidden")
-        require_at_least(self, 1, "eval_episodes", "eval_steps")
-        require_at_least(self, 0, "gru", "hypers.lr", "hypers.mate_lr", "hypers.ent_coef", "hypers.vf_coef")
+        super().validate()
+        require_at_least(self, 1, "emb_dim", "encoder_hidden")
+        require_at_least(self, 0, "hypers.lr", "hypers.mate_lr", "hypers.ent_coef", "hypers.vf_coef")
         require_at_least(self, 0, "hypers.adam_eps", "hypers.obs_coef", "hypers.reward_coef", "hypers.kl_coef")
-        for field in ("hidden", "decoder_hidden", "mixer_hidden"):
+        for field in ("decoder_hidden", "mixer_hidden"):
             require(self, field, all(h >= 1 for h in getattr(self, field)), "layer widths >= 1")
         require_unit(self, "hypers.gamma", "hypers.tau")
         require_positive(self, "hypers.mate_max_grad_norm")
-        size = self.num_envs * self.num_steps
-        require(self, "total_steps", self.total_steps >= size, f"at least one update, num_envs*num_steps={size}")
-
-    @property
-    def num_updates(self) -> int:
-        return self.total_steps // (self.num_envs * self.num_steps)
 
     @property
     def embeds(self) -> bool:
@@ -188,7 +171,7 @@ class Task(NamedTuple):
 
 def make_task(cfg: Config, frozen: bool = False) -> Task:
     """The environment with the sizes of all networks; raises `UserError` where they do not fit."""
-    env = envs.make(cfg.env, **envs.parse_options(cfg.env_args))
+    env = cfg.make_env()
     env = TaskId(env) if cfg.mode == "oracle" else env
     spec = env.spec
     inputs = inputs_of(spec, vector.start_shapes(env)[1].obs.dtype)

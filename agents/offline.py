@@ -15,9 +15,9 @@ import numpy as np
 import optax
 from jaxtyping import Array
 
-from jaxstack import envs
+from jaxstack.agents.configs import EnvConfig
 from jaxstack.core import memo
-from jaxstack.core.config import Config, require, require_at_least, require_positive, require_unit
+from jaxstack.core.config import numbers, require, require_at_least, require_positive, require_unit
 from jaxstack.core.errors import UserError
 from jaxstack.core.learner import Key, Learner, Metrics, Policy, as_hypers
 from jaxstack.data.files import load_dataset, main_file
@@ -28,13 +28,11 @@ from jaxstack.nn.observations import inputs_of
 
 
 @dataclass(frozen=True)
-class OfflineConfig(Config):
+class OfflineConfig(EnvConfig):
     """What every learner from a data set can set."""
 
     env: str = "gymnax/Pendulum-v1"
     """Environment in which the policy is evaluated: one agent with real actions."""
-    env_args: tuple[str, ...] = ()
-    """Options of the environment, each `name=value`."""
     dataset: str = ""
     """File of the data set, `.npz`, `.hdf5` or PTGOOD's `.json`, or a folder of Minari; `jaxstack info PATH` describes
     it."""
@@ -47,14 +45,13 @@ class OfflineConfig(Config):
     bootstrap_on_timeout: bool = True
     """Values continue behind a time limit; False treats it as a termination."""
     eval_episodes: int = 10
-    eval_steps: int = 1000
-    """Longest evaluation episode where the environment sets no horizon."""
 
     def validate(self) -> None:
-        require_at_least(self, 1, "num_updates", "batch_size", "eval_episodes", "eval_steps")
+        super().validate()
+        require_at_least(self, 1, "num_updates", "batch_size")
         for name in ("actor_hidden", "critic_hidden"):
             require(self, name, all(h >= 1 for h in getattr(self, name)), "layer widths >= 1")
-        hypers: Any = getattr(self, "hypers")  # noqa: B009 - each learner has its own
+        hypers = numbers(self)
         at_least = [n for n in hypers._fields if n not in ("gamma", "tau", *self.unbounded())]
         require_at_least(self, 0, *(f"hypers.{n}" for n in at_least))
         require_unit(self, *(f"hypers.{n}" for n in ("gamma", "tau") if n in hypers._fields))
@@ -130,7 +127,7 @@ class Task(NamedTuple):
 
 def make_task(cfg: Any) -> Task:
     """The config's environment. Raises `UserError` for one with several agents, other actions or bounds missing."""
-    env = envs.make(cfg.env, **envs.parse_options(cfg.env_args))
+    env = cfg.make_env()
     spec = env.spec
     require(cfg, "env", spec.num_agents == 1, f"one agent, found {spec.num_agents}")
     space = spec.action_space

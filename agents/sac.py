@@ -6,16 +6,16 @@ observation where an episode was cut by its time limit, never where it terminate
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxstack.agents import offline, soft
+from jaxstack.agents.configs import PlayConfig
 from jaxstack.agents.offline import Batch
 from jaxstack.core import replay
-from jaxstack.core.config import Config as Base
 from jaxstack.core.config import require, require_at_least, require_positive, require_unit
 from jaxstack.core.guard import CHECK
 from jaxstack.core.learner import Key, Learner, Metrics
@@ -38,13 +38,11 @@ class Hypers(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Config(Base):
+class Config(PlayConfig):
     """Soft actor-critic; the defaults solve Pendulum."""
 
     env: str = "gymnax/Pendulum-v1"
     """Environment id, see `jaxstack list envs`: one agent with real actions in finite bounds."""
-    env_args: tuple[str, ...] = ()
-    """Options of the environment, each `name=value`."""
     total_steps: int = 20_000
     """Environment steps over all parallel environments."""
     num_envs: int = 1
@@ -62,15 +60,12 @@ class Config(Base):
     critic_hidden: tuple[int, ...] = (64, 64)
     layer_norm: bool = False
     """Normalise the critics' layers before each ReLU, without scale and shift."""
-    auto_reset: Literal["pool", "exact"] = "pool"
     eval_episodes: int = 10
-    eval_steps: int = 1000
-    """Longest evaluation episode where the environment sets no horizon."""
     hypers: Hypers = Hypers()
 
     def validate(self) -> None:
-        require_at_least(self, 1, "total_steps", "num_envs", "updates", "rounds", "buffer_size", "batch_size")
-        require_at_least(self, 1, "learning_starts", "num_critics", "eval_episodes", "eval_steps")
+        super().validate()
+        require_at_least(self, 1, "updates", "rounds", "buffer_size", "batch_size", "learning_starts", "num_critics")
         require_unit(self, "hypers.gamma", "hypers.tau")
         require_positive(self, "hypers.lr")
         for name in ("actor_hidden", "critic_hidden"):
@@ -120,7 +115,7 @@ def make_task(cfg: Config) -> Task:
     actor = Net(cfg.actor_hidden, 2 * task.action_size)
     nets = soft.Nets(task, actor, Critics(critic, cfg.num_critics), LOG_STD)
     buffer = replay.items(cfg.buffer_size, cfg.batch_size, cfg.learning_starts)
-    return Task(nets, vector.vectorise(task.env, cfg.num_envs, cfg.auto_reset), buffer)
+    return Task(nets, vector.vectorise(task.env, cfg.num_envs, cfg.auto_reset, cfg.pool_size), buffer)
 
 
 def sac(config: Config = Config()) -> Learner:

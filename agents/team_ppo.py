@@ -11,110 +11,24 @@ clipped and metrics averaged a group. An agent's return ends when it leaves `age
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from jaxstack import envs
+from jaxstack.agents.ppo_config import Hypers, PPOConfig
 from jaxstack.core import groups, losses, returns, running
-from jaxstack.core.config import Config, require, require_at_least, require_positive, require_unit
+from jaxstack.core.config import require
 from jaxstack.core.groups import Groups
 from jaxstack.core.learner import Key, Learner, Metrics, Policy, as_hypers
 from jaxstack.envs import rollout, vector
 from jaxstack.envs.base import Environment, global_state
 from jaxstack.nn.distributions import Actions, TeamDistribution, actions_of
 from jaxstack.nn.minibatches import Samples, minibatch_sgd, sequences, transitions
-from jaxstack.nn.networks import Activation
 from jaxstack.nn.observations import Inputs, inputs_of, joint_state, reading
-from jaxstack.nn.team import Arch, TeamNet, TeamSpec
-
-
-class Hypers(NamedTuple):
-    """Numeric hyperparameters: traced, so a sweep over them compiles once."""
-
-    lr: float = 5e-4
-    gamma: float = 0.99
-    lam: float = 0.95
-    clip: float = 0.2
-    vf_coef: float = 0.5
-    ent_coef: float = 0.01
-    max_grad_norm: float = 0.5
-    adam_eps: float = 1e-5
-    """Adam's epsilon, that of the PPO baselines."""
-
-
-@dataclass(frozen=True)
-class PPOConfig(Config):
-    """What every PPO of a team can set."""
-
-    env: str = "jaxmarl/MPE_simple_spread_v3"
-    """Environment id, see `jaxstack list envs`."""
-    env_args: tuple[str, ...] = ()
-    """Options of the environment, each `name=value`."""
-    total_steps: int = 1_000_000
-    """Environment steps over all parallel environments."""
-    num_envs: int = 16
-    num_steps: int = 128
-    """Rollout length T of one update."""
-    num_epochs: int = 4
-    num_minibatches: int = 4
-    """Feed-forward: splits of num_steps * num_envs; recurrent: splits of num_envs."""
-    hidden: tuple[int, ...] = (64, 64)
-    activation: Activation = "tanh"
-    gru: int = 0
-    """Width of the recurrent state; 0 is feed-forward."""
-    cnn: bool = False
-    """Convolutions on [H, W, C] observations instead of flattening them."""
-    anneal_lr: bool = True
-    """Learning rate to 0 linearly over the steps of the run: those that the runner is asked for, else total_steps."""
-    clip_value: bool = True
-    normalise_advantage: bool = True
-    advantage_norm: Literal["group", "agent"] = "group"
-    """Whose samples in a minibatch standardise an advantage. group: those of all agents that share parameters with the
-    agent, as in the released code of HyperMARL and of its baselines; agent: its own, so that agents with large rewards
-    do not drown the others. The same where no parameters are shared."""
-    normalise_value: bool = False
-    """The critic predicts standardised returns (running statistics)."""
-    normalise_obs: bool = False
-    normalise_reward: bool = False
-    """Divide rewards by the running deviation of the discounted return."""
-    auto_reset: Literal["pool", "exact"] = "pool"
-    pool_size: int | None = None
-    eval_episodes: int = 32
-    eval_steps: int = 1000
-    """Longest evaluation episode where the environment sets no horizon."""
-    eval_greedy: bool = True
-    hypers: Hypers = Hypers()
-
-    def validate(self) -> None:
-        require_at_least(self, 1, "total_steps", "num_envs", "num_steps", "num_epochs", "num_minibatches")
-        require_at_least(self, 1, "eval_episodes", "eval_steps")
-        require_at_least(self, 0, "gru", "hypers.lr", "hypers.ent_coef", "hypers.vf_coef", "hypers.adam_eps")
-        require(self, "hidden", all(h >= 1 for h in self.hidden), "layer widths >= 1")
-        require_unit(self, "hypers.gamma", "hypers.lam")
-        require_positive(self, "hypers.clip", "hypers.max_grad_norm")
-        samples, what = (
-            (self.num_envs, "num_envs") if self.gru else (self.num_envs * self.num_steps, "num_envs*num_steps")
-        )
-        require(self, "num_minibatches", samples % self.num_minibatches == 0, f"a divisor of {what}={samples}")
-        require(
-            self,
-            "total_steps",
-            self.total_steps >= self.num_envs * self.num_steps,
-            f"at least one update, num_envs*num_steps={self.num_envs * self.num_steps}",
-        )
-
-    @property
-    def num_updates(self) -> int:
-        return self.total_steps // (self.num_envs * self.num_steps)
-
-    @property
-    def arch(self) -> Arch:
-        return Arch(self.hidden, self.activation, self.gru, self.cnn)
+from jaxstack.nn.team import TeamNet, TeamSpec
 
 
 class Norms(NamedTuple):
@@ -198,7 +112,7 @@ class Task(NamedTuple):
 
 def make_env(cfg: PPOConfig) -> Environment:
     """The config's environment; raises `UserError` for unknown ids or options."""
-    return envs.make(cfg.env, **envs.parse_options(cfg.env_args))
+    return cfg.make_env()
 
 
 def team_shape(env: Environment, cfg: PPOConfig, central: bool) -> TeamSpec:

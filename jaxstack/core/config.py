@@ -58,6 +58,11 @@ def watched() -> Iterator[list[type]]:
         _watches.reset(before)
 
 
+def numbers(config: Any) -> Any:
+    """The numeric hyperparameters of a method's config, a NamedTuple."""
+    return config.hypers
+
+
 def require(config: Any, field: str, ok: bool, expected: str) -> None:
     """Raise a `UserError` that names the field, its value and what is expected, unless `ok`."""
     if not ok:
