@@ -1,14 +1,23 @@
 """HyperMARL: adaptive hypernetworks for multi-agent RL (Tessera, Rahman, Storkey & Albrecht, NeurIPS 2025).
 
 One shared hypernetwork maps an agent's embedding to that agent's actor and critic weights; the rest is ordinary IPPO
-or MAPPO. Weights are generated once for a rollout and once for a gradient step, and each agent's network meets only
-its own samples: a gradient is a sum over agents of (Jacobian of the generation)^T times that agent's own policy
-gradient, so agents interfere only through the hypernetwork, not through mixed inputs.
+or MAPPO. Agent i has the embedding e_i, every generated layer l a kernel W and a bias b of its own:
 
-Feed-forward networks are generated whole; recurrent ones share encoder and GRU and generate the layers after it.
+    (H1) linear:   vec(W_l^i) = H_l e_i + c_l                   likewise b_l^i, from a hypernetwork of its own
+    (H2) MLP:      h = act(U_l e_i + u_l),  vec(W_l^i) = H_l h + c_l
+    (H3) agent i:  x <- act(x W_l^i + b_l^i) on its own samples, no activation at the end
+    (H4) gradient: d J / d phi = sum_i (d theta^i / d phi)^T Z^i,  Z^i = E[A d log pi_{theta^i}(a|o) / d theta^i]
+
+In (H4) the first factor, the Jacobian of the generation, depends on e_i alone, and the second on agent i's samples
+alone: agents interfere only through the hypernetwork, not through mixed inputs. `coupled_team` is the ablation without
+this. The numbers are those of docs/methods/hypermarl.md.
+
+Weights are generated once for a rollout and once for a gradient step. Feed-forward networks are generated whole;
+recurrent ones share encoder and GRU and generate the layers after it.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -95,7 +104,7 @@ class Form(NamedTuple):
 
 
 class HyperLayer(nn.Module):
-    """Generates one target layer from embeddings: separate hypernetworks for kernel and bias."""
+    """Generates one target layer from embeddings (H1, H2): separate hypernetworks for kernel and bias."""
 
     layer: Layer
     form: Form
@@ -188,7 +197,7 @@ def target_layers(inputs: int, hidden: tuple[int, ...], out: int, out_gain: floa
 
 
 def apply_generated(weights: list[tuple[Array, Array]], x: Array, activation: Activation) -> Array:
-    """Run every agent's own MLP on its own samples: x [T, B, A, m] (or [T, B, 1, m], seen by all) -> [T, B, A, n]."""
+    """Run every agent's own MLP on its own samples (H3): x [T, B, A, m] (or [T, B, 1, m], for all) -> [T, B, A, n]."""
     act = ACTIVATIONS[activation]
     count, lead = weights[0][0].shape[0], x.shape[:2]
     # agents first, turned once: a batch of plain matrix products
@@ -209,74 +218,67 @@ def apply_per_sample(weights: list[tuple[Array, Array]], x: Array, activation: A
 
 
 def hyper_team(cfg: Config, shape: TeamSpec, arch: Arch) -> TeamNet:
-    """The team network: parameters are embeddings, hypernetworks and (recurrent) the shared torsos."""
+    """The team network: parameters are embeddings, hypernetworks and (recurrent) the shared torsos. Weights are
+    generated once for many samples (H1, H2), and each agent's meet its own samples alone (H3): so the gradient of the
+    hypernetwork is a sum over agents of products of two factors (H4)."""
     mods = modules(shape, arch)
-    actor_net, critic_net = _hypernets(cfg, shape, arch)
+    nets = _hypernets(cfg, shape, arch)
     count = shape.num_agents
-    per_sample = cfg.condition == "id+obs"
-
-    def embeddings(params: Any) -> tuple[Array, Array]:
-        if cfg.embedding == "one_hot":
-            return jnp.eye(count, dtype=jnp.float32), jnp.eye(count, dtype=jnp.float32)
-        return params["embedding"], params.get("critic_embedding", params["embedding"])
-
-    def init(key: Array) -> Any:
-        k_emb, k_critic, k_actor_net, k_critic_net, k_torso, k_torso2 = jax.random.split(key, 6)
-        params: dict[str, Any] = {}
-        if cfg.embedding == "learned":
-            params["embedding"] = orthogonal(2**0.5)(k_emb, (count, cfg.embedding_dim))
-            if not cfg.share_embedding:
-                params["critic_embedding"] = orthogonal(2**0.5)(k_critic, (count, cfg.embedding_dim))
-        ea, ec = embeddings(params)
-        if per_sample:
-            ea = _with_input(ea, jnp.zeros((1, 1, count, int(np.prod(shape.obs_shape))), jnp.float32))
-            ec = _with_input(ec, jnp.zeros((1, 1, count, int(np.prod(shape.critic_shape))), jnp.float32))
-        params["actor"] = actor_net.init(k_actor_net, ea)
-        params["critic"] = critic_net.init(k_critic_net, ec)
-        params |= _init_torsos(mods, shape, k_torso, k_torso2)
-        if shape.actions.kind == "continuous":
-            params["log_std"] = jnp.zeros(shape.actions.params, jnp.float32)
-        return params
 
     def materialise(params: Any, aux_state: Any, obs: Array | None) -> tuple[Any, Any]:
         weights = {k: params[k] for k in ("actor_torso", "critic_torso", "log_std") if k in params}
-        ea, ec = embeddings(params)
-        if per_sample:  # nothing can be generated before the sample is seen
-            return weights | {"hyper": (params["actor"], params["critic"], ea, ec)}, aux_state
-        return weights | {
-            "actor": actor_net.apply(params["actor"], ea),
-            "critic": critic_net.apply(params["critic"], ec),
-        }, aux_state
+        read = embeddings(cfg, count, params)
+        generated = {k: net.apply(params[k], e) for k, net, e in zip(("actor", "critic"), nets, read)}
+        return weights | generated, aux_state
 
     def actor(w: Any, carry: Any, obs: Array, first: Array) -> tuple[Any, Array]:
         carry, x = mods.actor_torso.apply(w["actor_torso"], carry, obs, first)  # pyright: ignore[reportGeneralTypeIssues]
-        if per_sample:
-            net = actor_net.apply(w["hyper"][0], _with_input(w["hyper"][2], x))
-            return carry, apply_per_sample(net, x, arch.activation)  # pyright: ignore[reportArgumentType]
         return carry, apply_generated(w["actor"], x, arch.activation)
 
     def critic(w: Any, carry: Any, x: Array, first: Array, return_all_states: bool = False) -> tuple[Any, Array]:
         x = x[:, :, None] if shape.central else x
         carry, x = mods.critic_torso.apply(w["critic_torso"], carry, x, first)  # pyright: ignore[reportGeneralTypeIssues]
-        carry = states(arch, carry, x, return_all_states)
-        if per_sample:
-            x = jnp.broadcast_to(x, (*x.shape[:2], count, x.shape[-1]))
-            net = critic_net.apply(w["hyper"][1], _with_input(w["hyper"][3], x))
-            return carry, apply_per_sample(net, x, arch.activation)[..., 0]  # pyright: ignore[reportArgumentType]
-        return carry, apply_generated(w["critic"], x, arch.activation)[..., 0]
+        return states(arch, carry, x, return_all_states), apply_generated(w["critic"], x, arch.activation)[..., 0]
 
-    copies = 1 if shape.central else count
     return TeamNet(
-        init=init,
+        init=lambda key: init_params(cfg, shape, mods, nets, key),
         init_aux_state=lambda: (),
         materialise=materialise,
         actor=actor,
         critic=critic,
         log_std=lambda w: w.get("log_std"),
-        carry=lambda b: (initial_carry(arch.gru, b, count), initial_carry(arch.gru, b, copies)),
+        carry=lambda b: (initial_carry(arch.gru, b, count), initial_carry(arch.gru, b, 1 if shape.central else count)),
         penalty=lambda params, aux_state: jnp.float32(0),
         groups=(0,) * count,
     )
+
+
+def embeddings(cfg: Config, count: int, params: Any) -> tuple[Array, Array]:
+    """Embeddings [A, d] that the actors' and the critics' hypernetworks read."""
+    if cfg.embedding == "one_hot":
+        return jnp.eye(count, dtype=jnp.float32), jnp.eye(count, dtype=jnp.float32)
+    return params["embedding"], params.get("critic_embedding", params["embedding"])
+
+
+def init_params(cfg: Config, shape: TeamSpec, mods: Modules, nets: Sequence[HyperNet], key: Array) -> dict[str, Any]:
+    """Initial parameters of the team, with decoupling or without."""
+    k_emb, k_critic, k_actor_net, k_critic_net, k_torso, k_torso2 = jax.random.split(key, 6)
+    count = shape.num_agents
+    params: dict[str, Any] = {}
+    if cfg.embedding == "learned":
+        params["embedding"] = orthogonal(2**0.5)(k_emb, (count, cfg.embedding_dim))
+        if not cfg.share_embedding:
+            params["critic_embedding"] = orthogonal(2**0.5)(k_critic, (count, cfg.embedding_dim))
+    read = embeddings(cfg, count, params)
+    if cfg.condition == "id+obs":
+        sizes = (int(np.prod(s)) for s in (shape.obs_shape, shape.critic_shape))
+        read = [_with_input(e, jnp.zeros((1, 1, count, n), jnp.float32)) for e, n in zip(read, sizes)]
+    for name, net, k, e in zip(("actor", "critic"), nets, (k_actor_net, k_critic_net), read):
+        params[name] = net.init(k, e)
+    params |= _init_torsos(mods, shape, k_torso, k_torso2)
+    if shape.actions.kind == "continuous":
+        params["log_std"] = jnp.zeros(shape.actions.params, jnp.float32)
+    return params
 
 
 def _hypernets(cfg: Config, shape: TeamSpec, arch: Arch) -> tuple[HyperNet, HyperNet]:
@@ -309,10 +311,47 @@ def _with_input(embedding: Array, x: Array) -> Array:
     return jnp.concatenate([jnp.broadcast_to(embedding, (*x.shape[:2], *embedding.shape)), x], axis=-1)
 
 
+def coupled_team(cfg: Config, shape: TeamSpec, arch: Arch) -> TeamNet:
+    """The ablation without decoupling, feed-forward: the hypernetwork reads embedding and observation, so every sample
+    has weights of its own and the Jacobian of their generation depends on it."""
+    mods = modules(shape, arch)
+    nets = _hypernets(cfg, shape, arch)
+    count = shape.num_agents
+
+    def materialise(params: Any, aux_state: Any, obs: Array | None) -> tuple[Any, Any]:
+        # nothing can be generated before the sample is seen
+        read = dict(zip(("actor_read", "critic_read"), embeddings(cfg, count, params)))
+        return {k: v for k, v in params.items() if "embedding" not in k} | read, aux_state
+
+    def actor(w: Any, carry: Any, obs: Array, first: Array) -> tuple[Any, Array]:
+        carry, x = mods.actor_torso.apply(w["actor_torso"], carry, obs, first)  # pyright: ignore[reportGeneralTypeIssues]
+        net: Any = nets[0].apply(w["actor"], _with_input(w["actor_read"], x))
+        return carry, apply_per_sample(net, x, arch.activation)
+
+    def critic(w: Any, carry: Any, x: Array, first: Array, return_all_states: bool = False) -> tuple[Any, Array]:
+        x = x[:, :, None] if shape.central else x
+        carry, x = mods.critic_torso.apply(w["critic_torso"], carry, x, first)  # pyright: ignore[reportGeneralTypeIssues]
+        carry = states(arch, carry, x, return_all_states)
+        x = jnp.broadcast_to(x, (*x.shape[:2], count, x.shape[-1]))
+        net: Any = nets[1].apply(w["critic"], _with_input(w["critic_read"], x))
+        return carry, apply_per_sample(net, x, arch.activation)[..., 0]
+
+    return TeamNet(
+        init=lambda key: init_params(cfg, shape, mods, nets, key),
+        init_aux_state=lambda: (),
+        materialise=materialise,
+        actor=actor,
+        critic=critic,
+        log_std=lambda w: w.get("log_std"),
+        carry=lambda b: (initial_carry(0, b, count), initial_carry(0, b, 1 if shape.central else count)),
+        penalty=lambda params, aux_state: jnp.float32(0),
+        groups=(0,) * count,
+    )
+
+
 def hypermarl(config: Config = Config()) -> Learner:
     """Raises `UserError` where config and environment do not fit."""
     env = team_ppo.make_env(config)
     shape = team_ppo.team_shape(env, config, central=config.algorithm == "mappo")
-    return team_ppo.make_learner(
-        "hypermarl", team_ppo.make_task(config, env, shape, hyper_team(config, shape, config.arch))
-    )
+    team = (coupled_team if config.condition == "id+obs" else hyper_team)(config, shape, config.arch)
+    return team_ppo.make_learner("hypermarl", team_ppo.make_task(config, env, shape, team))

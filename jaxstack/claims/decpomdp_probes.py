@@ -54,7 +54,7 @@ def memory(name: str, steps: int) -> Experiment:
         )
         result = train(learner, seeds=seeds, options=OPTIONS)
         last = result.metrics[result.metrics.step == result.metrics.step.max()]
-        scores = {int(r["seed"]): float(r[learner.objective[0]]) for r in last.to_dict("records")}
+        scores = {int(s): float(v) for s, v in zip(last["seed"], last[learner.objective[0]])}
         played = conventions.record(learner, result.state, envs.make(name), jax.random.key(1), episodes=200)
         for seed, traj in zip(seeds, played):
             found = probes.audit(traj, probes.Settings(null_reps=200, slow_null_reps=20, seed=seed), ("OAR", "HAR"))
