@@ -10,12 +10,15 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+from jaxstack.core import signals
+
 _PREFIX = "compile "
 
 
 def begin(name: str, work: Callable[[], Any]) -> Future[Any]:
-    """Begin to compile; `result()` of what is returned waits for it, in the main thread until a signal's handler
-    raises."""
+    """Begin to compile, unless a signal came before; `result()` of what is returned waits for it, in the main thread
+    until a signal's handler raises."""
+    signals.check()
     thread = ThreadPoolExecutor(1, f"{_PREFIX}{name}")
     future = thread.submit(work)
     thread.shutdown(wait=False)

@@ -6,6 +6,8 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+_at_once: list[list[int]] = []
+"""Signals of those that are collected with `at_once`."""
 COMPILING = "stopped while compiling, before the first step; nothing was saved"
 
 
@@ -39,6 +41,8 @@ def collected(caught: list[int], at_once: bool = False) -> Iterator[list[int]]:
         signal.signal(number, outside)
 
     note.collect = collect
+    if at_once:
+        _at_once.append(caught)
 
     for s in (signal.SIGINT, signal.SIGTERM):
         old[s] = signal.signal(s, note)
@@ -47,3 +51,13 @@ def collected(caught: list[int], at_once: bool = False) -> Iterator[list[int]]:
     finally:
         for s, handler in old.items():
             signal.signal(s, handler)
+        if at_once:
+            _at_once.remove(caught)
+
+
+def check() -> None:
+    """Raise `Interrupted` for a signal collected with `at_once` whose exception went lost, as it does in a callback of
+    the garbage collector."""
+    for caught in _at_once:
+        if caught:
+            raise Interrupted(caught[0], COMPILING)

@@ -18,9 +18,10 @@ from toy_learners import Hypers, assert_same, regression
 
 from jaxstack import agents, cli
 from jaxstack.cli import runs
-from jaxstack.core import bundle, checkpoint, export, program
+from jaxstack.core import bundle, checkpoint, export, program, signals
 from jaxstack.core.checkpoint import Checkpoints
 from jaxstack.core.errors import UserError
+from jaxstack.core.ledger import Ledger
 from jaxstack.core.rundir import RunDir, read_plan
 from jaxstack.core.runner import Interrupted, load_state, resume, train
 from jaxstack.learners import load_policy
@@ -359,6 +360,16 @@ def test_a_signal_that_the_compiler_swallows_is_not_lost(tmp_path, monkeypatch):
         go(train, 4)
     with pytest.raises(Interrupted, match="stopped after step 0 of 4; `jaxstack resume"):
         go(train, 4, run_dir=tmp_path / "r")
+
+
+def test_a_signal_that_was_swallowed_is_seen_when_the_next_program_is_compiled():
+    caught = []
+    with signals.collected(caught, at_once=True):
+        with contextlib.suppress(Interrupted):
+            signal.raise_signal(signal.SIGINT)
+        with pytest.raises(Interrupted, match="stopped while compiling"):
+            Ledger().compile("next", jnp.sin, 1.0)
+    assert Ledger().compile("next", jnp.sin, 1.0)(1.0) == jnp.sin(1.0)
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])

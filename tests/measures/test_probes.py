@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jaxstack.core.errors import UserError
+from jaxstack.measures import information as info
 from jaxstack.measures import probe_tables, probes
 from jaxstack.measures.probes import Settings, trajectories
 from jaxstack.measures.scripted import SCRIPTS, scripted
@@ -195,3 +196,21 @@ def test_memory_gap_and_decision_table():
     ]
     many = {str(i): run(True, p)["AA"] for i, p in enumerate((0.001, 0.02, 0.03, 0.5, np.nan))}
     assert probe_tables.discoveries(many) == {"0": True, "1": True, "2": True, "3": False, "4": False}
+
+
+def test_eight_thousand_rows_of_300_columns_stay_below_two_gib():
+    """XLA's own count of arguments, outputs and temporaries, with 200 null values; nothing is run."""
+    of = lambda *shape, dtype=np.float32: jax.ShapeDtypeStruct(shape, dtype)
+    rows, taken = of(8000, 300), of(201, 8000, dtype=np.int32)
+    past = (of(201, 8000, 2, dtype=np.int32),) * 2
+    how: dict = dict(classes=5, k=25, alpha=1.0)
+    for function, args, options in (
+        (probes._conditional, (rows, rows, taken), how),
+        (probes._coupling, (rows, taken, taken), how),
+        (probes._conditional_each, (rows, rows, taken, past), how),
+        (probes._dependence, (rows, taken), how | {"most": 50}),
+        (info.cmi_ksg, (rows, rows, rows), {"k": 25}),
+    ):
+        memory = function.lower(*args, **options).compile().memory_analysis()
+        peak = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+        assert 8000 * 300 * 4 < peak < 2 * 2**30, function
