@@ -1,6 +1,5 @@
 """The harness with toy claims: verdicts, rows that survive a stop, data, tuning, records, bad input."""
 
-import dataclasses
 import functools
 import json
 import math
@@ -329,7 +328,7 @@ def test_tuning_of_a_sweep():
     table = pd.DataFrame(rows, columns=["setting", "lr", "seed", "alive", "eval/return"])
     swept = Sweep({"lr": choice(1e-3, 1e-2)}, [7, 8], table, None, [])
     tuning = Tuning.of(swept, steps=5)  # by the learner's objective
-    smallest = Tuning.of(dataclasses.replace(swept, objective=("eval/return", "min")))
+    smallest = Tuning.of(swept._replace(objective=("eval/return", "min")))
     assert (smallest.metric, smallest.largest) == ("eval/return", False)
     assert tuning.settings == ({"lr": 1e-3}, {"lr": 1e-2})
     assert tuning.scores[0] == (2.0, 4.0)
