@@ -10,6 +10,7 @@ import argparse
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxstack.agents import mate
@@ -31,12 +32,13 @@ def main() -> None:
     seen = mate.record(learner, result.state, jax.random.key(1), episodes=args.episodes)
     embedding, task = np.asarray(seen.embedding)[0, :, STEP], np.asarray(seen.task)[0]
     agents = range(embedding.shape[1])
-    right = [float(probe_task_id(embedding[:, i], task)) for i in agents]
+    right = [float(probe_task_id(jnp.asarray(embedding[:, i]), jnp.asarray(task))) for i in agents]
     print(
         f"{args.arm}, seed {args.seed}, {args.steps} steps: the probe finds the task in", *(f"{r:.3f}" for r in right)
     )
     panels = {f"agent {i}": embedding[:, i] for i in agents}
-    print(figure(panels, task, args.out, title=f"{args.arm} on hidden_corner, step {STEP}, {args.steps:g} steps"))
+    title = f"{args.arm} on hidden_corner after {args.steps:,} steps: embeddings of step {STEP}"
+    print(figure(panels, task, args.out, tuple(learner.env.catalogue()), title))
 
 
 if __name__ == "__main__":
