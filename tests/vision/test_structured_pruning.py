@@ -24,7 +24,7 @@ NET = WRN(10, 0.25, 3, (4, 5, 6))
 def trained():
     """Variables with statistics and shifts that are not those of the start, in which channel 2 of block1 is dead."""
     x = jax.random.normal(KEY, (16, 8, 8, 2))
-    start = NET.init(KEY, x)
+    start = jax.jit(NET.init)(KEY, x)
     noise = lambda path, v: v + 0.2 * jnp.abs(jax.random.normal(jax.random.fold_in(KEY, len(str(path))), v.shape))
     params = jax.tree_util.tree_map_with_path(noise, start["params"])
     changed = jax.tree_util.tree_map_with_path(noise, start["batch_stats"])
@@ -52,15 +52,19 @@ def test_the_fisher_saliency_of_a_network_is_that_of_its_activations(trained):
         logits, new = NET.apply({**variables, "params": params}, x, True, masks=rows, mutable=["batch_stats"])
         return -jax.nn.log_softmax(logits)[jnp.arange(16), y].mean(), new
 
-    (_, new), grads, delta = jax.jit(lambda p: sp.fisher_step(loss, p, masks, 16))(variables["params"])
+    @jax.jit
+    def run(params):
+        rows = tuple(jnp.broadcast_to(v, (16, len(v))) for v in masks)
+        return sp.fisher_step(loss, params, masks, 16), jax.grad(lambda r: loss(params, r)[0])(rows)
+
+    ((_, new), grads, delta), by_mask = run(variables["params"])
     for i, (d, m) in enumerate(zip(delta, masks)):
         assert (d >= 0).all()
         assert (d > 0).sum() == len(m) - 1 - (i == 1)  # the masked one has none, nor has the dead one
         # conv2's gradient knows its input: sum over channels out of w dL/dw is the sum over images of g
         kernel = variables["params"][f"block{i}"]["conv2"]["kernel"]
         total = (kernel * grads[f"block{i}"]["conv2"]["kernel"]).sum((0, 1, 3))
-        rows = tuple(jnp.broadcast_to(v, (16, len(v))) for v in masks)
-        by_rows = jax.grad(lambda r: loss(variables["params"], r)[0])(rows)[i] * m
+        by_rows = by_mask[i] * m
         np.testing.assert_allclose(by_rows.sum(0), total, rtol=1e-3, atol=1e-5)
         np.testing.assert_allclose(d, 0.5 * (by_rows**2).mean(0), rtol=1e-4, atol=1e-9)
     assert delta[1][2] == 0
@@ -169,13 +173,14 @@ def test_rounds_remove_a_channel_each_and_compressed_networks_are_the_masked_one
 def test_identity_blocks_can_lose_everything():
     x = jax.random.normal(KEY, (2, 8, 8, 1))
     network = WRN(16, 0.25, 3, (3, 2, 1, 4, 2, 2))
-    variables = network.init(KEY, x)
+    variables = jax.jit(network.init)(KEY, x)
     masks = tuple(jnp.zeros(n) if i in (1, 2) else jnp.ones(n) for i, n in enumerate(network.middle()))
     mid, small = sp.compress(variables, masks)
     assert mid == (3, 0, 0, 4, 2, 2)
     assert "block1" not in small["params"]  # its shortcut has no weights
     smaller = WRN(16, 0.25, 3, mid)
-    np.testing.assert_allclose(smaller.apply(small, x), network.apply(variables, x, masks=masks), rtol=1e-4, atol=1e-5)
+    found, wanted = jax.jit(lambda a, b: (smaller.apply(a, x), network.apply(b, x, masks=masks)))(small, variables)
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
     assert sum(v.size for v in jax.tree.leaves(small["params"])) == sp.param_count(16, 0.25, mid, 3, 1)
     again = tuple(jnp.ones(n).at[:1].set(0.0) for n in mid)
     twice, _ = sp.compress(small, again)  # a network with empty blocks can be compressed too
