@@ -19,6 +19,7 @@ from jaxstack.cli import (
     exporting,
     figures,
     listing,
+    medical,
     scores,
     training,
     tuning,
@@ -44,6 +45,8 @@ Train agents and sequence models in JAX, whole runs and all seeds in one program
   jaxstack architectures search --num 100         rank untrained networks by their codes of one minibatch
   jaxstack compress RUN --keep 0.5 --out DIR      a classifier with fewer channels
   jaxstack distil RUN --out DIR                   a smaller classifier from a trained one's weights alone
+  jaxstack phantoms fundus --out DIR              images with known truth, for the medical methods
+  jaxstack grade-fundus PATH --quality F --out DIR   quality and a trait of each photograph, as a table
   jaxstack plot RUN RUN ...                       learning curves with intervals
   jaxstack render RUN --out episode.gif           watch an episode
   jaxstack export RUN DIR                         the policy for other programs
@@ -125,6 +128,7 @@ def parser() -> argparse.ArgumentParser:
         compressing,
         tuning,
         distilling,
+        medical,
         claims,
     ):
         group.add_commands(commands)

@@ -23,9 +23,6 @@ def add_commands(commands: Commands) -> None:
     p.add_argument("--few", type=whole, default=0, metavar="M", help="then tune on M training images per class")
     p.add_argument("--few-updates", type=whole, default=500, help="of that tuning")
     p.add_argument("--seed", type=whole, default=0, help="of student, generator and noise")
-    p.add_argument(
-        "--work", metavar="DIR", help="checkpoints of the rounds; the same command continues where it stopped"
-    )
     row_flags(p)
 
 
@@ -34,9 +31,11 @@ def _distil(args: argparse.Namespace, _: list[str]) -> None:
     from pathlib import Path
 
     import jax
+    import jax.numpy as jnp
     import numpy as np
 
-    from jaxstack.core import runner
+    from jaxstack.core import config as configs
+    from jaxstack.core import program, runner
     from jaxstack.core.errors import UserError
     from jaxstack.core.files import write_whole
     from jaxstack.core.rundir import RunDir
@@ -51,13 +50,19 @@ def _distil(args: argparse.Namespace, _: list[str]) -> None:
         raise UserError(f"--lr {args.lr}, --generator-lr {args.generator_lr}: expected numbers > 0")
     if args.few < 0 or args.few_updates < 1 or args.generator_width < 2:
         raise UserError("--few, --few-updates, --generator-width: expected at least 0, 1 and 2")
-    config, small, state = _configs(args)
+    learner, state = runs.one_row(args, acts=False)
+    if learner.name != "classifier":
+        raise UserError(f"{args.run_dir}: found a run of {learner.name}, expected one of classifier")
+    config = learner.config
+    changes: dict[str, Any] = dict(model=args.model, mid_features=()) if args.model else {}
+    small = configs.replace(config, ema=False, **changes)
+    for where, each in ((args.run_dir, config), ("--model", small)):
+        if each.model in ("mlp", "cnn"):
+            raise UserError(f"{where}: found the network {each.model}, expected one with stages: lenet or wrn-D-W")
     image = classifiers.image_shape(config)
     teacher, student = (kt.of_module(classifiers.network(c), image) for c in (config, small))
     teachers = jax.tree.map(lambda x: x[None], supervised.variables(state))
     test, why = _test_images(config)
-    if args.few:  # before the rounds, whose work would be lost
-        few_shot_kt.few_images(classifiers.arrays(config, "train")[1], args.few, args.seed)
     source = None if test is None else lambda _: SplitData(test, 512)
 
     wide = args.generator_width
@@ -66,17 +71,16 @@ def _distil(args: argparse.Namespace, _: list[str]) -> None:
     beta = kt.attention_weight(image) if args.beta is None else args.beta
     hypers = kt.Hypers(lr=args.lr, generator_lr=args.generator_lr, beta=beta)
     zero = kt.zero_shot(setup, teachers, args.rounds, hypers, source)
-    result = _rounds(args, zero, {"beta": beta, "model": small.model})
+    result = runner.train(zero, seeds=[args.seed], eval_every=-1)
     found = kt.student_variables(result.state)
     measured = {} if source is None else {k: float(v[0]) for k, v in runner.evaluate(zero, result.state).items()}
     count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
-    columns = ("network", "model", "parameters", "accuracy", "agreement")
-    taught, learned = (measured.get(f"eval/{k}") for k in ("teacher_accuracy", "accuracy"))
-    size = count(found["params"])
-    rows: list[tuple[Any, ...]] = [
-        ("teacher", config.model, count(state.params), taught, None),
-        ("student, zero-shot", small.model, size, learned, measured.get("eval/agreement")),
+    rows: list[dict[str, Any]] = [
+        {"network": "teacher", "model": config.model, "parameters": count(state.params)},
+        {"network": "student, zero-shot", "model": small.model, "parameters": count(found["params"])},
     ]
+    rows[0]["accuracy"] = measured.get("eval/teacher_accuracy")
+    rows[1] |= {"accuracy": measured.get("eval/accuracy"), "agreement": measured.get("eval/agreement")}
     if args.few:
         tuning = few_shot_kt.few_shot(
             teacher,
@@ -90,38 +94,31 @@ def _distil(args: argparse.Namespace, _: list[str]) -> None:
             source=lambda _: few_shot_kt.few_source(config, args.few, (args.seed,), args.batch_size),
             eval_source=source,
         )
-        tuned = runner.train(tuning, seeds=[args.seed], eval_every=-1).state
-        found = {"params": tuned.params, **tuned.stats}
-        learned = None if source is None else float(runner.evaluate(tuning, tuned)["eval/accuracy"][0])
-        rows.append((f"student, then {args.few} images per class", small.model, size, learned, None))
-    _save(args, small, found, {} if learned is None else {"test/accuracy": np.array([learned])})
-    facts = {"teacher": args.run_dir, "rounds": args.rounds, "few": args.few, "beta": beta}
-    facts["networks"] = [dict(zip(columns, row)) for row in rows]
+        tuned = runner.train(tuning, seeds=[args.seed], eval_every=-1)
+        found = {"params": tuned.state.params, **tuned.state.stats}
+        rows.append(
+            {"network": f"student, {args.few} images per class", **{k: rows[1][k] for k in ("model", "parameters")}}
+        )
+        rows[2]["accuracy"] = (
+            None if source is None else float(runner.evaluate(tuning, tuned.state)["eval/accuracy"][0])
+        )
+    target = classifiers.classifier(small)
+    states, _alive = program.initial(target, [args.seed], None)
+    stats = {k: v for k, v in found.items() if k != "params"}
+    done = jnp.full((1,), small.num_updates, jnp.int32)
+    states = states._replace(params=found["params"], stats=stats, step=done)
+    last = rows[-1]["accuracy"]
+    runner.save(target, states, [args.seed], args.out, {} if last is None else {"test/accuracy": np.array([last])})
+    facts = {"teacher": args.run_dir, "rounds": args.rounds, "few": args.few, "beta": beta, "networks": rows}
     write_whole(Path(args.out) / "distil.json", json.dumps(facts, indent=1))
-    print(f"{columns[0]:<36} {columns[1]:<12} {columns[2]:>11} {columns[3]:>9} {columns[4]:>10}")
+    print(f"{'network':<32} {'model':<12} {'parameters':>11} {'accuracy':>9} {'agreement':>10}")
     show = lambda x: "-" if x is None else f"{100 * x:.1f}%"
-    for name, model, parameters, *shares in rows:
-        print(f"{name:<36} {model:<12} {parameters:>11,} {show(shares[0]):>9} {show(shares[1]):>10}")
+    for row in rows:
+        numbers = f"{row['parameters']:>11,} {show(row['accuracy']):>9} {show(row.get('agreement')):>10}"
+        print(f"{row['network']:<32} {row['model']:<12} {numbers}")
     if why:
         print(f"accuracies were not measured: {why}")
     print(f"{args.out}: a classifier's run; `jaxstack evaluate {args.out}` reads it")
-
-
-def _configs(args: argparse.Namespace) -> tuple[Any, Any, Any]:
-    """Configs of the teacher and of the student, and the teacher's state. Raises `UserError`."""
-    from jaxstack.core import config as configs
-    from jaxstack.core.errors import UserError
-
-    learner, state = runs.one_row(args, acts=False)
-    if learner.name != "classifier":
-        raise UserError(f"{args.run_dir}: found a run of {learner.name}, expected one of classifier")
-    config = learner.config
-    changes: dict[str, Any] = dict(model=args.model, mid_features=()) if args.model else {}
-    small = configs.replace(config, ema=False, **changes)
-    for where, each in ((args.run_dir, config), ("--model", small)):
-        if each.model in ("mlp", "cnn"):
-            raise UserError(f"{where}: found the network {each.model}, expected one with stages: lenet or wrn-D-W")
-    return config, small, state
 
 
 def _test_images(config: Any) -> tuple[Any, str]:
@@ -136,39 +133,3 @@ def _test_images(config: Any) -> tuple[Any, str]:
     except UserError as e:
         return None, str(e)
     return (np.asarray(classifiers.prepared(config, x)), y), ""
-
-
-def _rounds(args: argparse.Namespace, zero: Any, settings: dict[str, Any]) -> Any:
-    """The runner's result of all rounds, begun or continued in `--work`."""
-    from pathlib import Path
-
-    from jaxstack.core import runner
-    from jaxstack.core.signals import Interrupted
-
-    if args.work is None:
-        return runner.train(zero, seeds=[args.seed], eval_every=-1)
-    names = ("run_dir", "batch_size", "student_steps", "generator_width", "lr", "generator_lr", "seed")
-    plan = {"config": {name: getattr(args, name) for name in names} | settings}
-    options: dict[str, Any] = dict(plan=plan, eval_every=-1, checkpoint_every=max(args.rounds // 20, 1))
-    try:
-        if (Path(args.work) / "run.yaml").exists():
-            return runner.resume(zero, args.work, args.rounds, **options)
-        return runner.train(zero, seeds=[args.seed], run_dir=args.work, **options)
-    except Interrupted as e:  # `jaxstack resume` knows no learner without its teacher
-        raise Interrupted(e.signum, f"{str(e).partition(';')[0]}; the same command continues") from None
-
-
-def _save(args: argparse.Namespace, config: Any, variables: Any, metrics: dict[str, Any]) -> None:
-    """Store a student as a finished run of a classifier, of which `resume` trains on."""
-    import jax.numpy as jnp
-
-    from jaxstack.core import program, runner
-    from jaxstack.nn import classifier as classifiers
-
-    learner = classifiers.classifier(config)
-    states, _ = program.initial(learner, [args.seed], None)
-    stats = {k: v for k, v in variables.items() if k != "params"}
-    done = jnp.full((1,), config.num_updates, jnp.int32)
-    runner.save(
-        learner, states._replace(params=variables["params"], stats=stats, step=done), [args.seed], args.out, metrics
-    )

@@ -6,7 +6,7 @@
     value_expand.weight, var_expand.weight [M, rank] where a bottleneck is used       out_proj.weight [D, M]
 
 Linear weights are [out, in] there and [in, out] here. In a whole model layer i has the prefix `blocks.i.mixer.`.
-Files: .safetensors, or .pt / .pth through torch (weights_only=True), which is imported only then.
+Files: .safetensors, .pt or .pth; torch is imported only where a .pt is written.
 """
 
 import importlib
@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxstack.core.errors import UserError, unknown
+from jaxstack.nn.torch_weights import Weights, read_weights
 from jaxstack.sequence.kla import KalmanLinearAttention
 
-Weights = dict[str, np.ndarray]
 _LINEAR = {"in_proj": "in_proj", "sensor": "sensor_proj", "out_proj": "out_proj"}
 _EXPAND = {"value_expand": "value_expand", "var_expand": "var_expand"}
 
@@ -90,29 +90,6 @@ def layer_to_torch(module: KalmanLinearAttention, variables: Mapping[str, Any], 
     if {name: x.shape for name, x in arrays.items()} != expected:
         raise UserError("variables do not belong to this module: their names or shapes differ from its fields")
     return arrays
-
-
-def read_weights(path: str | Path) -> Weights:
-    """All weights of a file, as float32. Raises `UserError` for a missing file, another ending, or no torch for .pt."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.flax import load_file
-
-        try:
-            return {name: np.asarray(x, np.float32) for name, x in load_file(path).items()}
-        except SafetensorError as e:
-            raise UserError(f"{path}: not a safetensors file: {e}") from e
-    torch = _torch(path)
-    try:
-        data = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:
-        raise UserError(f"{path}: torch cannot read it as weights: {' '.join(str(e).split())[:200]}") from e
-    if not isinstance(data, Mapping) or not all(isinstance(x, torch.Tensor) for x in data.values()):
-        raise UserError(f"{path}: expected a state_dict, a mapping from names to tensors")
-    return {name: x.to(torch.float32).numpy() for name, x in data.items()}
 
 
 def write_weights(path: str | Path, weights: Weights) -> None:

@@ -1,0 +1,184 @@
+"""`jaxstack phantoms`, `fit-quality` and `grade-fundus`: folders of images in, tables out. Not a medical device."""
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+from jaxstack.cli.parsing import Commands, whole
+
+
+def add_commands(commands: Commands) -> None:
+    """Add the commands of this file."""
+    p = commands.add("phantoms", _phantoms, "Draw images with known truth, to try the medical methods without data.")
+    p.add_argument("kind", choices=("fundus",), help="fundus: photographs of the retina")
+    p.add_argument("--num", type=whole, default=20, help="images (default: 20)")
+    p.add_argument("--size", type=whole, default=128, help="pixels of a side (default: 128)")
+    p.add_argument("--severity", type=float, nargs=2, default=(0.0, 0.0), metavar=("LOW", "HIGH"), help="degraded, 0-1")
+    p.add_argument("--seed", type=whole, default=0)
+    p.add_argument("--out", metavar="DIR", required=True, help="images, masks of vessels and traits.csv")
+    p = commands.add("fit-quality", _fit, "Learn three classes of quality from a folder of photographs (QuickQual).")
+    p.add_argument(
+        "--data", metavar="DIR", required=True, help="with labels.csv: columns file, label (Good, Usable, Bad)"
+    )
+    p.add_argument("--backbone", default="efficientnet-lite0", metavar="NAME[=FILE]", help="or densenet121=FILE")
+    p.add_argument("--size", type=whole, default=512, help="pixels of a side that the network is given (default: 512)")
+    p.add_argument("--out", metavar="FILE", required=True, help="an NPZ file, for grade-fundus --quality")
+    p = commands.add(
+        "grade-fundus", _grade, "Grade photographs of the fundus: quality and a retinal trait, a row each."
+    )
+    p.add_argument("paths", metavar="PATH", nargs="+", help="images, or folders of images")
+    p.add_argument("--model", metavar="RUN", help="a run of `jaxstack train dart`: the trait")
+    p.add_argument("--quality", metavar="FILE", help="of `jaxstack fit-quality`: three probabilities")
+    p.add_argument("--out", metavar="DIR", required=True, help="where results.csv is written")
+
+
+def _phantoms(args: argparse.Namespace, _: list[str]) -> None:
+    import csv
+    from pathlib import Path
+
+    import jax
+    import numpy as np
+    from PIL import Image
+
+    from jaxstack.core.errors import UserError
+    from jaxstack.medical import dart, phantoms
+
+    low, high = args.severity
+    if args.num < 1:
+        raise UserError(f"--num {args.num}: expected at least 1")
+    if not 0.0 <= low <= high <= 1.0:
+        raise UserError(f"--severity {low:g} {high:g}: expected 0 <= LOW <= HIGH <= 1")
+    out = Path(args.out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out {args.out}: is there already and not an empty folder")
+    images, vessels = phantoms.fundus_set(args.seed, args.num, args.size)
+    values = dart.dimensions(vessels)
+    if high > 0:
+        images = np.asarray(dart.copies(jax.random.key(args.seed), images, low, high))
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / "traits.csv", "w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(("file", "value", "density"))
+        for i, (image, mask) in enumerate(zip(images, vessels)):
+            name = f"eye{i:04d}"
+            Image.fromarray(image).save(out / f"{name}.png")
+            Image.fromarray(mask).save(out / f"{name}_vessels.png")
+            table.writerow((f"{name}.png", f"{values[i]:.6f}", f"{mask.mean():.6f}"))
+    print(f"{args.num} phantoms, their vessels and traits.csv (value: fractal dimension of the vessels): {out}")
+
+
+def _fit(args: argparse.Namespace, _: list[str]) -> None:
+    from pathlib import Path
+
+    import jax.numpy as jnp
+    import numpy as np
+
+    from jaxstack.core.errors import UserError
+    from jaxstack.medical import quickqual
+
+    if Path(args.out).suffix != ".npz":
+        raise UserError(f"--out {args.out}: expected a name ending in .npz")
+    if args.size < 32:
+        raise UserError(f"--size {args.size}: expected at least 32 pixels")
+    images, labels = quickqual.read_folder(args.data, args.size)
+    features = quickqual.features_of(quickqual.backbone(args.backbone), images)
+    scorer = quickqual.fit_quality(features, labels)
+    quickqual.save_scorer(args.out, scorer, backbone=args.backbone, size=str(args.size))
+    of_class = ", ".join(f"{n} {c}" for n, c in zip(np.bincount(labels, minlength=3), quickqual.CLASSES))
+    found = quickqual.metrics(np.asarray(scorer.probabilities(jnp.asarray(features))), labels)
+    print(f"{len(labels)} photographs ({of_class}); accuracy on these {found['accuracy']:.3f}: {args.out}")
+
+
+def _files(paths: list[str]) -> list[Any]:
+    """The files that are named, and those in the folders that are named, but for tables."""
+    from pathlib import Path
+
+    from jaxstack.core.errors import UserError
+
+    files: list[Path] = []
+    for path in map(Path, paths):
+        if not path.exists():
+            raise UserError(f"{path}: not found")
+        files += sorted(p for p in path.iterdir() if p.is_file() and p.suffix != ".csv") if path.is_dir() else [path]
+    if not files:
+        raise UserError(f"{', '.join(paths)}: no files")
+    return files
+
+
+def _trait(run: str) -> Callable[[Any], dict[str, Any]]:
+    """path -> columns of the trait, by a run of dart."""
+    import jax
+    import numpy as np
+
+    from jaxstack.cli import runs
+    from jaxstack.core import runner
+    from jaxstack.core.errors import UserError
+    from jaxstack.medical.fundus import read_photograph
+
+    learner, plan = runs.load(run)
+    if learner.name != "dart":
+        raise UserError(f"--model {run}: found a run of {learner.name}, expected one of dart")
+    if len({*plan.get("settings", [0])}) > 1:
+        raise UserError(f"--model {run}: found a sweep of several settings, expected a run of one")
+    state, alive = runner.stored(learner, run)
+    state = jax.tree.map(lambda x: x[np.flatnonzero(alive)], state)
+    predict = jax.jit(jax.vmap(learner.predict, in_axes=(0, None)))
+
+    def columns(path: Any) -> dict[str, Any]:
+        image = read_photograph(path, learner.config.size)[None].astype(np.float32) / 255.0
+        found = np.asarray(predict(state, image))[:, 0]
+        return {"trait": f"{found.mean():.6f}", "deviation_over_seeds": f"{found.std():.6f}", "seeds": len(found)}
+
+    return columns
+
+
+def _quality(file: str) -> Callable[[Any], dict[str, Any]]:
+    """path -> columns of quality, by a file of fit-quality."""
+    import jax.numpy as jnp
+    import numpy as np
+
+    from jaxstack.medical import quickqual
+    from jaxstack.medical.fundus import read_pixels
+
+    scorer, facts = quickqual.load_scorer(file)
+    net, size = quickqual.backbone(facts["backbone"]), int(facts["size"])
+
+    def columns(path: Any) -> dict[str, Any]:
+        image = quickqual.preprocess_fundus(read_pixels(path), size)
+        features = quickqual.features_of(net, image[None], batch=1)
+        p = np.asarray(scorer.probabilities(jnp.asarray(features)))[0]
+        found = {"quality": quickqual.CLASSES[int(p.argmax())]}
+        found |= {f"p_{c.lower()}": f"{value:.6f}" for c, value in zip(quickqual.CLASSES, p)}
+        if net.name == "densenet121":
+            found["meme"] = f"{float(quickqual.meme_score(jnp.asarray(features))[0]):.6f}"
+        return found
+
+    return columns
+
+
+def _grade(args: argparse.Namespace, _: list[str]) -> int:
+    from pathlib import Path
+
+    import pandas as pd
+
+    from jaxstack.core.errors import UserError
+
+    if args.model is None and args.quality is None:
+        raise UserError("--model, --quality: expected at least one of them")
+    graders = [make(given) for make, given in ((_quality, args.quality), (_trait, args.model)) if given is not None]
+    files, rows = _files(args.paths), []
+    for path in files:
+        row: dict[str, Any] = {"file": str(path), "status": "ok", "reason": ""}
+        try:
+            for grade in graders:
+                row |= grade(path)
+        except UserError as e:
+            row |= {"status": "skipped", "reason": str(e).removeprefix(f"{path}: ")}
+            print(f"{path}: {row['reason']}, skipped")
+        rows.append(row)
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    pd.DataFrame(rows).to_csv(out / "results.csv", index=False)
+    good = sum(row["status"] == "ok" for row in rows)
+    print(f"{good} of {len(files)} files: {out / 'results.csv'}")
+    return 0 if good else 2
