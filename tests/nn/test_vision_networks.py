@@ -5,8 +5,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.signal import correlate2d
 
 from jaxstack.core.errors import UserError
+from jaxstack.nn import torch_weights as tw
 from jaxstack.nn.vision import layers, wrn, zoo
 from jaxstack.nn.vision.layers import BatchNorm
 from jaxstack.nn.vision.wrn import WRN
@@ -226,3 +228,26 @@ def test_layers_have_their_names_in_pytorch(name):
     names = {network.torch_name(path) for path in paths}
     assert len(names) == len(paths) == LAYERS.get(name, len(paths))
     assert TORCH[name] <= names
+
+
+def test_lenet_computes_what_pytorch_would_with_the_same_state_dict():
+    rng = np.random.default_rng(0)
+    network = zoo.network("lenet", 3)
+    shapes = jax.eval_shape(lambda key: network.init(key, jnp.zeros((1, 32, 32, 2))), KEY)
+    variables = jax.tree.map(lambda s: 0.2 * rng.normal(size=s.shape).astype(np.float32), shapes)
+    weights = tw.to_torch(variables, network.torch_name)
+    x = rng.normal(size=(2, 32, 32)).astype(np.float32)
+
+    def conv(x, name):
+        kernel, bias = weights[f"{name}.weight"], weights[f"{name}.bias"]
+        rows = [sum(correlate2d(c, k, "valid") for c, k in zip(x, out)) + b for out, b in zip(kernel, bias)]
+        y = np.maximum(np.stack(rows), 0)
+        return y.reshape(len(y), y.shape[1] // 2, 2, y.shape[2] // 2, 2).max((2, 4))
+
+    h = conv(conv(x, "conv1"), "conv2").reshape(-1)  # channels first
+    for name in ("fc1", "fc2", "fc3"):
+        h = weights[f"{name}.weight"] @ h + weights[f"{name}.bias"]
+        h = np.maximum(h, 0) if name != "fc3" else h
+    again = tw.from_torch(shapes, weights, network.torch_name)
+    found = network.apply(again, x.transpose(1, 2, 0)[None])
+    np.testing.assert_allclose(found[0], h, rtol=1e-3, atol=1e-4 * np.abs(h).max())
