@@ -105,6 +105,7 @@ METHODS: tuple[Method, ...] = (
         2023,
         arxiv=("2310.05723",),
         factory="jaxstack.agents.ptgood:ptgood",
+        claim="jaxstack.claims.ptgood:claim",
         tests="tests/agents/test_ptgood.py",
     ),
     Method(
