@@ -26,7 +26,7 @@ from jaxstack.data.offline import DatasetInfo, OfflineDataset, dataset
 from jaxstack.envs import rollout, vector
 
 ENV, ENV_ARGS, HORIZON = "gymnax/MountainCarContinuous-v0", ("max_steps_in_episode=300",), 300
-LOW, HIGH = np.float32([-1.2, -0.07]), np.float32([0.6, 0.07])
+LOW, HIGH = np.array([-1.2, -0.07], np.float32), np.array([0.6, 0.07], np.float32)
 """Bounds of position and velocity."""
 CELLS = 20
 """Of each side of the grid over the states."""
@@ -325,7 +325,7 @@ claim = Claim(
         "One task with two state variables, small networks, a tree of width 5 and depth 4. The paper's locomotion "
         "tasks and their returns are not run."
     ),
-    scales={"small": scale(Budget(), 5, 0.0), "full": scale(FULL, 5, 0.0)},
+    scales={"small": scale(Budget(), 5, 47.9), "full": scale(FULL, 5, 0.0)},
     baselines=tuple(arm for arm in ARMS if arm != "PTGOOD"),
     ours="PTGOOD",
     curves=(Curve("real steps", "cells", "step", "linear"),),
