@@ -230,6 +230,7 @@ small = Scale(
         Check(P, "prior 0.5", "AUC of Usable and Bad", "above", 0.0, other="prior 1.0", paired=True, report=True),
     ),
     seeds=5,
+    minutes=16,
 )
 claim = Claim(
     method="quickqual",
