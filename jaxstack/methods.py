@@ -194,6 +194,8 @@ METHODS: tuple[Method, ...] = (
         "Zero-shot knowledge transfer via adversarial belief matching",
         2019,
         arxiv=("1905.09768",),
+        claim="jaxstack.claims.zero_shot_kt:claim",
+        tests="tests/vision/test_zero_shot_kt.py",
     ),
     Method(
         "naswot",
