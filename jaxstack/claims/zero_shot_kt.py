@@ -261,7 +261,7 @@ small = Scale(
         Check(IMAGES, "zero-shot", "accuracy", "above", 0.0, other=ALL, paired=True, report=True),
     ),
     seeds=5,
-    minutes=15.0,
+    minutes=19.0,
 )
 claim = Claim(
     method="zero-shot-kt",
