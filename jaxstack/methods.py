@@ -207,7 +207,15 @@ METHODS: tuple[Method, ...] = (
         tests="tests/vision/test_naswot.py",
     ),
     Method("blockswap", "vision", "BlockSwap: Fisher-guided block substitution", 2020, arxiv=("1906.04113",)),
-    Method("structured-pruning", "vision", "A closer look at structured pruning", 2018, arxiv=("1810.04622",)),
+    Method(
+        "structured-pruning",
+        "vision",
+        "A closer look at structured pruning",
+        2018,
+        arxiv=("1810.04622",),
+        claim="jaxstack.claims.structured_pruning:claim",
+        tests="tests/vision/test_structured_pruning.py",
+    ),
     Method(
         "separable-layers",
         "vision",

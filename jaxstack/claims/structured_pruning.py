@@ -344,6 +344,7 @@ small = Scale(
         ),
     ),
     seeds=5,
+    minutes=17,
 )
 claim = Claim(
     method="structured-pruning",
