@@ -18,7 +18,7 @@ def task_of(agent: str, config: Any) -> Task:
     env = team_ppo.make_env(config)
     shape = team_ppo.team_shape(env, config, central=False)
     if agent == "hypermarl":
-        return team_ppo.make_task(config, env, shape, hypermarl.hyper_team(config, shape, config.arch))
+        return team_ppo.make_task(config, env, shape, hypermarl.team_network(config, shape, config.arch))
     return team_ppo.make_task(config, env, shape, sharing.team_network(config, shape, env))
 
 

@@ -349,9 +349,14 @@ def coupled_team(cfg: Config, shape: TeamSpec, arch: Arch) -> TeamNet:
     )
 
 
+def team_network(cfg: Config, shape: TeamSpec, arch: Arch) -> TeamNet:
+    """The team network of a config, decoupled or the ablation."""
+    return (coupled_team if cfg.condition == "id+obs" else hyper_team)(cfg, shape, arch)
+
+
 def hypermarl(config: Config = Config()) -> Learner:
     """Raises `UserError` where config and environment do not fit."""
     env = team_ppo.make_env(config)
     shape = team_ppo.team_shape(env, config, central=config.algorithm == "mappo")
-    team = (coupled_team if config.condition == "id+obs" else hyper_team)(config, shape, config.arch)
+    team = team_network(config, shape, config.arch)
     return team_ppo.make_learner("hypermarl", team_ppo.make_task(config, env, shape, team))

@@ -64,7 +64,7 @@ def network(agent: str, config: Any) -> team_ppo.Task:
     if agent == "happo":
         return happo.make_task(config, env, shape)
     if agent == "hypermarl":
-        net = hypermarl.hyper_team(config, shape, config.arch)
+        net = hypermarl.team_network(config, shape, config.arch)
     elif agent in ("ippo", "mappo"):
         net = sharing.team_network(config, shape, env)
     elif agent == "dico":
