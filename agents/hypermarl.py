@@ -240,8 +240,14 @@ def hyper_team(cfg: Config, shape: TeamSpec, arch: Arch) -> TeamNet:
         carry, x = mods.critic_torso.apply(w["critic_torso"], carry, x, first)  # pyright: ignore[reportGeneralTypeIssues]
         return states(arch, carry, x, return_all_states), apply_generated(w["critic"], x, arch.activation)[..., 0]
 
+    return _team_net(cfg, shape, arch, materialise, actor, critic)
+
+
+def _team_net(cfg: Config, shape: TeamSpec, arch: Arch, materialise: Any, actor: Any, critic: Any) -> TeamNet:
+    """What both team networks have in common: parameters, carries, one group for all agents."""
+    count = shape.num_agents
     return TeamNet(
-        init=lambda key: init_params(cfg, shape, mods, nets, key),
+        init=lambda key: init_params(cfg, shape, modules(shape, arch), _hypernets(cfg, shape, arch), key),
         init_aux_state=lambda: (),
         materialise=materialise,
         actor=actor,
@@ -336,17 +342,7 @@ def coupled_team(cfg: Config, shape: TeamSpec, arch: Arch) -> TeamNet:
         net: Any = nets[1].apply(w["critic"], _with_input(w["critic_read"], x))
         return carry, apply_per_sample(net, x, arch.activation)[..., 0]
 
-    return TeamNet(
-        init=lambda key: init_params(cfg, shape, mods, nets, key),
-        init_aux_state=lambda: (),
-        materialise=materialise,
-        actor=actor,
-        critic=critic,
-        log_std=lambda w: w.get("log_std"),
-        carry=lambda b: (initial_carry(0, b, count), initial_carry(0, b, 1 if shape.central else count)),
-        penalty=lambda params, aux_state: jnp.float32(0),
-        groups=(0,) * count,
-    )
+    return _team_net(cfg, shape, arch, materialise, actor, critic)
 
 
 def team_network(cfg: Config, shape: TeamSpec, arch: Arch) -> TeamNet:

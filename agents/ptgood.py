@@ -2,7 +2,7 @@
 
 Stages: an ensemble of dynamics models is fitted to the data; soft actor-critic learns from data and imagined play; an
 encoder and a marginal of its codes say what is in distribution for the policy; then the environment is played, each
-action the first of a planned tree whose nodes have the highest rates, and everything goes on learning. Rewards and
+action the first of a planned tree whose nodes have the highest rates, and everything keeps learning. Rewards and
 policy stay as they are. Other `strategy`s choose actions as the baselines of the paper do.
 
 Observations are standardised by the data set and actions lie in [-1, 1] everywhere but in the environment.

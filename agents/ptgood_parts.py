@@ -31,7 +31,7 @@ POLICY_EVERY = 2
 FEATURES = 32
 """Of random network distillation."""
 UNKNOWN = float(np.finfo(np.float32).min)
-"""Return-to-go of a step whose episode goes on: as a lower bound it changes nothing."""
+"""Return-to-go of a step of an unfinished episode: as a lower bound it changes nothing."""
 
 
 class Hypers(NamedTuple):

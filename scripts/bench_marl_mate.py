@@ -68,7 +68,7 @@ class Team:
         return self._stack(seen), np.asarray(rewards, np.float32), np.asarray(dones), infos
 
     def close(self) -> None:
-        """They go on in the next training."""
+        """The next training continues from them."""
 
     def _stack(self, seen: list) -> tuple:
         return tuple(np.stack(x).astype(np.float32) for x in zip(*seen))

@@ -171,7 +171,7 @@ def with_data(budget: Budget, seeds: Seeds, loss: Any, images: int, start: Any =
         loss,
         num_updates=budget.few_updates if images else budget.all_updates,
         batch_size=batch_size,
-        # a student that goes on begins near its end
+        # a student that is tuned further begins near its end
         hypers=few_shot_kt.FewShotHypers(beta=kt.attention_weight(p.image, 1000.0), lr=0.1 if start is None else 0.01),
         start=start,
         source=lambda config: few_shot_kt.few_source(p.config, images, seeds, batch_size) if images else everything(),

@@ -1,7 +1,7 @@
 """Compiling in threads of its own, so that a signal may end the wait for it.
 
-XLA's compiler, called from the main thread, gives up its caller's objects when a signal's handler raises, but goes on
-with them: the process then ends with a segmentation fault, at once or at its exit (seen with jaxlib 0.10.2 on CPU).
+XLA's compiler, called from the main thread, releases its caller's objects when a signal's handler raises, but keeps
+using them: the process then ends with a segmentation fault, at once or at its exit (seen with jaxlib 0.10.2 on CPU).
 Other threads do not handle signals.
 """
 

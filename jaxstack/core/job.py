@@ -109,7 +109,7 @@ def same_config(run_dir: str | Path, old: dict[str, Any], new: dict[str, Any]) -
 
 
 def same_hypers(job: Job, state: Any) -> None:
-    """Stored hyperparameters go on: raise `UserError` naming one that is given otherwise now."""
+    """Stored hyperparameters stay in force: raise `UserError` naming one that is given another value now."""
     given = job.learner.hypers if job.hypers is None else job.hypers
     stored = jax.tree_util.tree_leaves_with_path(state.hypers)
     for (where, old), new in zip(stored, jax.tree.leaves(given)):

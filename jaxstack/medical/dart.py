@@ -33,6 +33,15 @@ RELEASED = (1.485399946403277, 0.0326135335465513)
 BOXES = (2, 4, 8, 16, 32)
 
 
+def _exponent(p: Array, q: float) -> Array:
+    """log(sum p^q) / (q - 1) over boxes with mass, and sum p log p for q = 1."""
+    full = p > 0
+    safe = jnp.where(full, p, 1.0)
+    if q == 1:
+        return (p * jnp.log(safe)).sum()
+    return jnp.log(jnp.where(full, safe**q, 0.0).sum()) / (q - 1.0)
+
+
 def fractal_dims(
     mass: Float[Array, "h w"],
     qs: Sequence[float] = (0.0, 1.0, 2.0),
@@ -66,11 +75,7 @@ def fractal_dims(
                 below, right = -(h + top) % b, -(w + left) % b
                 grid = jnp.pad(mass, ((top, below), (left, right)))
                 p = grid.reshape((h + top + below) // b, b, (w + left + right) // b, b).sum((1, 3)) / mass.sum()
-                full = p > 0
-                safe = jnp.where(full, p, 1.0)
-                information = jnp.where(full, p * jnp.log(safe), 0.0).sum()
-                moment = lambda q: jnp.log(jnp.where(full, safe**q, 0.0).sum()) / (q - 1.0)  # noqa: B023
-                of_grids.append(jnp.stack([information if q == 1 else moment(q) for q in qs]))
+                of_grids.append(jnp.stack([_exponent(p, q) for q in qs]))
         found = jnp.stack(of_grids)
         # -log N: the smallest count is the largest value
         rows.append(jnp.where(jnp.asarray(qs) == 0, found.max(0), found.mean(0)))

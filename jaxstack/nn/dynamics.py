@@ -66,7 +66,7 @@ class Model(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """Of a fit: whether it goes on depends on it."""
+    """Of a fit, which ends when it does not improve."""
 
     best: Array
     """Lowest mean squared error over all data, of members and outputs"""
@@ -280,7 +280,7 @@ def fit(
 ) -> tuple[Model, Progress]:
     """Standardise by the data and repeat fit calls until the error on all of it has not fallen for `patience` of them.
 
-    A fit may be made in parts: with the same data and key, and the progress of the last part, it goes on where that
+    A fit may be made in parts: with the same data and key, and the progress of the last part, it continues where that
     ended.
 
     Args:

@@ -138,7 +138,7 @@ def few_shot(
         num_updates: of a whole run.
         batch_size: images per update.
         hypers: default hyperparameters.
-        start: student's variables [S, ...] to go on from, those of a zero-shot student; not with "vid".
+        start: student's variables [S, ...] to start from, those of a zero-shot student; not with "vid".
         source: config -> batches (images, labels).
         eval_source: config -> `Batch`es of them.
     """

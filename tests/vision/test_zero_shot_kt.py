@@ -161,9 +161,9 @@ def test_learners_of_images_and_of_noise_learn_to_agree():
         assert of(12)["train/student_lr"].iloc[0] == pytest.approx(0.02 * 0.5 * (1 + np.cos(np.pi * 11 / 12)), rel=1e-4)
         assert same(result.state.teacher, teachers)
         found = runner.evaluate(learner, result.state)
-        taught = np.stack([TEACHER.apply(jax.tree.map(lambda x: x[i], teachers), IMAGES, False)[0][0] for i in (0, 1)])  # noqa: B023
+        taught = np.asarray(jax.vmap(lambda one: TEACHER.apply(one, IMAGES, False)[0][0])(teachers))
         assert found["eval/teacher_accuracy"] == pytest.approx((taught.argmax(-1) == 0).mean(1), abs=1e-6)
-        learned = np.stack([learner.predict(jax.tree.map(lambda x: x[i], result.state), IMAGES) for i in (0, 1)])  # noqa: B023
+        learned = np.asarray(jax.vmap(learner.predict, in_axes=(0, None))(result.state, IMAGES))
         agreement = (learned.argmax(-1) == taught.argmax(-1)).mean(1)
         assert found["eval/agreement"] == pytest.approx(agreement, abs=1e-6)
 
