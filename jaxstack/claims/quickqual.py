@@ -68,8 +68,7 @@ def data(seed: int) -> Data:
         found.append(np.asarray(_photographed(jax.random.fold_in(jax.random.key(seed), i), x)))
     images = np.round(np.concatenate(found) * 255.0).astype(np.uint8)
     seen = quickqual.vessel_visibility(images, vessels)
-    bounds = np.quantile(seen[:TRAIN], (1 / 3, 2 / 3))
-    labels = 2 - np.digitize(seen, bounds)
+    labels = quickqual.quality_labels(seen, seen[:TRAIN])
     return Data(Set(images[:TRAIN], seen[:TRAIN]), Set(images[TRAIN:], seen[TRAIN:]), labels[:TRAIN], labels[TRAIN:])
 
 

@@ -15,7 +15,7 @@ def add_commands(commands: Commands) -> None:
     p.add_argument("--size", type=whole, default=128, help="pixels of a side (default: 128)")
     p.add_argument("--severity", type=float, nargs=2, default=(0.0, 0.0), metavar=("LOW", "HIGH"), help="degraded, 0-1")
     p.add_argument("--seed", type=whole, default=0)
-    p.add_argument("--out", metavar="DIR", required=True, help="images, masks of vessels and traits.csv")
+    p.add_argument("--out", metavar="DIR", required=True, help="images, vessels/, traits.csv, labels.csv")
     p = commands.add("fit-quality", _fit, "Learn three classes of quality from a folder of photographs (QuickQual).")
     p.add_argument(
         "--data", metavar="DIR", required=True, help="with labels.csv: columns file, label (Good, Usable, Bad)"
@@ -41,7 +41,7 @@ def _phantoms(args: argparse.Namespace, _: list[str]) -> None:
     from PIL import Image
 
     from jaxstack.core.errors import UserError
-    from jaxstack.medical import dart, phantoms
+    from jaxstack.medical import dart, phantoms, quickqual
 
     low, high = args.severity
     if args.num < 1:
@@ -55,16 +55,20 @@ def _phantoms(args: argparse.Namespace, _: list[str]) -> None:
     values = dart.dimensions(vessels)
     if high > 0:
         images = np.asarray(dart.copies(jax.random.key(args.seed), images, low, high))
-    out.mkdir(parents=True, exist_ok=True)
-    with open(out / "traits.csv", "w", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(("file", "value", "density"))
-        for i, (image, mask) in enumerate(zip(images, vessels)):
-            name = f"eye{i:04d}"
-            Image.fromarray(image).save(out / f"{name}.png")
-            Image.fromarray(mask).save(out / f"{name}_vessels.png")
-            table.writerow((f"{name}.png", f"{values[i]:.6f}", f"{mask.mean():.6f}"))
-    print(f"{args.num} phantoms, their vessels and traits.csv (value: fractal dimension of the vessels): {out}")
+    seen = quickqual.vessel_visibility(images, vessels)
+    labels = quickqual.quality_labels(seen, seen)
+    (out / "vessels").mkdir(parents=True, exist_ok=True)
+    traits, quality = [("file", "value", "density")], [("file", "label", "visibility")]
+    for i, (image, mask) in enumerate(zip(images, vessels)):
+        name = f"eye{i:04d}.png"
+        Image.fromarray(image).save(out / name)
+        Image.fromarray(mask).save(out / "vessels" / name)
+        traits.append((name, f"{values[i]:.6f}", f"{mask.mean():.6f}"))
+        quality.append((name, quickqual.CLASSES[labels[i]], f"{seen[i]:.6f}"))
+    for table, rows in (("traits.csv", traits), ("labels.csv", quality)):
+        with open(out / table, "w", newline="") as file:
+            csv.writer(file).writerows(rows)
+    print(f"{args.num} phantoms: {out}; vessels/, traits.csv (fractal dimensions of the vessels), labels.csv (quality)")
 
 
 def _fit(args: argparse.Namespace, _: list[str]) -> None:

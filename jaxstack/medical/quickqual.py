@@ -469,6 +469,11 @@ def hand_crafted(images: np.ndarray) -> np.ndarray:
     return np.asarray(rows, np.float32)
 
 
+def quality_labels(visibility: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """Labels 0 (Good), 1 (Usable), 2 (Bad) of visibilities, by the tertiles of `reference`: [M] int."""
+    return 2 - np.digitize(visibility, np.quantile(reference, (1 / 3, 2 / 3)))
+
+
 def vessel_visibility(images: np.ndarray, vessels: np.ndarray) -> np.ndarray:
     """How well the vessels of phantoms can be told from what is beside them.
 

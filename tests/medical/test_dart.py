@@ -175,6 +175,9 @@ def test_folders_of_photographs_train_and_are_graded(tmp_path, capsys):
     folder = tmp_path / "eyes"
     run = lambda *argv: cli.main([str(a) for a in argv])
     assert run("phantoms", "fundus", "--num", 12, "--size", 48, "--out", folder, "--severity", 0, 0.3) == 0
+    assert len(list((folder / "vessels").glob("*.png"))) == 12
+    labels = [r["label"] for r in csv.DictReader((folder / "labels.csv").read_text().splitlines())]
+    assert {c: labels.count(c) for c in labels} == {"Good": 4, "Usable": 4, "Bad": 4}
     assert run("phantoms", "fundus", "--num", 2, "--out", folder) == 2
     assert "is there already" in capsys.readouterr().err
     learner = dart.dart(data=str(folder), size=32, batch_size=4, num_updates=2, widths=(2, 2, 2, 2), hidden=4)
