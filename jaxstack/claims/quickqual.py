@@ -19,7 +19,7 @@ from jaxstack.core.runner import train
 from jaxstack.data.sources import HostData
 from jaxstack.medical import phantoms, quickqual
 from jaxstack.medical.fundus import Blocks, degraded, turned
-from jaxstack.nn.supervised import Optimiser, cross_entropy, linen, supervised
+from jaxstack.nn.supervised import Hypers, Optimiser, cross_entropy, linen, supervised
 from jaxstack.report import stats
 
 SIZE, TRAIN, TEST = 128, 260, 260
@@ -100,18 +100,6 @@ class Scratch(nn.Module):
         return nn.Dense(3)(Blocks()(x, train))
 
 
-class Hypers(NamedTuple):
-    """Of the network trained from scratch."""
-
-    lr: float = 2e-3
-    min_lr: float = 0.0
-    weight_decay: float = 1e-4
-    b1: float = 0.9
-    b2: float = 0.999
-    max_grad_norm: float = 1.0
-    label_smoothing: float = 0.0
-
-
 @lru_cache(1)
 def scratch(seeds: tuple[int, ...]) -> list[np.ndarray]:
     """Test probabilities of a network trained from random weights on each seed's photographs: 25 epochs."""
@@ -132,7 +120,7 @@ def scratch(seeds: tuple[int, ...]) -> list[np.ndarray]:
         cross_entropy,
         optimiser=Optimiser("adamw"),
         num_steps=epochs * per_epoch,
-        hypers=Hypers(),
+        hypers=Hypers(lr=2e-3, weight_decay=1e-4),
         batch_size=size,
     )
     source = HostData(batch, per_seed=True, augment=augment)

