@@ -10,6 +10,7 @@ the only file of the project that loads one, and the only one that needs torch f
 
 import argparse
 import importlib
+import pickle
 
 
 def main() -> None:
@@ -27,7 +28,10 @@ def main() -> None:
     if args.script:
         found = torch.jit.load(args.source, map_location="cpu")
     else:
-        found = torch.load(args.source, map_location="cpu", weights_only=not args.unsafe)
+        try:
+            found = torch.load(args.source, map_location="cpu", weights_only=not args.unsafe)
+        except pickle.UnpicklingError:
+            parser.error(f"{args.source}: holds more than tensors; --unsafe runs its code, --script takes TorchScript")
     state = found.state_dict() if hasattr(found, "state_dict") else found
     for name in ("state_dict", "model_state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(name), dict):
