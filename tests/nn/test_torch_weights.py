@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 
 from jaxstack.core.errors import UserError
 from jaxstack.nn.torch_weights import from_torch, read_weights, to_torch
-from jaxstack.nn.vision import densenet121, efficientnet_lite
+from jaxstack.nn.vision import zoo
 
 
 class Storage:
@@ -180,32 +180,33 @@ def test_other_files(tmp_path):
 
 
 NETWORKS = {
-    "efficientnet": (efficientnet_lite.EfficientNetLite0, efficientnet_lite.torch_name, 4_652_008, 1280 * 1001 - 280),
-    "densenet": (densenet121.DenseNet121, densenet121.torch_name, 6_953_856 + 1025 * 1000, 1025 * 1000),
+    "efficientnet-lite0": (4_652_008, 1281 * 1000),
+    "densenet121": (6_953_856 + 1025 * 1000, 1025 * 1000),
 }
 
 
 @pytest.mark.parametrize("kind", NETWORKS)
 def test_networks_have_their_counts_and_names(kind):
-    make, names, count, head = NETWORKS[kind]
+    (count, last_layer), network = NETWORKS[kind], zoo.network(kind, 1000)
+    names = network.torch_name
     size = lambda v: sum(int(np.prod(x.shape)) for x in jax.tree.leaves(v["params"]))
     shapes = lambda net: jax.eval_shape(net.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
-    whole = shapes(make())
+    whole = shapes(network)
     assert size(whole) == count
-    assert count - size(shapes(make(classes=0))) == (1281 * 1000 if kind == "efficientnet" else head)
+    assert count - size(shapes(zoo.network(kind, 0))) == last_layer
     rng = np.random.default_rng(0)
     variables = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), whole)
     state = to_torch(variables, names)
     back = from_torch(whole, state | {"x.num_batches_tracked": np.int64(1)}, names)
     jax.tree.map(np.testing.assert_array_equal, back, variables)
-    key = {"efficientnet": "_blocks.1._depthwise_conv.weight", "densenet": "features.conv0.weight"}[kind]
-    assert state[key].shape == {"efficientnet": (96, 1, 3, 3), "densenet": (64, 3, 7, 7)}[kind]
+    key = {"efficientnet-lite0": "_blocks.1._depthwise_conv.weight", "densenet121": "features.conv0.weight"}[kind]
+    assert state[key].shape == {"efficientnet-lite0": (96, 1, 3, 3), "densenet121": (64, 3, 7, 7)}[kind]
     some = "features.denseblock4.denselayer16.norm2.running_var"
-    assert kind == "efficientnet" or state[some].shape == (128,)
+    assert kind == "efficientnet-lite0" or state[some].shape == (128,)
     broken = dict(state)
     broken.pop(key)
     broken["extra"] = np.zeros(3)
-    last = {"efficientnet": "_fc", "densenet": "classifier"}[kind]
+    last = {"efficientnet-lite0": "_fc", "densenet121": "classifier"}[kind]
     broken[f"{last}.bias"] = np.zeros(7)
     message = rf"w: {key} is missing; extra is unknown; {last}.bias has shape \[7\], expected \[1000\]"
     with pytest.raises(UserError, match=message):

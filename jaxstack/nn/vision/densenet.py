@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxstack.core.errors import UserError
-from jaxstack.nn.vision.layers import BatchNorm, Variance, conv, head, masked, mean_pool, of_blocks
+from jaxstack.nn.vision.layers import BatchNorm, Variance, conv, head, masked, max_pool, mean_pool, of_blocks
 
 BOTTLENECK = 4
 """Middle channels of a layer over its growth."""
@@ -81,3 +81,38 @@ class DenseNet(nn.Module):
         x = jax.nn.relu(BatchNorm(self.variance, name="bn")(x, train))
         logits = head(self.classes)(x.mean((1, 2)))
         return (logits, tuple(found)) if taps else logits
+
+
+class DenseNet121(nn.Module):
+    """DenseNet-121 for photographs, as torchvision's and timm's: 6,953,856 parameters without the classifier.
+
+    `classes` 0 gives the 1,024 pooled features, which are never negative, instead of logits.
+    """
+
+    classes: int = 1000
+    variance: Variance = "torch"
+
+    def torch_name(self, modules: tuple[str, ...]) -> str:
+        """The name of a layer in torchvision's and timm's state dicts."""
+        if modules == ("Dense_0",):
+            return "classifier"
+        return ".".join(("features", *(m.replace("_", ".").replace("bn", "norm") for m in modules)))
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool = False, *, taps: bool = False) -> Any:
+        """Images [N, H, W, C] float -> logits [N, classes], or (logits, outputs of the four stages)."""
+        norm = lambda name: BatchNorm(self.variance, name=name)
+        growth, stages = 32, []
+        x = jax.nn.relu(norm("bn0")(conv(64, 7, 2, name="conv0")(x), train))
+        x = max_pool(jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-jnp.inf), 3, 2)
+        for stage, count in enumerate((6, 12, 24, 16), 1):
+            for i in range(1, count + 1):
+                name = f"denseblock{stage}_denselayer{i}"
+                x = jnp.concatenate([x, Layer(growth, BOTTLENECK * growth, self.variance, name=name)(x, train)], -1)
+            stages.append(x)
+            if stage < 4:
+                x = jax.nn.relu(norm(f"transition{stage}_bn")(x, train))
+                x = mean_pool(conv(x.shape[-1] // 2, 1, name=f"transition{stage}_conv")(x))
+        x = jax.nn.relu(norm("bn5")(x, train)).mean((1, 2))
+        x = head(self.classes)(x) if self.classes else x
+        return (x, tuple(stages)) if taps else x

@@ -21,6 +21,14 @@ STAGES = (
 )
 """(kernel, stride of the first block, expansion, channels, blocks)."""
 STEM, HEAD = 32, 1280
+NAMES = {
+    "stem": "_conv_stem",
+    "head": "_conv_head",
+    "expand": "_expand_conv",
+    "depthwise": "_depthwise_conv",
+    "project": "_project_conv",
+    "Dense_0": "_fc",
+}
 
 
 def _conv(features: int, size: int, stride: int = 1, groups: int = 1, name: str | None = None) -> Conv:
@@ -60,6 +68,10 @@ class EfficientNetLite0(nn.Module):
     classes: int = 1000
     variance: Variance = "torch"
 
+    def torch_name(self, modules: tuple[str, ...]) -> str:
+        """The name of a layer in the public state dict."""
+        return ".".join(f"_blocks.{m[5:]}" if m.startswith("block") else NAMES.get(m, f"_{m}") for m in modules)
+
     @nn.compact
     def __call__(self, x: Array, train: bool = False, *, taps: bool = False) -> Array | tuple[Array, tuple[Array, ...]]:
         """Classify images.
@@ -84,13 +96,5 @@ class EfficientNetLite0(nn.Module):
             stages.append(x)
         x = _relu6(norm("bn1")(_conv(HEAD, 1, name="head")(x), train)).mean((1, 2))
         if self.classes:
-            dense = head(self.classes)
-            x = nn.Dense(self.classes, kernel_init=dense.kernel_init, name="fc")(x)
+            x = head(self.classes)(x)
         return (x, tuple(stages)) if taps else x
-
-
-def torch_name(modules: tuple[str, ...]) -> str:
-    """The name of a module in the public state dict, without its last part."""
-    names = {"stem": "_conv_stem", "head": "_conv_head", "expand": "_expand_conv", "depthwise": "_depthwise_conv"}
-    names |= {"project": "_project_conv", "bn0": "_bn0", "bn1": "_bn1", "bn2": "_bn2", "fc": "_fc"}
-    return ".".join(f"_blocks.{m[5:]}" if m.startswith("block") else names[m] for m in modules)
