@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from jaxstack.cli.parsing import Commands, whole
+from jaxstack.cli.parsing import Commands, real, whole
 
 
 def add_commands(commands: Commands) -> None:
@@ -13,7 +13,7 @@ def add_commands(commands: Commands) -> None:
     p.add_argument("kind", choices=("fundus",), help="fundus: photographs of the retina")
     p.add_argument("--num", type=whole, default=20, help="images (default: 20)")
     p.add_argument("--size", type=whole, default=128, help="pixels of a side (default: 128)")
-    p.add_argument("--severity", type=float, nargs=2, default=(0.0, 0.0), metavar=("LOW", "HIGH"), help="degraded, 0-1")
+    p.add_argument("--severity", type=real, nargs=2, default=(0.0, 0.0), metavar=("LOW", "HIGH"), help="degraded, 0-1")
     p.add_argument("--seed", type=whole, default=0)
     p.add_argument("--out", metavar="DIR", required=True, help="images, vessels/, traits.csv, labels.csv")
     p = commands.add("fit-quality", _fit, "Learn three classes of quality from a folder of photographs (QuickQual).")
