@@ -18,6 +18,7 @@ from jaxstack.core.learner import Learner
 from jaxstack.core.runner import RunOptions
 from jaxstack.data.sources import ArrayData, SplitData
 from jaxstack.nn import classifier as classifiers
+from jaxstack.nn.attention_transfer import attention_weight
 from jaxstack.nn.vision import zoo
 from jaxstack.vision import few_shot_kt, zero_shot_toy
 from jaxstack.vision import zero_shot_kt as kt
@@ -148,7 +149,7 @@ def without_data(budget: Budget, seeds: Seeds, adversarial: bool) -> tuple[Any, 
     p = parts(budget, seeds)
     generator = kt.ZeroShotGenerator(p.image, budget.widths) if adversarial else None
     setup = kt.Setup(p.teacher, p.student, p.image, generator, budget.batch_size)
-    learner = kt.zero_shot(setup, p.teachers, budget.rounds, kt.Hypers(beta=kt.attention_weight(p.image)), tested(p))
+    learner = kt.zero_shot(setup, p.teachers, budget.rounds, kt.Hypers(beta=attention_weight(p.image)), tested(p))
     state, measured = trained(learner, seeds)
     return kt.student_variables(state), measured
 
@@ -172,7 +173,7 @@ def with_data(budget: Budget, seeds: Seeds, loss: Any, images: int, start: Any =
         num_updates=budget.few_updates if images else budget.all_updates,
         batch_size=batch_size,
         # a student that is tuned further begins near its end
-        hypers=few_shot_kt.FewShotHypers(beta=kt.attention_weight(p.image, 1000.0), lr=0.1 if start is None else 0.01),
+        hypers=few_shot_kt.FewShotHypers(beta=attention_weight(p.image, 1000.0), lr=0.1 if start is None else 0.01),
         start=start,
         source=lambda config: few_shot_kt.few_source(p.config, images, seeds, batch_size) if images else everything(),
         eval_source=tested(p),

@@ -42,6 +42,7 @@ def _distil(args: argparse.Namespace, _: list[str]) -> None:
     from jaxstack.data.sources import SplitData
     from jaxstack.nn import classifier as classifiers
     from jaxstack.nn import supervised
+    from jaxstack.nn.attention_transfer import attention_weight
     from jaxstack.vision import few_shot_kt
     from jaxstack.vision import zero_shot_kt as kt
 
@@ -68,7 +69,7 @@ def _distil(args: argparse.Namespace, _: list[str]) -> None:
     wide = args.generator_width
     generator = kt.ZeroShotGenerator(image, (wide, wide, wide // 2))
     setup = kt.Setup(teacher, student, image, generator, args.batch_size, student_steps=args.student_steps)
-    beta = kt.attention_weight(image) if args.beta is None else args.beta
+    beta = attention_weight(image) if args.beta is None else args.beta
     hypers = kt.Hypers(lr=args.lr, generator_lr=args.generator_lr, beta=beta)
     zero = kt.zero_shot(setup, teachers, args.rounds, hypers, source)
     result = runner.train(zero, seeds=[args.seed], eval_every=-1)
@@ -89,7 +90,7 @@ def _distil(args: argparse.Namespace, _: list[str]) -> None:
             teachers,
             num_updates=args.few_updates,
             batch_size=min(args.batch_size, args.few * classifiers.network(config).classes),
-            hypers=few_shot_kt.FewShotHypers(lr=0.01, beta=kt.attention_weight(image, 1000.0)),
+            hypers=few_shot_kt.FewShotHypers(lr=0.01, beta=attention_weight(image, 1000.0)),
             start=found,
             source=lambda _: few_shot_kt.few_source(config, args.few, (args.seed,), args.batch_size),
             eval_source=source,

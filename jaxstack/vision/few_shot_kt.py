@@ -21,9 +21,10 @@ from jaxstack.core.source import Source
 from jaxstack.data.sources import HostData
 from jaxstack.nn import classifier as classifiers
 from jaxstack.nn import supervised
+from jaxstack.nn.attention_transfer import Outputs, attention_distance
 from jaxstack.nn.conv import Conv
 from jaxstack.nn.supervised import Model, Optimiser
-from jaxstack.vision.zero_shot_kt import Net, Outputs, attention_distance, belief_divergence, shapes
+from jaxstack.vision.zero_shot_kt import Net, belief_divergence, shapes
 
 
 class FewShotHypers(NamedTuple):

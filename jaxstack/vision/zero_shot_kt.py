@@ -7,7 +7,7 @@ disagree, and the student learns to agree on them; no data are seen. `zskt_round
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
@@ -22,11 +22,9 @@ from jaxstack.core.errors import UserError
 from jaxstack.core.learner import Key, Learner, Metrics, as_hypers
 from jaxstack.core.metrics import mean
 from jaxstack.core.source import Batch, Source
+from jaxstack.nn.attention_transfer import Outputs, attention_transfer_loss
 from jaxstack.nn.conv import Conv
 from jaxstack.nn.optimisers import adamw, learning_rate
-
-Outputs = tuple[Array, tuple[Array, ...]]
-"""Logits [B, C], and the outputs [B, H, W, K] of the stages whose attention is compared, first one first."""
 
 
 class Net(NamedTuple):
@@ -93,41 +91,6 @@ def belief_divergence(
     if reduction == "element_mean":
         return each.mean() / logits_t.shape[-1]
     raise UserError(f"reduction={reduction!r}: expected 'element_mean', 'batch_mean' or 'none'")
-
-
-def attention_map(activation: Array) -> Array:
-    """Where a stage looks: mean over channels of squared activations [B, H, W, K], as unit vectors [B, H W].
-
-    Zagoruyko and Komodakis (2017). A map of zeros stays one.
-    """
-    energy = jnp.square(activation).mean(-1).reshape(len(activation), -1)
-    return energy * lax.rsqrt(jnp.maximum(jnp.square(energy).sum(-1, keepdims=True), 1e-24))
-
-
-def attention_distance(taps_t: Sequence[Array], taps_s: Sequence[Array]) -> Array:
-    """Mean squared difference of the attention maps of each image [B], summed over stages.
-
-    Raises:
-        UserError: for networks with other numbers of stages, or stages of other sizes.
-    """
-    sizes_t, sizes_s = ([tuple(tap.shape[1:3]) for tap in taps] for taps in (taps_t, taps_s))
-    if sizes_t != sizes_s:
-        raise UserError(f"attention: found stages of {sizes_s} pixels in the student, expected the teacher's {sizes_t}")
-    parts = [jnp.square(attention_map(s) - attention_map(t)).mean(-1) for t, s in zip(taps_t, taps_s)]
-    return sum(parts, jnp.float32(0.0))
-
-
-def attention_transfer_loss(taps_t: Sequence[Array], taps_s: Sequence[Array]) -> Array:
-    """Mean over images of `attention_distance`; zero for stages, or networks, without taps."""
-    return jnp.mean(attention_distance(taps_t, taps_s))
-
-
-def attention_weight(image: tuple[int, int, int], of_32: float = 250.0) -> float:
-    """The weight of the attention for images of other sizes than 32x32, for which the paper's is `of_32`.
-
-    A mean over the squared differences of unit vectors falls as their length, the number of pixels, grows.
-    """
-    return of_32 * image[0] * image[1] / 32**2
 
 
 def generator_loss(logits_t: Array, logits_s: Array, tau: Any = 1.0) -> Array:

@@ -1,4 +1,5 @@
 """Losses in closed form, the generator, what a round changes and what it must not, transition curves, the toy."""
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
 
 import flax.linen as nn
 import jax
@@ -10,6 +11,7 @@ import pytest
 from jaxstack.core import runner
 from jaxstack.core.errors import UserError
 from jaxstack.data.sources import ArrayData, SplitData
+from jaxstack.nn import attention_transfer as transfer
 from jaxstack.nn.conv import Conv
 from jaxstack.vision import few_shot_kt, zero_shot_toy
 from jaxstack.vision import zero_shot_kt as kt
@@ -86,22 +88,22 @@ def test_gradients_vanish_where_both_agree_and_stay_finite_where_the_teacher_sat
 def test_attention_sees_where_and_neither_scale_nor_order_of_channels():
     rng = np.random.default_rng(0)
     a = jnp.asarray(rng.normal(size=(3, 4, 5, 6)), jnp.float32)
-    assert np.square(kt.attention_map(a)).sum(-1) == pytest.approx(1.0, rel=1e-5)
-    assert kt.attention_map(a).shape == (3, 20)
+    assert np.square(transfer.attention_map(a)).sum(-1) == pytest.approx(1.0, rel=1e-5)
+    assert transfer.attention_map(a).shape == (3, 20)
     for other in (2.5 * a, a[..., ::-1], -a, jnp.concatenate([a, a], -1)):
-        assert kt.attention_transfer_loss([a], [other]) == pytest.approx(0.0, abs=1e-12)
+        assert transfer.attention_transfer_loss([a], [other]) == pytest.approx(0.0, abs=1e-12)
     b = jnp.asarray(rng.normal(size=(3, 4, 5, 2)), jnp.float32)
     one = lambda x: (x**2).mean(-1).reshape(3, -1) / np.linalg.norm((x**2).mean(-1).reshape(3, -1), axis=-1)[:, None]
     expected = np.square(one(np.asarray(a)) - one(np.asarray(b))).mean()
-    assert kt.attention_transfer_loss([a], [b]) == pytest.approx(expected, rel=1e-5)
-    assert kt.attention_transfer_loss([a, b], [b, a]) == pytest.approx(2 * expected, rel=1e-5)
-    assert kt.attention_transfer_loss([], []) == 0.0
-    zeros = jax.grad(lambda x: kt.attention_transfer_loss([a], [x]))(jnp.zeros_like(a))
+    assert transfer.attention_transfer_loss([a], [b]) == pytest.approx(expected, rel=1e-5)
+    assert transfer.attention_transfer_loss([a, b], [b, a]) == pytest.approx(2 * expected, rel=1e-5)
+    assert transfer.attention_transfer_loss([], []) == 0.0
+    zeros = jax.grad(lambda x: transfer.attention_transfer_loss([a], [x]))(jnp.zeros_like(a))
     assert np.isfinite(zeros).all()
     with pytest.raises(
         UserError, match=r"attention: found stages of \[\(4, 5\)\].*expected the teacher's \[\(2, 5\)\]"
     ):
-        kt.attention_transfer_loss([a[:, :2]], [a])
+        transfer.attention_transfer_loss([a[:, :2]], [a])
 
 
 def test_the_generator_has_the_papers_size_and_the_statistics_of_normalised_pixels():
@@ -218,7 +220,7 @@ def test_losses_with_labels_are_those_of_the_baselines():
     p, q = softmax(np.asarray(t) / 4), softmax(np.asarray(x) / 4)
     entropy = -np.log(softmax(np.asarray(x))[np.arange(6), labels])
     expected = 0.1 * entropy + 2 * 0.9 * 16 * (p * np.log(p / q)).mean(-1)
-    expected += 3000 * np.asarray(kt.attention_distance(taps[:1], taps[1:]))
+    expected += 3000 * np.asarray(transfer.attention_distance(taps[:1], taps[1:]))
     found = few_shot_kt.kd_at((x, tuple(taps[:1])), (labels, (t, tuple(taps[1:]))), h)
     assert found == pytest.approx(expected, rel=1e-4)
     assert few_shot_kt.labels_alone((x, ()), (labels, ()), h) == pytest.approx(entropy, rel=1e-5)
