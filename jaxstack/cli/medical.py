@@ -10,12 +10,15 @@ from jaxstack.cli.parsing import Commands, real, whole
 def add_commands(commands: Commands) -> None:
     """Add the commands of this file."""
     p = commands.add("phantoms", _phantoms, "Draw images with known truth, to try the medical methods without data.")
-    p.add_argument("kind", choices=("fundus",), help="fundus: photographs of the retina")
+    p.add_argument(
+        "kind", choices=("fundus", "oct"), help="photographs of the retina, or B-scans of retina and choroid"
+    )
     p.add_argument("--num", type=whole, default=20, help="images (default: 20)")
-    p.add_argument("--size", type=whole, default=128, help="pixels of a side (default: 128)")
-    p.add_argument("--severity", type=real, nargs=2, default=(0.0, 0.0), metavar=("LOW", "HIGH"), help="degraded, 0-1")
+    p.add_argument("--size", type=whole, nargs="+", help="pixels: a side of a photograph (128), or H W (128 192)")
+    p.add_argument("--severity", type=real, nargs=2, metavar=("LOW", "HIGH"), help="fundus: degraded, 0-1 (0 0)")
+    p.add_argument("--device", choices=("A", "B", "C"), help="oct: the scanner, of three (A)")
     p.add_argument("--seed", type=whole, default=0)
-    p.add_argument("--out", metavar="DIR", required=True, help="images, vessels/, traits.csv, labels.csv")
+    p.add_argument("--out", metavar="DIR", required=True, help="images, masks in folders, tables of the truth")
     p = commands.add("fit-quality", _fit, "Learn three classes of quality from a folder of photographs (QuickQual).")
     p.add_argument(
         "--data", metavar="DIR", required=True, help="with labels.csv: columns file, label (Good, Usable, Bad)"
@@ -33,8 +36,54 @@ def add_commands(commands: Commands) -> None:
 
 
 def _phantoms(args: argparse.Namespace, _: list[str]) -> None:
-    import csv
     from pathlib import Path
+
+    from jaxstack.core.errors import UserError
+
+    if args.num < 1:
+        raise UserError(f"--num {args.num}: expected at least 1")
+    sides = {"fundus": 1, "oct": 2}[args.kind]
+    if args.size is not None and len(args.size) != sides:
+        raise UserError(f"--size {' '.join(map(str, args.size))}: expected {sides} for {args.kind}")
+    for name, kind in (("severity", "fundus"), ("device", "oct")):
+        if args.kind != kind and getattr(args, name) is not None:
+            raise UserError(f"--{name}: expected none, it is for {kind}")
+    out = Path(args.out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out {args.out}: is there already and not an empty folder")
+    {"fundus": _fundus, "oct": _oct}[args.kind](args, out)
+
+
+def _oct(args: argparse.Namespace, out: Any) -> None:
+    import csv
+
+    import numpy as np
+    from PIL import Image
+
+    from jaxstack.medical.phantoms_oct import DEVICES, oct_set
+
+    device = DEVICES[args.device or "A"]
+    scans = oct_set(args.seed, args.num, device if args.size is None else device._replace(size=tuple(args.size)))
+    for folder in ("region", "vessels"):
+        (out / folder).mkdir(parents=True, exist_ok=True)
+    scales: list[tuple[str, ...]] = [("file", "um_x", "um_y", "fovea_x", "fovea_y")]
+    truth: list[tuple[str, ...]] = [("file", "mean_thickness_um", "area_mm2", "cvi")]
+    found = zip(scans.thickness_um().mean(-1), scans.area_mm2(), scans.cvi())
+    for i, values in enumerate(found):
+        name = f"scan{i:04d}.png"
+        Image.fromarray(np.round(scans.image[i] * 255.0).astype(np.uint8)).save(out / name)
+        Image.fromarray(scans.region[i]).save(out / "region" / name)
+        Image.fromarray(scans.vessels[i]).save(out / "vessels" / name)
+        scales.append((name, *(f"{v:.6f}" for v in (*scans.scale[i], *scans.fovea[i]))))
+        truth.append((name, *(f"{v:.6f}" for v in values)))
+    for table, rows in (("scales.csv", scales), ("truth.csv", truth)):
+        with open(out / table, "w", newline="") as file:
+            csv.writer(file).writerows(rows)
+    print(f"{args.num} phantoms: {out}; region/, vessels/, scales.csv (and foveas), truth.csv (of the whole choroid)")
+
+
+def _fundus(args: argparse.Namespace, out: Any) -> None:
+    import csv
 
     import jax
     import numpy as np
@@ -43,15 +92,10 @@ def _phantoms(args: argparse.Namespace, _: list[str]) -> None:
     from jaxstack.core.errors import UserError
     from jaxstack.medical import dart, phantoms, quickqual
 
-    low, high = args.severity
-    if args.num < 1:
-        raise UserError(f"--num {args.num}: expected at least 1")
+    low, high = args.severity or (0.0, 0.0)
     if not 0.0 <= low <= high <= 1.0:
         raise UserError(f"--severity {low:g} {high:g}: expected 0 <= LOW <= HIGH <= 1")
-    out = Path(args.out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out {args.out}: is there already and not an empty folder")
-    images, vessels = phantoms.fundus_set(args.seed, args.num, args.size)
+    images, vessels = phantoms.fundus_set(args.seed, args.num, args.size[0] if args.size else 128)
     values = dart.dimensions(vessels)
     if high > 0:
         images = np.asarray(dart.copies(jax.random.key(args.seed), images, low, high))
