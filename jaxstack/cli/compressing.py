@@ -45,6 +45,8 @@ def _compress(args: argparse.Namespace, _: list[str]) -> None:
     if learner.name != "classifier" or not hasattr(classifier.network(config), "mid_features"):
         what = config.model if learner.name == "classifier" else learner.name
         raise UserError(f"{args.run_dir}: found {what}, expected a classifier with --model wrn-D-W or densenet-bc-D-K")
+    if config.pointwise:
+        raise UserError(f"{args.run_dir}: found --pointwise {config.pointwise}, expected plain convolutions")
     if not 0.0 < args.keep <= 1.0:
         raise UserError(f"--keep {args.keep:g}: expected a share in (0, 1]")
     if args.updates < 1 or args.lr < 0:

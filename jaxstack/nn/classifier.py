@@ -23,8 +23,9 @@ from jaxstack.data.sources import ArrayData, SplitData
 from jaxstack.nn.conv import Conv
 from jaxstack.nn.optimisers import Schedule
 from jaxstack.nn.supervised import Model, Optimiser, accuracy, cross_entropy, linen, supervised
-from jaxstack.nn.vision import zoo
+from jaxstack.nn.vision import wrn, zoo
 from jaxstack.nn.vision.layers import Variance
+from jaxstack.nn.vision.separable import count_params, crs_factors, labels
 
 
 class Hypers(NamedTuple):
@@ -58,6 +59,14 @@ class Config(configs.Config):
     """mlp: width of each hidden layer; cnn: channels of each convolution."""
     mid_features: tuple[int, ...] = ()
     """wrn: middle channels of each block, densenet: of each layer; default: those of the literature."""
+    pointwise: str = ""
+    """wrn: separable convolutions with a structured map of channels in place of the blocks' 3x3 ones: dense, generic,
+    lowrank, shuffle, acdc, tt, tucker, hashed or hashed-full; default: plain convolutions."""
+    pointwise_size: float = 0.0
+    """Of the map: the rank as a share of max(C_in, C_out) (generic, lowrank), groups (shuffle), layers (acdc), ranks as
+    shares of the dimensions (tt, tucker), share of the weights (hashed, hashed-full); 0: a usual one."""
+    scaled_decay: bool = False
+    """Scale the weight decay of structured maps by the network's compression ratio."""
     variance: Variance = "torch"
     """Running variances of BatchNorm, but for mlp and cnn: unbiased as PyTorch's, or as flax's."""
     batch_norm: bool = True
@@ -95,6 +104,9 @@ class Config(configs.Config):
         rows = f"a divisor of batch_size={self.batch_size}"
         require(self, "data_parallel", self.batch_size % self.data_parallel == 0, rows)
         require_at_least(self, 0, "shift", "split_seed", "train_images", "size")
+        require_at_least(self, 0, "pointwise_size")
+        require(self, "pointwise_size", bool(self.pointwise) or not self.pointwise_size, "0 without --pointwise")
+        require(self, "scaled_decay", bool(self.pointwise) or not self.scaled_decay, "False without --pointwise")
         require_at_least(self, 0, "hypers.lr", "hypers.min_lr", "hypers.weight_decay")
         require_unit(self, "dropout", "warmup", "hypers.momentum", "hypers.b1", "hypers.b2", "hypers.ema_decay")
         require_unit(self, "hypers.label_smoothing")
@@ -163,11 +175,25 @@ def eval_source(config: Config) -> Source:
 def network(config: Config) -> Any:
     """The unbound network of a config. Raises `UserError` for an unknown one."""
     classes = images.facts(config.data).classes
-    if config.model in ("mlp", "cnn") and not config.mid_features:
+    if config.model in ("mlp", "cnn") and not config.mid_features and not config.pointwise:
         return Network(config.features, config.model == "cnn", config.batch_norm, config.dropout, classes)
     if config.model not in ("mlp", "cnn") and not zoo.known(config.model):
         require(config, "model", False, f"one of mlp, cnn, {zoo.NAMES}")
-    return zoo.network(config.model, classes, mid_features=config.mid_features or None, variance=config.variance)
+    maps: dict[str, Any] = dict(pointwise=config.pointwise, size=config.pointwise_size or None)
+    given: dict[str, Any] = dict(mid_features=config.mid_features or None, variance=config.variance)
+    return zoo.network(config.model, classes, **given, **maps)
+
+
+def decay_factors(config: Config) -> Any:
+    """Parameters -> factors of their weight decay by label, for networks with structured maps; else None."""
+    if not config.pointwise:
+        return None
+    if not config.scaled_decay:
+        return lambda params: crs_factors(labels(params), 1.0)
+    facts = images.facts(config.data)
+    net = network(config)
+    whole = wrn.param_count(net.depth, net.width, net.mid_features, facts.classes, image_shape(config)[2])
+    return lambda params: crs_factors(labels(params), count_params(params) / whole)
 
 
 def prepared(config: Config, x: Any) -> Array:
@@ -186,7 +212,13 @@ def classifier(config: Config = Config(), /, **changes: Any) -> Learner:
     """The learner of a config or of field values, hyperparameters among them. Raises `UserError`."""
     config = configs.replace(config, **changes) if changes else config
     optimiser = Optimiser(
-        config.optimiser, config.schedule, config.warmup, config.milestones, config.nesterov, config.clip
+        config.optimiser,
+        config.schedule,
+        config.warmup,
+        config.milestones,
+        config.nesterov,
+        config.clip,
+        factors=decay_factors(config),
     )
     return supervised(
         model_of(config),

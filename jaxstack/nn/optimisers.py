@@ -57,6 +57,7 @@ def adamw(
     weight_decay: Any = 0.0,
     max_grad_norm: Any = None,
     mask: Callable[[Any], Any] | None = None,
+    factors: Callable[[Any], Any] | None = None,
 ) -> optax.GradientTransformation:
     """Adam with decoupled weight decay (Loshchilov and Hutter, 2019) on clipped gradients.
 
@@ -66,11 +67,12 @@ def adamw(
         weight_decay: times the learning rate is what weights lose.
         max_grad_norm: global norm to clip gradients at; None leaves them.
         mask: parameters -> the tree of those that decay; default: all.
+        factors: parameters -> a tree of what the weight decay of each is multiplied by, in place of `mask`.
     """
     return optax.chain(
         *_clip(max_grad_norm),
         optax.scale_by_adam(b1, b2),
-        optax.add_decayed_weights(weight_decay, mask=mask),
+        _decay(weight_decay, mask, factors),
         optax.scale_by_learning_rate(rate),
     )
 
@@ -83,12 +85,13 @@ def sgd(
     weight_decay: Any = 0.0,
     max_grad_norm: Any = None,
     mask: Callable[[Any], Any] | None = None,
+    factors: Callable[[Any], Any] | None = None,
 ) -> optax.GradientTransformation:
     """Gradient descent with PyTorch's momentum, in which weight decay is part of the gradient (L2); arguments as in
     `adamw`."""
     return optax.chain(
         *_clip(max_grad_norm),
-        optax.add_decayed_weights(weight_decay, mask=mask),
+        _decay(weight_decay, mask, factors),
         optax.trace(momentum, nesterov),
         optax.scale_by_learning_rate(rate),
     )
@@ -97,6 +100,13 @@ def sgd(
 def weights_only(params: Any) -> Any:
     """True for arrays of two or more axes: biases and the scales of normalisations do not decay."""
     return jax.tree.map(lambda x: x.ndim > 1, params)
+
+
+def _decay(weight_decay: Any, mask: Any, factors: Callable[[Any], Any] | None) -> optax.GradientTransformation:
+    if factors is None:
+        return optax.add_decayed_weights(weight_decay, mask=mask)
+    one = lambda g, p, factor: g + (weight_decay * factor) * p
+    return optax.stateless(lambda grads, params: jax.tree.map(one, grads, params, factors(params)))
 
 
 def _clip(max_grad_norm: Any) -> tuple[optax.GradientTransformation, ...]:

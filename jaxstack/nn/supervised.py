@@ -159,6 +159,8 @@ class Optimiser(NamedTuple):
     """Whether gradients are clipped at `max_grad_norm`."""
     decay: Callable[[Any], Any] | None = optimisers.weights_only
     """Parameters -> the tree of those that decay; None: all."""
+    factors: Callable[[Any], Any] | None = None
+    """Parameters -> a tree of what the weight decay of each is multiplied by, in place of `decay`."""
 
     def rate(self, hypers: Any, step: Any, num_steps: Any) -> Array:
         """Learning rate of a step, from 0."""
@@ -168,7 +170,7 @@ class Optimiser(NamedTuple):
     def make(self, hypers: Any, num_steps: Any) -> optax.GradientTransformation:
         """The transformation. Raises `UserError` for an unknown kind."""
         rate = lambda step: self.rate(hypers, step, num_steps)
-        shared = dict(weight_decay=hypers.weight_decay, mask=self.decay)
+        shared = dict(weight_decay=hypers.weight_decay, mask=self.decay, factors=self.factors)
         shared |= dict(max_grad_norm=hypers.max_grad_norm if self.clip else None)
         if self.kind == "sgd":
             return optimisers.sgd(rate, momentum=hypers.momentum, nesterov=self.nesterov, **shared)
@@ -256,7 +258,9 @@ def supervised(
         average = s.ema
         if ema:
             d = s.hypers.ema_decay
-            average = jax.tree.map(lambda a, x: d * a + (1.0 - d) * x, s.ema, {"params": params, **stats})
+            # indices and counts have no average
+            one = lambda a, x: d * a + (1.0 - d) * x if jnp.issubdtype(x.dtype, jnp.inexact) else x
+            average = jax.tree.map(one, s.ema, {"params": params, **stats})
         found = {f"train/{k}": mean(f(outputs, targets, s.hypers)) for k, f in metrics.items()}
         rate = optimiser.rate(s.hypers, s.step, s.total)
         found |= {"loss/train": value, "train/lr": rate, "train/grad_norm": optax.global_norm(grads)}

@@ -14,6 +14,7 @@ from jaxtyping import Array
 
 from jaxstack.core.errors import UserError
 from jaxstack.nn.vision.layers import BatchNorm, Variance, conv, head, masked, of_blocks
+from jaxstack.nn.vision.separable import SeparableConv, layer_params
 
 STEM = 16
 
@@ -29,10 +30,21 @@ class Block(nn.Module):
     mid: int
     stride: int = 1
     variance: Variance = "torch"
+    pointwise: str = ""
+    """Kind of the map of channels where the 3x3 convolutions are separable ones; "": plain convolutions."""
+    size: float | None = None
+    reference_compat: bool = False
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False, mask: Array | None = None) -> Array:
         """[N, H, W, C] -> [N, H / stride, W / stride, features]; mask [mid] or [N, mid]."""
+        separable = (self.pointwise, self.size, self.reference_compat)
+
+        def layer(features: int, stride: int, name: str) -> Any:
+            if self.pointwise:
+                return SeparableConv(features, (3, 3), stride, *separable, name=name)
+            return conv(features, 3, stride, name=name)
+
         changes = x.shape[-1] != self.features or self.stride != 1
         if not self.mid and not changes:
             return x
@@ -40,9 +52,9 @@ class Block(nn.Module):
         shortcut = conv(self.features, 1, self.stride, name="shortcut")(active) if changes else x
         if not self.mid:
             return shortcut
-        h = conv(self.mid, 3, self.stride, name="conv1")(active)
+        h = layer(self.mid, self.stride, "conv1")(active)
         h = masked(jax.nn.relu(BatchNorm(self.variance, name="bn2")(h, train)), mask)
-        return conv(self.features, name="conv2")(h) + shortcut
+        return layer(self.features, 1, "conv2")(h) + shortcut
 
 
 class WRN(nn.Module):
@@ -54,13 +66,48 @@ class WRN(nn.Module):
     mid_features: tuple[int, ...] | None = None
     """Middle channels of each block, 0 or more; default: as many as it gives out."""
     variance: Variance = "torch"
+    pointwise: str = ""
+    """Kind of `structured.KINDS` of the separable convolutions in place of the blocks' 3x3 ones; "": plain ones. Stem
+    and shortcuts stay."""
+    size: float | None = None
+    """Of the structured maps, see `structured.SIZES`; None: the value there."""
+    reference_compat: bool = False
+    """Of the separable convolutions."""
 
     def middle(self) -> tuple[int, ...]:
         """Middle channels of each block."""
         return tuple(block_features(self.depth, self.width, self.mid_features)[1])
 
+    def conv_shapes(self) -> list[tuple[int, int]]:
+        """Channels in and out of each 3x3 convolution of the blocks."""
+        before, found = STEM, []
+        for out, mid, _ in zip(*block_features(self.depth, self.width, self.mid_features)):
+            found += [(before, mid), (mid, out)] if mid else []
+            before = out
+        return found
+
+    def param_count(self, channels: int = 3) -> int:
+        """Trained numbers in closed form, separable convolutions among them, for images of so many channels.
+
+        Raises:
+            UserError: for a size that makes no structured map of some convolution's channels.
+        """
+        total = param_count(self.depth, self.width, self.mid_features, self.classes, channels)
+        if not self.pointwise:
+            return total
+        for shape in self.conv_shapes():
+            own = layer_params(shape, self.pointwise, self.size, reference_compat=self.reference_compat)
+            total += own - 9 * shape[0] * shape[1]
+        return total
+
     def torch_name(self, modules: tuple[str, ...]) -> str:
-        """The name of a layer in the state dicts of BayesWatch's and xternalz's networks."""
+        """The name of a layer in the state dicts of BayesWatch's and xternalz's networks.
+
+        Raises:
+            UserError: for separable convolutions, whose weights have other forms there.
+        """
+        if self.pointwise:
+            raise UserError(f"pointwise={self.pointwise!r}: weights of PyTorch are those of plain convolutions")
         block, *part = modules
         if not part:
             return {"stem": "conv1", "bn": "bn1", "Dense_0": "fc"}[block]
@@ -87,7 +134,8 @@ class WRN(nn.Module):
         x = conv(STEM, name="stem")(x)
         each = of_blocks(masks, len(outs), "masks")
         for i, (features, mid, stride, mask) in enumerate(zip(outs, mids, strides, each)):
-            x = Block(features, mid, stride, self.variance, name=f"block{i}")(x, train, mask)
+            own = (features, mid, stride, self.variance, self.pointwise, self.size, self.reference_compat)
+            x = Block(*own, name=f"block{i}")(x, train, mask)
             if i % last == last - 1:
                 found.append(x)
         x = jax.nn.relu(BatchNorm(self.variance, name="bn")(x, train))

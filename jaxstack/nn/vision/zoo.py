@@ -30,7 +30,13 @@ _PLAIN: dict[str, Any] = {
 
 
 def network(
-    name: str, classes: int = 10, *, mid_features: Sequence[int] | None = None, variance: Variance = "torch"
+    name: str,
+    classes: int = 10,
+    *,
+    mid_features: Sequence[int] | None = None,
+    variance: Variance = "torch",
+    pointwise: str = "",
+    size: float | None = None,
 ) -> Any:
     """An unbound network.
 
@@ -41,18 +47,24 @@ def network(
         classes: number of logits.
         mid_features: middle channels of each block, for wrn-D-W and densenet-bc-D-K.
         variance: of BatchNorm's running variance.
+        pointwise: kind of the separable convolutions of wrn-D-W, see `WRN`; "": plain convolutions.
+        size: of their structured maps.
 
     Returns:
         A flax module, see the package's docstring.
 
     Raises:
-        UserError: for an unknown name, a depth or width that there is none of, or middle widths that do not fit.
+        UserError: for an unknown name, a depth or width that there is none of, or middle widths or structured maps that
+            do not fit.
     """
     mid = None if mid_features is None else tuple(mid_features)
     if match := _WRN.fullmatch(name):
-        found = WRN(int(match[1]), float(match[2]), classes, mid, variance)
+        found = WRN(int(match[1]), float(match[2]), classes, mid, variance, pointwise, size)
         found.middle()
+        found.param_count()  # refuses maps that do not fit
         return found
+    if pointwise:
+        raise UserError(f"pointwise: {name} has no separable convolutions, expected a network wrn-D-W")
     if match := _DENSE.fullmatch(name):
         found = DenseNet(int(match[1]), int(match[2]), classes, mid, variance)
         found.middle()
