@@ -1,4 +1,4 @@
-"""`jaxstack compress`: a trained classifier with fewer channels."""
+"""`jaxstack compress`: a trained classifier with fewer channels, or a student of it with cheaper blocks."""
 
 import argparse
 from collections.abc import Mapping
@@ -13,29 +13,148 @@ def add_commands(commands: Commands) -> None:
     p = commands.add(
         "compress",
         _compress,
-        "Remove channels of a trained classifier one by one, with training in between (prune-and-tune), and store the "
-        "smaller network as a run of its own.",
+        "Store a smaller network than a trained classifier as a run of its own: channels removed one by one with "
+        "training in between (prune-and-tune), or a student whose blocks are cheaper (blockswap).",
     )
     p.add_argument("run_dir", metavar="RUN", help="of `jaxstack train classifier`, wrn-D-W or densenet-bc-D-K")
-    p.add_argument("--method", default="fisher", metavar="NAME", help="fisher, l1, l1-normalised, l1-signed or random")
-    p.add_argument("--keep", type=real, default=0.5, help="share of the middle channels that stay, in (0, 1]")
+    p.add_argument(
+        "--method",
+        default="fisher",
+        metavar="NAME",
+        help="fisher, l1, l1-normalised, l1-signed or random remove channels; blockswap swaps blocks of a wrn-D-W",
+    )
     p.add_argument("--out", metavar="DIR", required=True, help="a new directory")
-    p.add_argument("--updates", type=whole, default=100, help="between two removals; default: 100, as the paper")
+    p.add_argument(
+        "--updates",
+        type=whole,
+        help="between two removals, default: 100, as the paper; of a student: the run's",
+    )
     p.add_argument("--batch-size", type=whole, help="default: the run's")
-    p.add_argument("--lr", type=real, default=8e-4, help="of these updates")
-    p.add_argument("--seed", type=whole, default=0, help="of the batches")
+    p.add_argument("--lr", type=real, help="default: 8e-4 between removals, 0.1 for a student")
+    p.add_argument("--seed", type=whole, default=0, help="of all draws")
+    pruning = p.add_argument_group("removing channels")
+    pruning.add_argument("--keep", type=real, help="share of the middle channels that stay, in (0, 1]; default: 0.5")
+    swap = p.add_argument_group("blockswap")
+    swap.add_argument("--budget", type=real, help="share of the run's parameters, or, from 2 on, their number")
+    swap.add_argument("--candidates", type=whole, default=1000, help="networks near the budget that are scored")
+    swap.add_argument("--minibatches", type=whole, default=1, help="of the scores")
+    swap.add_argument("--beta", type=real, help="weight of the attention; default: 1000 for 32x32 pixels")
     row_flags(p)
 
 
 def _compress(args: argparse.Namespace, _: list[str]) -> None:
+    from jaxstack.core import rundir
+    from jaxstack.core.errors import UserError
+
+    swaps = args.method == "blockswap"
+    for option, value, instead in (("--budget", args.budget, "--keep"), ("--keep", args.keep, "--budget")):
+        if value is not None and swaps == (option == "--keep"):
+            raise UserError(f"{option} {value:g}: found with --method {args.method}, expected {instead}")
+    rundir.RunDir.check(args.out)
+    (_swap if swaps else _prune)(args)
+
+
+def _store(args: argparse.Namespace, teacher: tuple[Any, Any], learner: Any, state: Any, facts: dict[str, Any]) -> None:
+    """Write the smaller network's run and compress.json, and print both networks."""
     import json
     from pathlib import Path
 
     import jax
 
-    from jaxstack.core import rundir, runner
-    from jaxstack.core.errors import UserError
+    from jaxstack.core import runner
     from jaxstack.core.files import write_whole
+    from jaxstack.nn import classifier
+
+    x, _ = classifier.arrays(teacher[0], "train")
+    runner.save(learner, jax.tree.map(lambda v: v[None], state), [args.seed], args.out)
+    facts = {"run": args.run_dir, "method": args.method, **facts}
+    facts["networks"] = _table({args.run_dir: teacher, args.out: (learner.config, state)}, x)
+    write_whole(Path(args.out) / "compress.json", json.dumps(facts, indent=1))
+    print(f"run: {args.out}")
+
+
+def _swap(args: argparse.Namespace) -> None:
+    import jax
+
+    from jaxstack.core import runner
+    from jaxstack.core.errors import UserError
+    from jaxstack.nn import attention_transfer as transfer
+    from jaxstack.nn import classifier
+    from jaxstack.nn.supervised import variables, with_variables
+    from jaxstack.nn.vision.wrn import WRN
+    from jaxstack.vision import blockswap as bs
+
+    if args.budget is None:
+        raise UserError("--budget: expected a share of the run's parameters, or their number, with --method blockswap")
+    updates, beta, lr = args.updates, args.beta, 0.1 if args.lr is None else args.lr
+    for option, value in (("candidates", args.candidates), ("minibatches", args.minibatches), ("updates", updates)):
+        if value is not None and value < 1:
+            raise UserError(f"--{option} {value}: expected at least 1")
+    if lr < 0 or (beta is not None and beta < 0):
+        raise UserError(f"--lr {lr:g}, --beta {0 if beta is None else beta:g}: expected numbers of 0 or more")
+    learner, state = runs.one_row(args, acts=False)
+    config = learner.config
+    network = classifier.network(config) if learner.name == "classifier" else None
+    if not isinstance(network, WRN):
+        what = config.model if network is not None else learner.name
+        raise UserError(f"{args.run_dir}: found {what}, expected a classifier with --model wrn-D-W")
+    whole = sum(v.size for v in jax.tree.leaves(state.params))
+    image = classifier.image_shape(config)
+    space = bs.Space(network.depth, network.width, network.classes, image[2])
+    budget = args.budget if args.budget >= 2 else args.budget * whole
+    low, high = bs.budget_range(space)
+    if not low <= budget <= high:
+        shares = f"{low / whole:.4g} to {high / whole:.4g}, or " if args.budget < 2 else ""
+        raise UserError(
+            f"--budget {args.budget:g}: expected {shares}{low} to {high} parameters, those of the smallest and the "
+            "largest candidate"
+        )
+    x, y = classifier.arrays(config, "train")
+    size = config.batch_size if args.batch_size is None else args.batch_size
+    if not 1 <= size <= len(x):
+        raise UserError(f"--batch-size {size}: expected 1 to {len(x)}, the number of images")
+    beta = transfer.attention_weight(image, 1000.0) if beta is None else beta
+
+    k_search, k_rows, k_move = jax.random.split(jax.random.key(args.seed), 3)
+    batches = []
+    for i in range(args.minibatches):
+        at = jax.random.choice(jax.random.fold_in(k_rows, i), len(x), (size,), replace=False)
+        moved, labels = classifier.augmented(config, jax.random.fold_in(k_move, i), (jax.numpy.asarray(x)[at], y[at]))
+        batches.append((classifier.prepared(config, moved), jax.numpy.asarray(labels)))
+    shown = max(1, args.candidates // 10)
+
+    def tell(done: int) -> None:
+        if done % shown == 0 or done == args.candidates:
+            print(f"{done} of {args.candidates} candidates scored")
+
+    found = bs.search(k_search, batches, budget, space, args.candidates, tell=tell)
+    kinds, best = found.names(0), found.order[0]
+    print(
+        f"blocks: {' '.join(kinds)}; {found.parameters[best]:,} parameters, Fisher potential {found.scores[best]:.4g}"
+    )
+    own = bs.student_config(config, kinds, config.num_updates if updates is None else updates, size, lr)
+    pupil = bs.student(
+        own, config, jax.tree.map(lambda v: v[None], variables(state)), transfer.Hypers(lr=lr, beta=beta)
+    )
+    trained = runner.train(pupil, seeds=[args.seed], eval_every=-1).state
+    made = classifier.classifier(own)
+    one = jax.tree.map(lambda v: v[0], {"params": trained.params, **trained.stats})
+    facts = {
+        "budget": args.budget,
+        "candidates": args.candidates,
+        "minibatches": args.minibatches,
+        "updates": own.num_updates,
+        "beta": beta,
+        "kinds": list(kinds),
+        "scores": [float(v) for v in found.scores],
+    }
+    _store(args, (config, state), made, with_variables(made, one, own.num_updates), facts)
+
+
+def _prune(args: argparse.Namespace) -> None:
+    import jax
+
+    from jaxstack.core.errors import UserError
     from jaxstack.nn import classifier
     from jaxstack.nn.supervised import variables, with_variables
     from jaxstack.vision import structured_pruning as sp
@@ -47,19 +166,22 @@ def _compress(args: argparse.Namespace, _: list[str]) -> None:
         raise UserError(f"{args.run_dir}: found {what}, expected a classifier with --model wrn-D-W or densenet-bc-D-K")
     if config.pointwise:
         raise UserError(f"{args.run_dir}: found --pointwise {config.pointwise}, expected plain convolutions")
-    if not 0.0 < args.keep <= 1.0:
-        raise UserError(f"--keep {args.keep:g}: expected a share in (0, 1]")
-    if args.updates < 1 or args.lr < 0:
-        raise UserError(f"--updates {args.updates}, --lr {args.lr:g}: expected at least 1 update, a rate of 0 or more")
+    if config.kinds:
+        raise UserError(f"{args.run_dir}: found block types {' '.join(config.kinds)}, expected a network without")
+    keep, updates = 0.5 if args.keep is None else args.keep, 100 if args.updates is None else args.updates
+    lr = 8e-4 if args.lr is None else args.lr
+    if not 0.0 < keep <= 1.0:
+        raise UserError(f"--keep {keep:g}: expected a share in (0, 1]")
+    if updates < 1 or lr < 0:
+        raise UserError(f"--updates {updates}, --lr {lr:g}: expected at least 1 update, a rate of 0 or more")
     criterion = sp.criterion_number(args.method)
-    rundir.RunDir.check(args.out)
     network = classifier.network(config)
     mid = network.middle()
-    removals = sum(mid) - max(1, round(args.keep * sum(mid)))
+    removals = sum(mid) - max(1, round(keep * sum(mid)))
     x, y = classifier.arrays(config, "train")
     batch_size = config.batch_size if args.batch_size is None else args.batch_size
-    rows = sp.shuffled_rows(len(x), removals, args.updates, batch_size, args.seed)
-    tuning = sp.Tuning(args.lr, float(state.hypers.momentum), float(state.hypers.weight_decay))
+    rows = sp.shuffled_rows(len(x), removals, updates, batch_size, args.seed)
+    tuning = sp.Tuning(lr, float(state.hypers.momentum), float(state.hypers.weight_decay))
 
     def change(key: jax.Array, x: jax.Array) -> jax.Array:
         return classifier.prepared(config, classifier.augmented(config, key, (x, None))[0])
@@ -74,14 +196,9 @@ def _compress(args: argparse.Namespace, _: list[str]) -> None:
         if (n + 1) % shown == 0 or n + 1 == removals:
             print(f"{n + 1} of {removals} channels removed: {' '.join(map(str, sp.widths(pruned.masks)))} left")
     left, small = sp.compress({"params": pruned.params, **pruned.stats}, pruned.masks)
-    made = classifier.classifier(config, mid_features=left, num_updates=max(1, removals * args.updates))
+    made = classifier.classifier(config, mid_features=left, num_updates=max(1, removals * updates))
     new = with_variables(made, small, made.config.num_updates, state.hypers)
-    one = lambda tree: jax.tree.map(lambda v: v[None], tree)
-    runner.save(made, one(new), [args.seed], args.out)
-    facts = {"run": args.run_dir, "method": args.method, "keep": args.keep, "updates": args.updates}
-    facts["networks"] = _table({args.run_dir: (config, state), args.out: (made.config, new)}, x)
-    write_whole(Path(args.out) / "compress.json", json.dumps(facts, indent=1))
-    print(f"run: {args.out}")
+    _store(args, (config, state), made, new, {"keep": keep, "updates": updates})
 
 
 def _table(nets: Mapping[str, tuple[Any, Any]], x: Any) -> dict[str, dict[str, float]]:

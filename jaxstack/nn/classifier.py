@@ -67,6 +67,8 @@ class Config(configs.Config):
     shares of the dimensions (tt, tucker), share of the weights (hashed, hashed-full); 0: a usual one."""
     scaled_decay: bool = False
     """Scale the weight decay of structured maps by the network's compression ratio."""
+    kinds: tuple[str, ...] = ()
+    """wrn: type of each block, as Conv, DConv, A2B2; default: Conv. Not with `mid_features` or `pointwise`."""
     variance: Variance = "torch"
     """Running variances of BatchNorm, but for mlp and cnn: unbiased as PyTorch's, or as flax's."""
     batch_norm: bool = True
@@ -175,12 +177,13 @@ def eval_source(config: Config) -> Source:
 def network(config: Config) -> Any:
     """The unbound network of a config. Raises `UserError` for an unknown one."""
     classes = images.facts(config.data).classes
-    if config.model in ("mlp", "cnn") and not config.mid_features and not config.pointwise:
+    if config.model in ("mlp", "cnn") and not (config.mid_features or config.pointwise or config.kinds):
         return Network(config.features, config.model == "cnn", config.batch_norm, config.dropout, classes)
     if config.model not in ("mlp", "cnn") and not zoo.known(config.model):
         require(config, "model", False, f"one of mlp, cnn, {zoo.NAMES}")
     maps: dict[str, Any] = dict(pointwise=config.pointwise, size=config.pointwise_size or None)
     given: dict[str, Any] = dict(mid_features=config.mid_features or None, variance=config.variance)
+    given |= dict(kinds=config.kinds or None)
     return zoo.network(config.model, classes, **given, **maps)
 
 

@@ -83,6 +83,16 @@ def masked(h: Array, mask: Array | None) -> Array:
     return h * (mask if mask.ndim == 1 else mask[:, None, None, :])
 
 
+def branch_output(module: nn.Module, h: Array) -> Array:
+    """The output of a residual branch, as it is; applied with mutable "branches" it is kept there, and applied with
+    "perturbations" those are added, so that the gradient by zeros is the one by the output."""
+    if module.is_initializing():
+        return h
+    h = module.perturb("branch", h)
+    module.sow("branches", "branch", h, reduce_fn=lambda old, new: new, init_fn=lambda: jnp.zeros(()))
+    return h
+
+
 def of_blocks(values: Sequence[Any] | None, count: int, what: str) -> Sequence[Any]:
     """`values`, one for each of `count` blocks; None: as many Nones. Raises `UserError` naming `what`."""
     if values is None:

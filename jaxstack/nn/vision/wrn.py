@@ -1,8 +1,8 @@
-"""Wide residual networks (Zagoruyko and Komodakis, 2016), pre-activation, with a middle width for each block.
+"""Wide residual networks (Zagoruyko and Komodakis, 2016), pre-activation, with a middle width or a type for each block.
 
 WRN-d-w has three stages of n = (d - 4) / 6 blocks with 16 w, 32 w and 64 w channels; a block is BN-ReLU-conv3x3 to its
 middle width, BN-ReLU-mask, conv3x3, plus the shortcut. Reduced, bottleneck, pruned and copycat networks differ in
-`depth`, `width` and `mid_features` alone.
+`depth`, `width` and `mid_features` alone; with `kinds` each block has one of the 23 types of `substitutes`.
 """
 
 from collections.abc import Sequence
@@ -13,8 +13,9 @@ import jax
 from jaxtyping import Array
 
 from jaxstack.core.errors import UserError
-from jaxstack.nn.vision.layers import BatchNorm, Variance, conv, head, masked, of_blocks
+from jaxstack.nn.vision.layers import BatchNorm, Variance, branch_output, conv, head, masked, of_blocks
 from jaxstack.nn.vision.separable import SeparableConv, layer_params
+from jaxstack.nn.vision.substitutes import Unit, block_params, units_of
 
 STEM = 16
 
@@ -23,7 +24,7 @@ class Block(nn.Module):
     """A pre-activation block: BN, ReLU, 3x3 to `mid` channels, BN, ReLU, mask, 3x3 to `features`, plus the shortcut.
 
     Where channels or size change, the shortcut is a 1x1 convolution of the activated input, else the raw input. With no
-    middle channels the block is its shortcut alone.
+    middle channels the block is its shortcut alone. Of another type than Conv, `mid` is `features`.
     """
 
     features: int
@@ -34,6 +35,10 @@ class Block(nn.Module):
     """Kind of the map of channels where the 3x3 convolutions are separable ones; "": plain convolutions."""
     size: float | None = None
     reference_compat: bool = False
+    kind: str = "Conv"
+    """One of `substitutes.KINDS`."""
+    units: int = 2
+    """Convolutions, or substitutes of one, in the branch."""
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False, mask: Array | None = None) -> Array:
@@ -43,6 +48,9 @@ class Block(nn.Module):
         def layer(features: int, stride: int, name: str) -> Any:
             if self.pointwise:
                 return SeparableConv(features, (3, 3), stride, *separable, name=name)
+            if self.kind != "Conv":
+                unit = Unit(self.kind, features, stride, self.variance, name=name)
+                return lambda h: unit(h, train)
             return conv(features, 3, stride, name=name)
 
         changes = x.shape[-1] != self.features or self.stride != 1
@@ -53,8 +61,10 @@ class Block(nn.Module):
         if not self.mid:
             return shortcut
         h = layer(self.mid, self.stride, "conv1")(active)
-        h = masked(jax.nn.relu(BatchNorm(self.variance, name="bn2")(h, train)), mask)
-        return layer(self.features, 1, "conv2")(h) + shortcut
+        if self.units == 2:
+            h = masked(jax.nn.relu(BatchNorm(self.variance, name="bn2")(h, train)), mask)
+            h = layer(self.features, 1, "conv2")(h)
+        return branch_output(self, h) + shortcut
 
 
 class WRN(nn.Module):
@@ -72,11 +82,22 @@ class WRN(nn.Module):
     size: float | None = None
     """Of the structured maps, see `structured.SIZES`; None: the value there."""
     reference_compat: bool = False
-    """Of the separable convolutions."""
+    """Of the separable convolutions; with `kinds` every block of a stage has as many units as the type of the stage's
+    first one, as BlockSwap's released scores are computed."""
+    kinds: tuple[str, ...] | None = None
+    """Type of each block, see `substitutes`; not with `mid_features` or `pointwise`."""
 
     def middle(self) -> tuple[int, ...]:
-        """Middle channels of each block."""
+        """Middle channels of each block. Raises `UserError` for values that do not fit."""
+        self.types()
         return tuple(block_features(self.depth, self.width, self.mid_features)[1])
+
+    def types(self) -> list[tuple[str, int]]:
+        """(type, units) of each block. Raises `UserError` for types that do not fit."""
+        for name, value in (("mid_features", self.mid_features), ("pointwise", self.pointwise or None)):
+            if self.kinds is not None and value is not None:
+                raise UserError(f"{name}: found {value} for a network of given block types, expected none")
+        return block_units(self.depth, self.width, self.kinds, self.reference_compat)
 
     def conv_shapes(self) -> list[tuple[int, int]]:
         """Channels in and out of each 3x3 convolution of the blocks."""
@@ -92,7 +113,8 @@ class WRN(nn.Module):
         Raises:
             UserError: for a size that makes no structured map of some convolution's channels.
         """
-        total = param_count(self.depth, self.width, self.mid_features, self.classes, channels)
+        own = (self.classes, channels, self.kinds, self.reference_compat)
+        total = param_count(self.depth, self.width, self.mid_features, *own)
         if not self.pointwise:
             return total
         for shape in self.conv_shapes():
@@ -101,7 +123,7 @@ class WRN(nn.Module):
         return total
 
     def torch_name(self, modules: tuple[str, ...]) -> str:
-        """The name of a layer in the state dicts of BayesWatch's and xternalz's networks.
+        """The name of a layer in the state dicts of BayesWatch's and xternalz's networks, with `kinds` BlockSwap's.
 
         Raises:
             UserError: for separable convolutions, whose weights have other forms there.
@@ -111,8 +133,14 @@ class WRN(nn.Module):
         block, *part = modules
         if not part:
             return {"stem": "conv1", "bn": "bn1", "Dense_0": "fc"}[block]
-        stage, i = divmod(int(block.removeprefix("block")), (self.depth - 4) // 6)
-        return f"block{stage + 1}.layer.{i}.{'convShortcut' if part[0] == 'shortcut' else part[0]}"
+        number = int(block.removeprefix("block"))
+        stage, i = divmod(number, (self.depth - 4) // 6)
+        if part[0] == "shortcut":
+            part = ["convShortcut"]
+        elif self.kinds is not None and self.kinds[number] == "Conv" and part[0].startswith("conv"):
+            part = [part[0], "conv"]
+        list_of = "" if self.kinds is None else ".0"
+        return f"block{stage + 1}{list_of}.layer.{i}.{'.'.join(part)}"
 
     @nn.compact
     def __call__(
@@ -129,12 +157,15 @@ class WRN(nn.Module):
         Returns:
             Logits [N, classes], or (logits, (stage 1, stage 2, stage 3)).
         """
+        if self.kinds is not None and masks is not None:
+            raise UserError("masks: found some for a network of given block types, expected none")
+        types = self.types()
         outs, mids, strides = block_features(self.depth, self.width, self.mid_features)
         found, last = [], len(outs) // 3
         x = conv(STEM, name="stem")(x)
         each = of_blocks(masks, len(outs), "masks")
-        for i, (features, mid, stride, mask) in enumerate(zip(outs, mids, strides, each)):
-            own = (features, mid, stride, self.variance, self.pointwise, self.size, self.reference_compat)
+        for i, (features, mid, stride, kind, mask) in enumerate(zip(outs, mids, strides, types, each)):
+            own = (features, mid, stride, self.variance, self.pointwise, self.size, self.reference_compat, *kind)
             x = Block(*own, name=f"block{i}")(x, train, mask)
             if i % last == last - 1:
                 found.append(x)
@@ -161,18 +192,44 @@ def block_features(
     return outs, list(mids), strides
 
 
+def block_units(
+    depth: int, width: float, kinds: Sequence[str] | None = None, reference_compat: bool = False
+) -> list[tuple[str, int]]:
+    """(type, units) of each block. Raises `UserError` for types that are unknown or not one for each block, or groups
+    that do not divide a block's channels."""
+    outs, _, _ = block_features(depth, width)
+    types = ["Conv"] * len(outs) if kinds is None else list(of_blocks(kinds, len(outs), "block types"))
+    before = STEM
+    for kind, out in zip(types, outs):
+        block_params(kind, before, out)
+        before = out
+    each = len(outs) // 3
+    return [(kind, units_of(types[i // each * each] if reference_compat else kind)) for i, kind in enumerate(types)]
+
+
 def param_count(
-    depth: int, width: float, mid_features: Sequence[int] | None = None, classes: int = 10, channels: int = 3
+    depth: int,
+    width: float,
+    mid_features: Sequence[int] | None = None,
+    classes: int = 10,
+    channels: int = 3,
+    kinds: Sequence[str] | None = None,
+    reference_compat: bool = False,
 ) -> int:
     """Trained numbers of a WRN, BatchNorm's running statistics not among them, in closed form.
 
     Args:
-        depth, width, mid_features, classes: as of `WRN`.
+        depth, width, mid_features, classes, kinds, reference_compat: as of `WRN`.
         channels: of the images.
     """
     outs, mids, strides = block_features(depth, width, mid_features)
+    types = block_units(depth, width, kinds, reference_compat)
     total, before = 9 * channels * STEM, STEM
-    for out, mid, stride in zip(outs, mids, strides):
+    for out, mid, stride, (kind, units) in zip(outs, mids, strides, types):
+        if kinds is not None:
+            total += block_params(kind, before, out, stride, units)
+            before = out
+            continue
         changes = before != out or stride != 1
         total += before * out * changes
         if mid or changes:

@@ -37,6 +37,7 @@ def network(
     variance: Variance = "torch",
     pointwise: str = "",
     size: float | None = None,
+    kinds: Sequence[str] | None = None,
 ) -> Any:
     """An unbound network.
 
@@ -49,20 +50,24 @@ def network(
         variance: of BatchNorm's running variance.
         pointwise: kind of the separable convolutions of wrn-D-W, see `WRN`; "": plain convolutions.
         size: of their structured maps.
+        kinds: type of each block of wrn-D-W, see `substitutes`; not with `mid_features` or `pointwise`.
 
     Returns:
         A flax module, see the package's docstring.
 
     Raises:
-        UserError: for an unknown name, a depth or width that there is none of, or middle widths or structured maps that
-            do not fit.
+        UserError: for an unknown name, a depth or width that there is none of, or middle widths, structured maps or
+            block types that do not fit.
     """
     mid = None if mid_features is None else tuple(mid_features)
     if match := _WRN.fullmatch(name):
-        found = WRN(int(match[1]), float(match[2]), classes, mid, variance, pointwise, size)
+        types = None if kinds is None else tuple(kinds)
+        found = WRN(int(match[1]), float(match[2]), classes, mid, variance, pointwise, size, kinds=types)
         found.middle()
         found.param_count()  # refuses maps that do not fit
         return found
+    if kinds is not None:
+        raise UserError(f"block types: {name} takes none, expected a network wrn-D-W")
     if pointwise:
         raise UserError(f"pointwise: {name} has no separable convolutions, expected a network wrn-D-W")
     if match := _DENSE.fullmatch(name):
