@@ -250,6 +250,8 @@ METHODS: tuple[Method, ...] = (
         "Signature-kernel based evaluation metrics for forecasting",
         2026,
         arxiv=("2602.10182",),
+        claim="jaxstack.claims.signature_mmd:claim",
+        tests="tests/measures/test_signature_mmd.py",
     ),
     Method("halo", "series", "Hamiltonian latent operators", 2022, arxiv=("2112.01641",)),
     Method(

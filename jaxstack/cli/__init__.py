@@ -18,6 +18,7 @@ from jaxstack.cli import (
     distilling,
     exporting,
     figures,
+    forecasting,
     listing,
     medical,
     scores,
@@ -47,6 +48,7 @@ Train agents and sequence models in JAX, whole runs and all seeds in one program
   jaxstack distil RUN --out DIR                   a smaller classifier from a trained one's weights alone
   jaxstack phantoms fundus --out DIR              images with known truth, for the medical methods
   jaxstack grade-fundus PATH --quality F --out DIR   quality and a trait of each photograph, as a table
+  jaxstack score-forecasts F G --observed O --training T   forecasts of whole trajectories, and of their tails
   jaxstack plot RUN RUN ...                       learning curves with intervals
   jaxstack render RUN --out episode.gif           watch an episode
   jaxstack export RUN DIR                         the policy for other programs
@@ -128,6 +130,7 @@ def parser() -> argparse.ArgumentParser:
         compressing,
         tuning,
         distilling,
+        forecasting,
         medical,
         claims,
     ):
