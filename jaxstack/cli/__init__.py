@@ -21,6 +21,7 @@ from jaxstack.cli import (
     forecasting,
     listing,
     medical,
+    oct,
     scores,
     training,
     tuning,
@@ -48,6 +49,7 @@ Train agents and sequence models in JAX, whole runs and all seeds in one program
   jaxstack distil RUN --out DIR                   a smaller classifier from a trained one's weights alone
   jaxstack phantoms fundus --out DIR              images with known truth, for the medical methods
   jaxstack grade-fundus PATH --quality F --out DIR   quality and a trait of each photograph, as a table
+  jaxstack analyse-oct PATH --model RUN --out DIR    thickness, area and vessels of the choroid, as a table
   jaxstack score-forecasts F G --observed O --training T   forecasts of whole trajectories, and of their tails
   jaxstack plot RUN RUN ...                       learning curves with intervals
   jaxstack render RUN --out episode.gif           watch an episode
@@ -132,6 +134,7 @@ def parser() -> argparse.ArgumentParser:
         distilling,
         forecasting,
         medical,
+        oct,
         claims,
     ):
         group.add_commands(commands)

@@ -137,22 +137,6 @@ def _fit(args: argparse.Namespace, _: list[str]) -> None:
     print(f"{len(labels)} photographs ({of_class}); accuracy on these {found['accuracy']:.3f}: {args.out}")
 
 
-def _files(paths: list[str]) -> list[Any]:
-    """The files that are named, and those in the folders that are named, but for tables."""
-    from pathlib import Path
-
-    from jaxstack.core.errors import UserError
-
-    files: list[Path] = []
-    for path in map(Path, paths):
-        if not path.exists():
-            raise UserError(f"{path}: not found")
-        files += sorted(p for p in path.iterdir() if p.is_file() and p.suffix != ".csv") if path.is_dir() else [path]
-    if not files:
-        raise UserError(f"{', '.join(paths)}: no files")
-    return files
-
-
 def _trait(run: str) -> Callable[[Any], dict[str, Any]]:
     """path -> columns of the trait, by a run of dart."""
     import jax
@@ -210,11 +194,12 @@ def _grade(args: argparse.Namespace, _: list[str]) -> int:
     import pandas as pd
 
     from jaxstack.core.errors import UserError
+    from jaxstack.medical import io
 
     if args.model is None and args.quality is None:
         raise UserError("--model, --quality: expected at least one of them")
     graders = [make(given) for make, given in ((_quality, args.quality), (_trait, args.model)) if given is not None]
-    files, rows = _files(args.paths), []
+    files, rows = io.image_files(args.paths), []
     for path in files:
         row: dict[str, Any] = {"file": str(path), "status": "ok", "reason": ""}
         try:

@@ -13,6 +13,7 @@ from PIL import Image
 
 from jaxstack.core.errors import UserError
 from jaxstack.core.learner import Key
+from jaxstack.medical.io import opened
 from jaxstack.nn.conv import Conv
 
 HAZE = (0.85, 0.65, 0.5)
@@ -58,16 +59,10 @@ def read_pixels(path: str | Path) -> np.ndarray:
     Raises:
         UserError: for a file that is no image, is broken, or is of another kind; the message names it.
     """
-    try:
-        with Image.open(path) as image:
-            if image.mode.startswith(("I", "F")):
-                raise UserError(f"{path}: found mode {image.mode}, expected 8 bits per channel")
-            frames = getattr(image, "n_frames", 1)
-            if frames > 1:
-                raise UserError(f"{path}: found {frames} frames, expected one image")
-            return np.asarray(image.convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
-        raise UserError(f"{path}: cannot be read as an image ({e})") from e
+    with opened(path) as image:
+        if image.mode.startswith(("I", "F")):
+            raise UserError(f"{path}: found mode {image.mode}, expected 8 bits per channel")
+        return np.asarray(image.convert("RGB"))
 
 
 def read_photograph(path: str | Path, size: int) -> np.ndarray:
