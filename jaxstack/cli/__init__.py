@@ -23,6 +23,7 @@ from jaxstack.cli import (
     medical,
     oct,
     scores,
+    segmenting,
     training,
     tuning,
 )
@@ -49,6 +50,7 @@ Train agents and sequence models in JAX, whole runs and all seeds in one program
   jaxstack distil RUN --out DIR                   a smaller classifier from a trained one's weights alone
   jaxstack phantoms fundus --out DIR              images with known truth, for the medical methods
   jaxstack grade-fundus PATH --quality F --out DIR   quality and a trait of each photograph, as a table
+  jaxstack segment-oct PATH --model RUN --out DIR    masks of the choroid in OCT B-scans
   jaxstack analyse-oct PATH --model RUN --out DIR    thickness, area and vessels of the choroid, as a table
   jaxstack score-forecasts F G --observed O --training T   forecasts of whole trajectories, and of their tails
   jaxstack plot RUN RUN ...                       learning curves with intervals
@@ -135,6 +137,7 @@ def parser() -> argparse.ArgumentParser:
         forecasting,
         medical,
         oct,
+        segmenting,
         claims,
     ):
         group.add_commands(commands)

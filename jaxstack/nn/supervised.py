@@ -188,6 +188,7 @@ def supervised(
     num_steps: int,
     hypers: Any = Hypers(),
     ema: bool = False,
+    ema_from: float = 0.0,
     teacher: Callable[[Any, Any], Any] | None = None,
     teachers: Any = None,
     data_parallel: int = 1,
@@ -209,6 +210,7 @@ def supervised(
         num_steps: steps of a whole run, over which the schedule reaches.
         hypers: default hyperparameters, with the fields that `optimiser`, `loss` and `ema` read.
         ema: keep averages of weights and statistics, which evaluation and prediction then use.
+        ema_from: share of the run's steps before which the average is the last weights.
         teacher: (variables, inputs) -> outputs, e.g. `Model.apply`, for a loss of distillation.
         teachers: the teacher's variables, leaves [S, ...], one for each seed; they are part of the state.
         data_parallel: devices that share the rows of a batch.
@@ -258,6 +260,8 @@ def supervised(
         average = s.ema
         if ema:
             d = s.hypers.ema_decay
+            if ema_from:
+                d = jnp.where(s.step < jnp.round(ema_from * s.total), 0.0, d)
             # indices and counts have no average
             one = lambda a, x: d * a + (1.0 - d) * x if jnp.issubdtype(x.dtype, jnp.inexact) else x
             average = jax.tree.map(one, s.ema, {"params": params, **stats})

@@ -182,6 +182,7 @@ def test_other_files(tmp_path):
 NETWORKS = {
     "efficientnet-lite0": (4_652_008, 1281 * 1000),
     "densenet121": (6_953_856 + 1025 * 1000, 1025 * 1000),
+    "mobilenet-v3-large": (5_483_032, 961 * 1280 + 1281 * 1000),
 }
 
 
@@ -197,16 +198,20 @@ def test_networks_have_their_counts_and_names(kind):
     rng = np.random.default_rng(0)
     variables = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), whole)
     state = to_torch(variables, names)
-    back = from_torch(whole, state | {"x.num_batches_tracked": np.int64(1)}, names)
+    back = from_torch(whole, state | {"x.num_batches_tracked": np.array(1)}, names)
     jax.tree.map(np.testing.assert_array_equal, back, variables)
-    key = {"efficientnet-lite0": "_blocks.1._depthwise_conv.weight", "densenet121": "features.conv0.weight"}[kind]
-    assert state[key].shape == {"efficientnet-lite0": (96, 1, 3, 3), "densenet121": (64, 3, 7, 7)}[kind]
+    key, shape = {
+        "efficientnet-lite0": ("_blocks.1._depthwise_conv.weight", (96, 1, 3, 3)),
+        "densenet121": ("features.conv0.weight", (64, 3, 7, 7)),
+        "mobilenet-v3-large": ("blocks.2.0.se.conv_reduce.weight", (24, 72, 1, 1)),
+    }[kind]
+    assert state[key].shape == shape
     some = "features.denseblock4.denselayer16.norm2.running_var"
-    assert kind == "efficientnet-lite0" or state[some].shape == (128,)
+    assert kind != "densenet121" or state[some].shape == (128,)
     broken = dict(state)
     broken.pop(key)
     broken["extra"] = np.zeros(3)
-    last = {"efficientnet-lite0": "_fc", "densenet121": "classifier"}[kind]
+    last = {"efficientnet-lite0": "_fc"}.get(kind, "classifier")
     broken[f"{last}.bias"] = np.zeros(7)
     message = rf"w: {key} is missing; extra is unknown; {last}.bias has shape \[7\], expected \[1000\]"
     with pytest.raises(UserError, match=message):

@@ -9,13 +9,14 @@ from jaxstack.nn.vision.densenet import DenseNet, DenseNet121
 from jaxstack.nn.vision.efficientnet_lite import EfficientNetLite0
 from jaxstack.nn.vision.layers import Variance
 from jaxstack.nn.vision.lenet import LeNet
+from jaxstack.nn.vision.mobilenet_v3 import MobileNetV3
 from jaxstack.nn.vision.plain import VGG16, MobileNetV1, MobileNetV2
 from jaxstack.nn.vision.resnet import ResNet
 from jaxstack.nn.vision.wrn import WRN
 
 NAMES = (
     "lenet, wrn-D-W, densenet-bc-D-K, densenet121, resnet-18|34|50[-imagenet], vgg-16, mobilenet-v1, mobilenet-v2, "
-    "efficientnet-lite0"
+    "mobilenet-v3-large, efficientnet-lite0"
 )
 _WRN = re.compile(r"wrn-(\d+)-(\d+(?:\.\d+)?)")
 _DENSE = re.compile(r"densenet-bc-(\d+)-(\d+)")
@@ -24,6 +25,7 @@ _PLAIN: dict[str, Any] = {
     "vgg-16": VGG16,
     "mobilenet-v1": MobileNetV1,
     "mobilenet-v2": MobileNetV2,
+    "mobilenet-v3-large": MobileNetV3,
     "densenet121": DenseNet121,
     "efficientnet-lite0": EfficientNetLite0,
 }
@@ -44,7 +46,7 @@ def network(
     Args:
         name: lenet, wrn-D-W with depth and width (wrn-10-2, wrn-40-1.5), densenet-bc-D-K with depth and growth
             (densenet-bc-100-12), resnet-D for small images or resnet-D-imagenet, vgg-16, mobilenet-v1, mobilenet-v2,
-            densenet121, efficientnet-lite0.
+            mobilenet-v3-large, densenet121, efficientnet-lite0.
         classes: number of logits.
         mid_features: middle channels of each block, for wrn-D-W and densenet-bc-D-K.
         variance: of BatchNorm's running variance.
