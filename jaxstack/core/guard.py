@@ -85,10 +85,12 @@ def guarded(
         if causes is not None:
             causes[:] = found
         good = jnp.stack([*found.values(), jnp.bool_(True)])
-        ok = alive.ok & good.all()
+        first = jnp.argmin(good)
+        # not good.all(): XLA would make it a chain over all leaves and compile the chain into the choice of each leaf
+        ok = alive.ok & good[first]
         fails = alive.ok & ~ok
         failed = jnp.where(fails, number, alive.failed_step)
-        cause = jnp.where(fails, jnp.argmin(good).astype(jnp.int32), alive.cause)
+        cause = jnp.where(fails, first.astype(jnp.int32), alive.cause)
         keep = _kept(new)
         state = jax.tree.map(lambda n, o: n if n is o or not keep(n) else _where(ok, n, o), new, state)
         return state, Alive(ok, failed, cause), _shown(metrics)
