@@ -222,6 +222,8 @@ METHODS: tuple[Method, ...] = (
         "Separable layers enable structured efficient linear substitutions",
         2019,
         arxiv=("1906.00859",),
+        claim="jaxstack.claims.separable_layers:claim",
+        tests="tests/vision/test_separable_layers.py",
     ),
     Method(
         "grouped-convolutions",
