@@ -206,7 +206,15 @@ METHODS: tuple[Method, ...] = (
         claim="jaxstack.claims.naswot:claim",
         tests="tests/vision/test_naswot.py",
     ),
-    Method("blockswap", "vision", "BlockSwap: Fisher-guided block substitution", 2020, arxiv=("1906.04113",)),
+    Method(
+        "blockswap",
+        "vision",
+        "BlockSwap: Fisher-guided block substitution",
+        2020,
+        arxiv=("1906.04113",),
+        claim="jaxstack.claims.blockswap:claim",
+        tests="tests/vision/test_blockswap.py",
+    ),
     Method(
         "structured-pruning",
         "vision",

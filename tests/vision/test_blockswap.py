@@ -392,7 +392,7 @@ def run_dir(tmp_path_factory):
 
 def test_the_command_stores_a_student_of_the_budget(run_dir, tmp_path, capsys):
     out = tmp_path / "small"
-    options = ["--method", "blockswap", "--budget", "0.35", "--candidates", "3", "--updates", "2", "--batch-size", "8"]
+    options = ["--method", "blockswap", "--budget", "0.35", "--candidates", "2", "--updates", "2", "--batch-size", "8"]
     assert cli.main(["compress", str(run_dir), *options, "--out", str(out)]) == 0
     printed = capsys.readouterr().out
     facts = json.loads((out / "compress.json").read_text())
@@ -404,7 +404,7 @@ def test_the_command_stores_a_student_of_the_budget(run_dir, tmp_path, capsys):
     count = wrn.param_count(10, 1, None, 10, 1, facts["kinds"])
     assert abs(count / whole - 0.35) < 0.025 * 0.35
     assert facts["networks"][str(out)]["parameters"] == count
-    assert (facts["method"], facts["budget"], facts["candidates"], facts["updates"]) == ("blockswap", 0.35, 3, 2)
+    assert (facts["method"], facts["budget"], facts["candidates"], facts["updates"]) == ("blockswap", 0.35, 2, 2)
     assert cli.main(["evaluate", str(out)]) == 0
     accuracy = float(capsys.readouterr().out.split("eval/accuracy: ")[1].split()[0])
     assert facts["networks"][str(out)]["valid_error"] == pytest.approx(1 - accuracy, abs=1e-3)
