@@ -300,8 +300,8 @@ claim = Claim(
         "32 for the scores (the paper: WRN-40-2 on CIFAR-10, ResNet-34 on ImageNet, 1,000 candidates, "
         "minibatches of 128, 200 epochs). All arms have the settings of the released code, none is tuned; the "
         "weight of the attention follows the number of pixels. The 60 candidates are the same for all seeds, "
-        "which differ in minibatch, weights, teacher and training. The highest and lowest scores are over- "
-        "represented where the correlation is measured."
+        "which differ in minibatch, weights, teacher and training. The highest and lowest scores are "
+        "over-represented where the correlation is measured."
     ),
     scales={"small": small},
     baselines=(RANDOM, BOTTOM, *RIVALS),
