@@ -323,7 +323,17 @@ METHODS: tuple[Method, ...] = (
         tests="tests/medical/test_quickqual.py",
     ),
     Method("deepgpet", "medical", "DeepGPET: analysis of the choroid in OCT", 2023, arxiv=("2307.00904",)),
-    Method("choroidalyzer", "medical", "Choroidalyzer: choroidal analysis in OCT", 2023, arxiv=("2312.02956",)),
+    Method(
+        "choroidalyzer",
+        "medical",
+        "Choroidalyzer: choroidal analysis in OCT",
+        2023,
+        arxiv=("2312.02956",),
+        factory="jaxstack.medical.choroidalyzer:choroidalyzer",
+        claim="jaxstack.claims.choroidalyzer:claim",
+        extras=("medical",),
+        tests="tests/medical/test_choroidalyzer.py",
+    ),
     Method("reachnet", "medical", "REACHNet: choroid segmentation in OCT", 2024, arxiv=("2405.14453",)),
     # learners that methods are compared with
     Method(

@@ -82,6 +82,7 @@ TINY = {
         widths=(2, 2, 2, 2),
         hidden=4,
     ),
+    "choroidalyzer": dict(size=(32, 32), channels=(2, 2), num_train=8, num_valid=3, batch_size=4, num_updates=3),
 }
 OPTIONS = dict(progress=False, chunk=1)
 
