@@ -288,6 +288,10 @@ METHODS: tuple[Method, ...] = (
         "Diffusion models for counterfactual generation in brain images",
         2023,
         arxiv=("2308.02062",),
+        factory="jaxstack.medical.diffusion_counterfactual:diffusion_counterfactual",
+        claim="jaxstack.claims.diffusion_counterfactual:claim",
+        extras=("medical",),
+        tests="tests/medical/test_diffusion_counterfactual.py",
     ),
     Method(
         "stroke-ct", "medical", "Identifying acute ischemic stroke lesions on brain CT", 2023, arxiv=("2309.17320",)

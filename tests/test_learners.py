@@ -73,6 +73,21 @@ TINY = {
         task="parity", task_args=("length=6",), features=4, depth=1, batch_size=4, num_updates=3, eval_examples=8
     ),
     "classifier": dict(features=(4,), batch_size=16, num_updates=3),
+    "diffusion-counterfactual": dict(
+        template="ellipses",
+        size=16,
+        num_train=8,
+        num_valid=3,
+        batch_size=4,
+        num_updates=3,
+        features=2,
+        multiples=(1,),
+        stem=2,
+        depth=1,
+        widths=(2, 2, 2),
+        noise_level=40,
+        steps=2,
+    ),
     "dart": dict(
         size=32,
         num_train=8,

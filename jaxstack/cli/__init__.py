@@ -15,6 +15,7 @@ from jaxstack.cli import (
     claims,
     collecting,
     compressing,
+    counterfactuals,
     distilling,
     exporting,
     figures,
@@ -138,6 +139,7 @@ def parser() -> argparse.ArgumentParser:
         medical,
         oct,
         segmenting,
+        counterfactuals,
         claims,
     ):
         group.add_commands(commands)

@@ -11,10 +11,14 @@ def add_commands(commands: Commands) -> None:
     """Add the commands of this file."""
     p = commands.add("phantoms", _phantoms, "Draw images with known truth, to try the medical methods without data.")
     p.add_argument(
-        "kind", choices=("fundus", "oct"), help="photographs of the retina, or B-scans of retina and choroid"
+        "kind",
+        choices=("fundus", "oct", "mri", "ct"),
+        help="photographs of the retina, B-scans of retina and choroid, or slices of brains, half with a lesion",
     )
     p.add_argument("--num", type=whole, default=20, help="images (default: 20)")
-    p.add_argument("--size", type=whole, nargs="+", help="pixels: a side of a photograph (128), or H W (128 192)")
+    p.add_argument(
+        "--size", type=whole, nargs="+", help="pixels: a side (fundus 128, mri, ct 64), or H W (oct 128 192)"
+    )
     p.add_argument("--severity", type=real, nargs=2, metavar=("LOW", "HIGH"), help="fundus: degraded, 0-1 (0 0)")
     p.add_argument("--device", choices=("A", "B", "C"), help="oct: the scanner, of three (A)")
     p.add_argument("--seed", type=whole, default=0)
@@ -42,7 +46,7 @@ def _phantoms(args: argparse.Namespace, _: list[str]) -> None:
 
     if args.num < 1:
         raise UserError(f"--num {args.num}: expected at least 1")
-    sides = {"fundus": 1, "oct": 2}[args.kind]
+    sides = 2 if args.kind == "oct" else 1
     if args.size is not None and len(args.size) != sides:
         raise UserError(f"--size {' '.join(map(str, args.size))}: expected {sides} for {args.kind}")
     for name, kind in (("severity", "fundus"), ("device", "oct")):
@@ -51,7 +55,29 @@ def _phantoms(args: argparse.Namespace, _: list[str]) -> None:
     out = Path(args.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {args.out}: is there already and not an empty folder")
-    {"fundus": _fundus, "oct": _oct}[args.kind](args, out)
+    {"fundus": _fundus, "oct": _oct, "mri": _brains, "ct": _brains}[args.kind](args, out)
+
+
+def _brains(args: argparse.Namespace, out: Any) -> None:
+    import numpy as np
+    from PIL import Image
+
+    from jaxstack.medical.brain import brain_set
+
+    size, lesions = args.size[0] if args.size else 64, args.num // 2
+    # CT in the brain window, 40 +- 40 HU
+    grey = lambda x: np.round(np.clip(x if args.kind == "mri" else x / 80.0, 0.0, 1.0) * 255.0).astype(np.uint8)
+    for folder, lesion, count in (("healthy", False, args.num - lesions), ("lesion", True, lesions)):
+        (out / folder).mkdir(parents=True, exist_ok=True)
+        (out / "masks").mkdir(exist_ok=True)
+        if not count:
+            continue
+        images, masks = brain_set(args.seed, count, size, args.kind, lesion)
+        for i, (image, mask) in enumerate(zip(images, masks)):
+            Image.fromarray(grey(image)).save(out / folder / f"{folder}{i:04d}.png")
+            if lesion:
+                Image.fromarray(mask).save(out / "masks" / f"{folder}{i:04d}.png")
+    print(f"{args.num} phantoms: {out}; healthy/, lesion/, masks/ (of the lesions)")
 
 
 def _oct(args: argparse.Namespace, out: Any) -> None:

@@ -272,6 +272,8 @@ class Config(configs.Config):
     """Sides of images that have attention."""
     stem: int = 32
     """Channels of the autoencoder's first layer; 128 as released."""
+    depth: int = 2
+    """Blocks of each of its stages."""
     widths: tuple[int, ...] = (16, 32, 64)
     """Of the classifier; three of them."""
     noise_level: int = 500
@@ -296,7 +298,17 @@ class Config(configs.Config):
 
     def validate(self) -> None:
         require_at_least(
-            self, 1, "num_train", "num_valid", "features", "num_blocks", "stem", "stride", "steps", "batch_size"
+            self,
+            1,
+            "num_train",
+            "num_valid",
+            "features",
+            "num_blocks",
+            "stem",
+            "depth",
+            "stride",
+            "steps",
+            "batch_size",
         )
         require_at_least(self, 1, "num_updates")
         require_at_least(self, 0, "data_seed", "alpha", "beta", "hypers.lr", "hypers.min_lr", "hypers.weight_decay")
@@ -403,7 +415,7 @@ class Nets(NamedTuple):
 def networks(config: Config) -> Nets:
     """The networks, without their weights."""
     unet = DenoisingUNet(config.features, config.multiples, config.num_blocks, config.attention)
-    return Nets(unet, Autoencoder(stem=config.stem), Classifier(config.widths))
+    return Nets(unet, Autoencoder(stem=config.stem, depth=config.depth), Classifier(config.widths))
 
 
 def _model(config: Config, schedule: Schedule) -> Model:
@@ -491,6 +503,12 @@ def saliency_of(config: Config, given: Any, images: Array) -> Array:
         config.beta,
         config.steps,
     )
+
+
+def reconstructed(config: Config, given: Any, images: Array) -> Array:
+    """Images [B, N, N, 1] as the learned autoencoder of healthy ones gives them back."""
+    autoencoder: Any = networks(config).autoencoder
+    return autoencoder.apply({c: given[c]["autoencoder"] for c in ("params", "batch_stats")}, images)
 
 
 def denoiser_of(config: Config, given: Any) -> EpsFn:

@@ -46,16 +46,17 @@ class Autoencoder(nn.Module):
     channels: int = 1
     stem: int = 128
     widths: tuple[int, int, int] = (6, 12, 16)
+    depth: int = 2
+    """Blocks of each stage."""
 
     def setup(self) -> None:
         a, b, c = self.widths
         self.first = Conv(self.stem, padding=1, use_bias=False, kernel_init=nn.initializers.he_normal())
         self.first_norm = nn.BatchNorm(momentum=0.9, epsilon=1e-5)
-        self.encoder = [_Block(a), _Block(a), _Block(b, 2), _Block(b), _Block(c, 2), _Block(c)]
-        self.decoder = [
-            *(_Block(c, 2, True), _Block(c, up=True), _Block(b, 2, True), _Block(b, up=True)),
-            *(_Block(b, up=True), _Block(b, up=True)),
-        ]
+        more = self.depth - 1
+        stage = lambda width, scale, up: [_Block(width, scale, up), *(_Block(width, up=up) for _ in range(more))]
+        self.encoder = [*stage(a, 1, False), *stage(b, 2, False), *stage(c, 2, False)]
+        self.decoder = [*stage(c, 2, True), *stage(b, 2, True), *stage(b, 1, True)]
         self.last = Conv(self.channels, padding=1, use_bias=False)
 
     def encode(self, x: Float[Array, "b h w c"], train: bool = False) -> Float[Array, "b h4 w4 z"]:
@@ -136,12 +137,12 @@ def saliency_pair(
     z0 = apply_enc(x)
     start = apply_dec(z0)
 
-    def difference(target: int) -> Array:
-        z = counterfactual(apply_cls, apply_dec, z0, jnp.full(len(x), target), alpha, beta, steps)
-        return jnp.abs(apply_dec(z) - start)
-
     def scaled(d: Array) -> Array:
         most = d.max((1, 2, 3), keepdims=True)
         return d / jnp.where(most > 0, most, 1.0)
 
-    return scaled(scaled(difference(1)) + (difference(0) if reference_compat else scaled(difference(0))))
+    # both classes at once: each image moves by itself
+    target = jnp.repeat(jnp.arange(2), len(x))
+    z = counterfactual(apply_cls, apply_dec, jnp.concatenate([z0, z0]), target, alpha, beta, steps)
+    towards_0, towards_1 = jnp.split(jnp.abs(apply_dec(z) - jnp.concatenate([start, start])), 2)
+    return scaled(scaled(towards_1) + (towards_0 if reference_compat else scaled(towards_0)))

@@ -3,9 +3,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import ndimage
 
+from jaxstack import cli
 from jaxstack.core.errors import UserError
 from jaxstack.medical import brain
 from jaxstack.medical import diffusion_counterfactual as dc
@@ -217,3 +219,38 @@ def test_bad_input_is_one_line(call, message):
 def test_bad_folders_are_one_line(tmp_path):
     with pytest.raises(UserError, match="healthy: found 0 files, expected at least 10 images"):
         dc.parts(dc.Config(data=str(tmp_path)))
+
+
+def test_the_command_tells_of_each_file_and_refuses_other_runs(tmp_path, capsys):
+    tiny = [
+        "--size",
+        "16",
+        "--features",
+        "2",
+        "--multiples",
+        "1",
+        "--stem",
+        "2",
+        "--depth",
+        "1",
+        "--widths",
+        "2",
+        "2",
+        "2",
+    ]
+    assert cli.main(["phantoms", "mri", "--num", "22", "--size", "16", "--out", str(tmp_path / "slices")]) in (None, 0)
+    assert len(list((tmp_path / "slices" / "masks").iterdir())) == 11
+    training = ["train", "diffusion-counterfactual", "--data", str(tmp_path / "slices"), *tiny, "--batch-size", "4"]
+    training += ["--num-updates", "2", "--noise-level", "40", "--steps", "2", "--run-dir", str(tmp_path / "run")]
+    assert cli.main([*training, "--no-progress"]) in (None, 0)
+    (tmp_path / "slices" / "lesion" / "broken.png").write_bytes(b"no image")
+    command = ["counterfactual", str(tmp_path / "slices" / "lesion"), "--model", str(tmp_path / "run")]
+    assert cli.main([*command, "--out", str(tmp_path / "out")]) == 0
+    table = pd.read_csv(tmp_path / "out" / "results.csv")
+    assert list(table.status).count("ok") == 11
+    assert "cannot be read as an image" in table.reason[0]
+    assert table.p_lesion[1:].between(0, 1).all()
+    assert len(list((tmp_path / "out" / "overlays").iterdir())) == 11
+    capsys.readouterr()
+    assert cli.main([*command, "--threshold", "2", "--out", str(tmp_path / "other")]) == 2
+    assert "--threshold 2: expected more than 0 and less than 1" in capsys.readouterr().err
