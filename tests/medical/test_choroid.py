@@ -1,5 +1,4 @@
 """Measures of the choroid: closed forms on slabs, boundaries, ragged ends, volume."""
-# pyright: reportArgumentType=false, reportCallIssue=false
 
 import jax
 import jax.numpy as jnp

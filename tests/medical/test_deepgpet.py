@@ -1,5 +1,4 @@
 """DeepGPET: the tracer on known edges, augmentation, padding, folders, weights, commands."""
-# pyright: reportArgumentType=false, reportOptionalCall=false, reportCallIssue=false
 
 import csv
 import shutil

@@ -1,5 +1,4 @@
 """BlockSwap: counts to the unit, budgets, the Fisher potential in closed form and in pieces, students, the command."""
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
 
 import json
 from typing import Any

@@ -1,6 +1,4 @@
 """Structured maps against dense ones, counts to the unit, scaled weight decay, networks, students, bad input."""
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportOperatorIssue=false
-# pyright: reportCallIssue=false, reportIndexIssue=false
 
 import jax
 import jax.numpy as jnp

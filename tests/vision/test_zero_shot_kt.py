@@ -1,5 +1,4 @@
 """Losses in closed form, the generator, what a round changes and what it must not, transition curves, the toy."""
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
 
 import flax.linen as nn
 import jax
