@@ -326,7 +326,17 @@ METHODS: tuple[Method, ...] = (
         extras=("medical",),
         tests="tests/medical/test_quickqual.py",
     ),
-    Method("deepgpet", "medical", "DeepGPET: analysis of the choroid in OCT", 2023, arxiv=("2307.00904",)),
+    Method(
+        "deepgpet",
+        "medical",
+        "DeepGPET: analysis of the choroid in OCT",
+        2023,
+        arxiv=("2307.00904",),
+        factory="jaxstack.medical.deepgpet:deepgpet",
+        claim="jaxstack.claims.deepgpet:claim",
+        extras=("medical",),
+        tests="tests/medical/test_deepgpet.py",
+    ),
     Method(
         "choroidalyzer",
         "medical",

@@ -99,6 +99,16 @@ TINY = {
     ),
     "choroidalyzer": dict(size=(32, 32), channels=(2, 2), num_train=8, num_valid=3, batch_size=4, num_updates=3),
 }
+TINY["deepgpet"] = dict(
+    size=(32, 32),
+    num_train=6,
+    num_valid=3,
+    batch_size=3,
+    num_updates=3,
+    width=0.1,
+    decoder=(2, 2, 2, 2, 2),
+    most_blocks=1,
+)
 OPTIONS = dict(progress=False, chunk=1)
 
 
