@@ -22,52 +22,34 @@ def _run(args: argparse.Namespace, _: list[str]) -> int:
 
     import jax
     import numpy as np
-    import pandas as pd
     from PIL import Image
 
-    from jaxstack.cli import runs
-    from jaxstack.core import runner
+    from jaxstack.cli import folders, runs
     from jaxstack.core.errors import UserError
-    from jaxstack.medical.diffusion_counterfactual import read_grey
+    from jaxstack.medical.diffusion_counterfactual import Config, read_grey
     from jaxstack.medical.io import image_files
 
     if not 0.0 < args.threshold < 1.0:
         raise UserError(f"--threshold {args.threshold:g}: expected more than 0 and less than 1")
-    learner, plan = runs.load(args.model)
-    if learner.name != "diffusion-counterfactual":
-        raise UserError(f"--model {args.model}: found a run of {learner.name}, expected diffusion-counterfactual")
-    if len({*plan.get("settings", [0])}) > 1:
-        raise UserError(f"--model {args.model}: found a sweep of several settings, expected a run of one")
-    state, alive = runner.stored(learner, args.model)
-    state = jax.tree.map(lambda x: x[np.flatnonzero(alive)], state)
+    learner, state = runs.trained(args.model, "diffusion-counterfactual", Config)
     explain = jax.jit(jax.vmap(learner.predict, in_axes=(0, None)))
     files, size, out = image_files(args.paths), learner.config.size, Path(args.out)
     for folder in ("healthy", "anomaly", "overlays"):
         (out / folder).mkdir(parents=True, exist_ok=True)
+    names = dict(zip(files, folders.names(files)))
     grey = lambda x: np.round(np.clip(x, 0.0, 1.0) * 255.0).astype(np.uint8)
-    rows: list[dict[str, Any]] = []
-    names: set[str] = set()
-    for path in files:
-        row: dict[str, Any] = {"file": str(path), "status": "ok", "reason": ""}
-        try:
-            image = read_grey(path, size)
-            if path.stem in names:
-                raise UserError(f"{path}: another file has the name {path.stem} too")
-            names.add(path.stem)
-            # the mean over seeds
-            found = jax.tree.map(lambda x: np.asarray(x)[:, 0].mean(0), explain(state, image[None, ..., None]))
-            healthy, above = found.counterfactual[..., 0], found.anomaly > args.threshold
-            row |= {"p_lesion": f"{found.lesion:.6f}", "anomaly_max": f"{found.anomaly.max():.6f}"}
-            row |= {"anomaly_px": int(above.sum()), "anomaly_share": f"{above.mean():.6f}", "side_px": size}
-            picture = np.repeat(grey(image)[..., None], 3, 2)
-            picture[above] = picture[above] // 2 + np.array([127, 0, 0], np.uint8)
-            for folder, pixels in (("healthy", grey(healthy)), ("anomaly", grey(found.anomaly)), ("overlays", picture)):
-                Image.fromarray(pixels).save(out / folder / f"{path.stem}.png")
-        except UserError as e:
-            row |= {"status": "skipped", "reason": str(e).removeprefix(f"{path}: ")}
-            print(f"{path}: {row['reason']}, skipped")
-        rows.append(row)
-    pd.DataFrame(rows).to_csv(out / "results.csv", index=False)
-    good = sum(row["status"] == "ok" for row in rows)
-    print(f"{good} of {len(files)} files: {out / 'results.csv'}; healthy/, anomaly/, overlays/")
-    return 0 if good else 2
+
+    def measure(path: Path) -> dict[str, Any]:
+        image = read_grey(path, size)
+        # the mean over seeds
+        found = jax.tree.map(lambda x: np.asarray(x)[:, 0].mean(0), explain(state, image[None, ..., None]))
+        above = found.anomaly > args.threshold
+        picture = np.repeat(grey(image)[..., None], 3, 2)
+        picture[above] = picture[above] // 2 + np.array([127, 0, 0], np.uint8)
+        pictures = {"healthy": grey(found.counterfactual[..., 0]), "anomaly": grey(found.anomaly), "overlays": picture}
+        for folder, pixels in pictures.items():
+            Image.fromarray(pixels).save(out / folder / f"{names[path]}.png")
+        row = {"p_lesion": f"{found.lesion:.6f}", "anomaly_max": f"{found.anomaly.max():.6f}"}
+        return row | {"anomaly_px": int(above.sum()), "anomaly_share": f"{above.mean():.6f}", "side_px": size}
+
+    return folders.write_table(files, out, measure, "; healthy/, anomaly/, overlays/")

@@ -169,17 +169,10 @@ def _trait(run: str) -> Callable[[Any], dict[str, Any]]:
     import numpy as np
 
     from jaxstack.cli import runs
-    from jaxstack.core import runner
-    from jaxstack.core.errors import UserError
+    from jaxstack.medical import dart
     from jaxstack.medical.fundus import read_photograph
 
-    learner, plan = runs.load(run)
-    if learner.name != "dart":
-        raise UserError(f"--model {run}: found a run of {learner.name}, expected one of dart")
-    if len({*plan.get("settings", [0])}) > 1:
-        raise UserError(f"--model {run}: found a sweep of several settings, expected a run of one")
-    state, alive = runner.stored(learner, run)
-    state = jax.tree.map(lambda x: x[np.flatnonzero(alive)], state)
+    learner, state = runs.trained(run, "dart", dart.Config)
     predict = jax.jit(jax.vmap(learner.predict, in_axes=(0, None)))
 
     def columns(path: Any) -> dict[str, Any]:
@@ -217,27 +210,12 @@ def _quality(file: str) -> Callable[[Any], dict[str, Any]]:
 def _grade(args: argparse.Namespace, _: list[str]) -> int:
     from pathlib import Path
 
-    import pandas as pd
-
+    from jaxstack.cli import folders
     from jaxstack.core.errors import UserError
     from jaxstack.medical import io
 
     if args.model is None and args.quality is None:
         raise UserError("--model, --quality: expected at least one of them")
     graders = [make(given) for make, given in ((_quality, args.quality), (_trait, args.model)) if given is not None]
-    files, rows = io.image_files(args.paths), []
-    for path in files:
-        row: dict[str, Any] = {"file": str(path), "status": "ok", "reason": ""}
-        try:
-            for grade in graders:
-                row |= grade(path)
-        except UserError as e:
-            row |= {"status": "skipped", "reason": str(e).removeprefix(f"{path}: ")}
-            print(f"{path}: {row['reason']}, skipped")
-        rows.append(row)
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    pd.DataFrame(rows).to_csv(out / "results.csv", index=False)
-    good = sum(row["status"] == "ok" for row in rows)
-    print(f"{good} of {len(files)} files: {out / 'results.csv'}")
-    return 0 if good else 2
+    measure = lambda path: {name: value for grade in graders for name, value in grade(path).items()}
+    return folders.write_table(io.image_files(args.paths), Path(args.out), measure)

@@ -6,6 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jaxstack.cli import folders
 from jaxstack.cli.parsing import Commands, real, whole
 
 MEASURES = ("thickness_left_um", "thickness_fovea_um", "thickness_right_um", "thickness_mean_um", "area_mm2")
@@ -36,7 +37,9 @@ def add_commands(commands: Commands) -> None:
     fovea = "auto: of --scales where it has one, else the network's; centre: the middle of the choroid"
     p.add_argument("--fovea", choices=("auto", "network", "centre"), default="auto", help=fovea)
     p.add_argument("--batch", type=whole, default=8, help="scans per call of the network (8)")
-    p.add_argument("--resume", action="store_true", help="go on in DIR: scans that were measured are left out")
+    p.add_argument(
+        "--resume", action="store_true", help="continue in DIR; scans that have a row are not measured again"
+    )
 
 
 class Net(NamedTuple):
@@ -56,10 +59,8 @@ class Net(NamedTuple):
 def _net(given: str) -> Net:
     """The network of a run, the mean over its seeds, or of a file of weights. Raises `UserError`."""
     import jax
-    import numpy as np
 
     from jaxstack.cli import runs
-    from jaxstack.core import runner
     from jaxstack.core.errors import UserError
     from jaxstack.medical import choroidalyzer
     from jaxstack.nn.vision.unet import UNet
@@ -72,16 +73,10 @@ def _net(given: str) -> Net:
         facts = _facts("weights", path, variables, network.channels, 1)
         probabilities = lambda x: choroidalyzer.predict(network, variables, x)
         return Net(probabilities, None, network.multiple, choroidalyzer.FILTERS, facts)
-    learner, plan = runs.load(given)
-    if not isinstance(learner.config, choroidalyzer.Config):
-        raise UserError(f"--model {given}: found a run of {learner.name}, expected one of choroidalyzer")
-    if len({*plan.get("settings", [0])}) > 1:
-        raise UserError(f"--model {given}: found a sweep of several settings, expected a run of one")
-    state, alive = runner.stored(learner, given)
-    state = jax.tree.map(lambda x: x[np.flatnonzero(alive)], state)
+    learner, state = runs.trained(given, "choroidalyzer", choroidalyzer.Config)
     predict: Any = jax.vmap(learner.predict, in_axes=(0, None))
     config = learner.config
-    facts = _facts("run", path, {"params": state.params, **state.stats}, config.channels, int(alive.sum()))
+    facts = _facts("run", path, {"params": state.params, **state.stats}, config.channels, len(state.step))
     probabilities = lambda x: predict(state, x).mean(0)
     return Net(probabilities, config.size, UNet(config.channels).multiple, config.fovea_filter, facts)
 
@@ -119,7 +114,7 @@ def _analyse(args: argparse.Namespace, _: list[str]) -> int:
         raise UserError(f"--batch {args.batch}: expected at least 1")
     out = Path(args.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not args.resume:
-        raise UserError(f"--out {args.out}: is there already and not an empty folder; --resume goes on in it")
+        raise UserError(f"--out {args.out}: exists and is not an empty folder; --resume continues in it")
     table = {} if args.scales is None else io.read_scales(args.scales)
     files = io.image_files(args.paths)
     net = _net(args.model)
@@ -131,7 +126,7 @@ def _analyse(args: argparse.Namespace, _: list[str]) -> int:
     about = {"options": options, "environment": rundir.environment()}
     store = lambda **more: write_whole(out / "run.yaml", yaml.safe_dump(about | more, sort_keys=False))
     store(status="running")
-    places = {str(p): name for p, name in zip(files, _names(files))}
+    places = {str(p): name for p, name in zip(files, folders.names(files))}
     known = {str(p): _row_of(p, table, args.scales) for p in files}
     if lost := sorted(set(table) - {key for key, _ in known.values()}):
         more = f" and {len(lost) - 5} more" if len(lost) > 5 else ""
@@ -187,20 +182,6 @@ def _done(out: Path, options: dict[str, Any]) -> dict[str, dict[str, Any]]:
     if list(frame.columns) != list(COLUMNS):
         raise UserError(f"{out / 'results.csv'}: has other columns than analyse-oct writes; choose another --out")
     return {row["file"]: row for row in frame.to_dict("records") if row["status"] == "ok"}
-
-
-def _names(files: Sequence[Path]) -> list[str]:
-    """A name for each file's overlay: its own, numbered where several would have the same."""
-    taken: set[str] = set()
-    names = []
-    for path in files:
-        name, number = path.stem, 1
-        while name in taken:
-            number += 1
-            name = f"{path.stem}-{number}"
-        taken.add(name)
-        names.append(name)
-    return names
 
 
 def _row_of(path: Path, table: dict[str, Any], where: str | None) -> tuple[str | None, Any]:

@@ -34,6 +34,32 @@ def load_any(run_dir: str) -> tuple[Any, dict[str, Any]]:
     return learners.from_plain(plan["agent"], plan["config"], f"{run_dir}/run.yaml: config"), plan
 
 
+def trained(run_dir: str, method: str, config: type) -> tuple[Any, Any]:
+    """The learner of a method's run of one setting and the states of its living seeds, leaves [S, ...].
+
+    Args:
+        run_dir: the run.
+        method: its name, for the message.
+        config: of the method, by which its runs are known.
+
+    Raises:
+        UserError: naming what does not fit, in the words of `--model`.
+    """
+    import jax
+    import numpy as np
+
+    from jaxstack.core import runner
+    from jaxstack.core.errors import UserError
+
+    learner, plan = load(run_dir)
+    if not isinstance(learner.config, config):
+        raise UserError(f"--model {run_dir}: found a run of {learner.name}, expected one of {method}")
+    if len({*plan.get("settings", [0])}) > 1:
+        raise UserError(f"--model {run_dir}: found a sweep of several settings, expected a run of one")
+    state, alive = runner.stored(learner, run_dir)
+    return learner, jax.tree.map(lambda x: x[np.flatnonzero(alive)], state)
+
+
 def started(learner: Any, run_dir: str, seeds: Sequence[int]) -> Any:
     """The learner of a run that starts from a stored one: each seed from its own row there, or all from its only row.
 

@@ -37,8 +37,6 @@ def segmenter(model: str, pad_mode: Any = "zero", extra_cols: int = 0) -> Callab
     import numpy as np
 
     from jaxstack.cli import runs
-    from jaxstack.core import runner
-    from jaxstack.core.errors import UserError
     from jaxstack.medical import deepgpet
     from jaxstack.nn.supervised import variables
     from jaxstack.nn.vision.unet_mobilenet import UNetMobileNetV3
@@ -47,49 +45,31 @@ def segmenter(model: str, pad_mode: Any = "zero", extra_cols: int = 0) -> Callab
         net, given = deepgpet.load_weights(model)
         members = [given]
     else:
-        learner, plan = runs.load(model)
-        if not isinstance(learner.config, deepgpet.Config):
-            raise UserError(f"--model {model}: found a run of {learner.name}, expected one of deepgpet")
-        if len({*plan.get("settings", [0])}) > 1:
-            raise UserError(f"--model {model}: found a sweep of several settings, expected a run of one")
-        state, alive = runner.stored(learner, model)
+        learner, states = runs.trained(model, "deepgpet", deepgpet.Config)
         net = UNetMobileNetV3(1, learner.config.width, learner.config.decoder, learner.config.most_blocks)
-        members = [variables(jax.tree.map(lambda x, i=i: x[i], state)) for i in np.flatnonzero(alive)]
+        given, count = variables(states), len(states.step)
+        members = [jax.tree.map(lambda x, i=i: x[i], given) for i in range(count)]
     return lambda image: np.mean([deepgpet.segment(net, m, image, pad_mode, extra_cols) for m in members], 0)
 
 
 def _segment(args: argparse.Namespace, _: list[str]) -> int:
     from pathlib import Path
 
-    import numpy as np
-    import pandas as pd
     from PIL import Image
 
-    from jaxstack.core.errors import UserError
+    from jaxstack.cli import folders
     from jaxstack.medical import deepgpet, io
 
     predict = segmenter(args.model, args.pad, args.extra_cols)
-    files, rows, out = io.image_files(args.paths), [], Path(args.out)
+    files, out = io.image_files(args.paths), Path(args.out)
     (out / "masks").mkdir(parents=True, exist_ok=True)
-    names = [f"{p.stem}.png" for p in files]
-    if doubled := next((n for n in names if names.count(n) > 1), None):
-        raise UserError(f"{doubled}: found two files that would have this mask, expected names that differ")
-    for path, name in zip(files, names):
-        row: dict[str, Any] = {"file": str(path), "status": "ok", "reason": ""}
-        try:
-            mask = deepgpet.outlined(predict(io.read_scan(path).image))
-            Image.fromarray(mask).save(out / "masks" / name)
-            columns = mask.any(0)
-            row |= {"columns": str(columns.sum()), "pixels": str(mask.sum()), "mean_rows": ""}
-            if columns.any():
-                row["mean_rows"] = f"{np.sum(mask) / columns.sum():.3f}"
-            else:
-                row["reason"] = "no choroid found"
-        except UserError as e:
-            row |= {"status": "skipped", "reason": str(e).removeprefix(f"{path}: ")}
-            print(f"{path}: {row['reason']}, skipped")
-        rows.append(row)
-    pd.DataFrame(rows).to_csv(out / "results.csv", index=False)
-    good = sum(row["status"] == "ok" for row in rows)
-    print(f"{good} of {len(files)} files: {out / 'results.csv'}, masks/")
-    return 0 if good else 2
+    names = dict(zip(files, folders.names(files)))
+
+    def measure(path: Path) -> dict[str, str]:
+        mask = deepgpet.outlined(predict(io.read_scan(path).image))
+        Image.fromarray(mask).save(out / "masks" / f"{names[path]}.png")
+        columns, pixels = int(mask.any(0).sum()), int(mask.sum())
+        mean = {"mean_rows": f"{pixels / columns:.3f}"} if columns else {"mean_rows": "", "reason": "no choroid found"}
+        return {"columns": str(columns), "pixels": str(pixels)} | mean
+
+    return folders.write_table(files, out, measure, ", masks/")

@@ -177,7 +177,7 @@ def choroid_metrics(
     width = valid.shape[0]
     x = jnp.arange(width)
     first, last = valid.argmax(), width - 1 - valid[::-1].argmax()
-    # before and after the trace its ends go on, so that nothing reads what is not there
+    # before and after the trace its end values are repeated, so that every column has one
     top, bottom = (y[jnp.clip(x, first, last)] for y in (top, bottom))
 
     middle = jnp.stack([(first + last) // 2, jnp.where(valid, top, 0.0).sum() / jnp.maximum(valid.sum(), 1)])

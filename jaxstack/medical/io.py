@@ -110,7 +110,10 @@ def _is_dicom(path: Path) -> bool:
 
 
 def _dicom(path: Path) -> Scan:
-    """One frame of a DICOM file: rescaled, MONOCHROME1 turned, over the largest value that its bits can hold."""
+    """One frame of a DICOM file: stored values over the largest that their bits can hold, MONOCHROME1 inverted.
+
+    Slope and intercept are not applied: a scan of reflectivity has no unit.
+    """
     try:
         import pydicom
         from pydicom.errors import InvalidDicomError
@@ -128,7 +131,8 @@ def _dicom(path: Path) -> Scan:
         raise
     except InvalidDicomError as e:
         raise UserError(f"{path}: not a DICOM file") from e
-    except (NotImplementedError, RuntimeError) as e:  # a compressed transfer syntax
+    # what pydicom raises where no decoder of the transfer syntax is installed
+    except (NotImplementedError, RuntimeError) as e:
         needs = "pylibjpeg and pylibjpeg-openjpeg"
         raise UserError(f"{path}: its pixels are compressed; pip install {needs} ({e})") from e
     except (OSError, ValueError, AttributeError, KeyError, TypeError, EOFError) as e:

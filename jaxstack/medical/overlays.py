@@ -1,4 +1,4 @@
-"""Pictures of what was found in B-scans, to be looked at before a number is believed."""
+"""Pictures of what was found in B-scans, to check before a number is trusted."""
 
 from typing import Any
 

@@ -90,7 +90,7 @@ def test_phantoms_are_measured_as_they_were_drawn(coded, reader, tmp_path, capsy
     before = (out / "results.csv").read_text()
     (out / "results.csv").write_text("\n".join(before.splitlines()[:2]) + "\n")
     assert call(*argv, "--roi-um", 2000) == 2
-    assert "not an empty folder; --resume goes on in it" in capsys.readouterr().err
+    assert "exists and is not an empty folder; --resume continues in it" in capsys.readouterr().err
     assert call(*argv, "--roi-um", 2000, "--resume") == 0
     assert (out / "results.csv").read_text() == before
     capsys.readouterr()

@@ -212,8 +212,10 @@ def test_folders_train_and_are_outlined(tmp_path, capsys):
     assert run("segment-oct", folder / "broken.png", "--model", stored, "--out", tmp_path / "none") == 2
     (tmp_path / "again").mkdir()
     shutil.copy(folder / "scan0003.png", tmp_path / "again")
-    assert run("segment-oct", folder, tmp_path / "again", "--model", stored, "--out", tmp_path / "none") == 2
-    assert "scan0003.png: found two files that would have this mask" in capsys.readouterr().err
+    # files of one name keep a mask each
+    both = (folder / "scan0003.png", tmp_path / "again" / "scan0003.png")
+    assert run("segment-oct", *both, "--model", stored, "--out", tmp_path / "both") == 0
+    assert {p.name for p in (tmp_path / "both" / "masks").iterdir()} == {"scan0003.png", "scan0003-2.png"}
 
 
 def test_weights_of_the_release_are_read_under_their_names(tmp_path):
