@@ -62,9 +62,9 @@ class Config(configs.Config):
     pointwise: str = ""
     """wrn: separable convolutions with a structured map of channels in place of the blocks' 3x3 ones: dense, generic,
     lowrank, shuffle, acdc, tt, tucker, hashed or hashed-full; default: plain convolutions."""
-    pointwise_size: float = 0.0
+    pointwise_size: float | None = None
     """Of the map: the rank as a share of max(C_in, C_out) (generic, lowrank), groups (shuffle), layers (acdc), ranks as
-    shares of the dimensions (tt, tucker), share of the weights (hashed, hashed-full); 0: a usual one."""
+    shares of the dimensions (tt, tucker), share of the weights (hashed, hashed-full); default: a usual one."""
     scaled_decay: bool = False
     """Scale the weight decay of structured maps by the network's compression ratio."""
     kinds: tuple[str, ...] = ()
@@ -106,8 +106,9 @@ class Config(configs.Config):
         rows = f"a divisor of batch_size={self.batch_size}"
         require(self, "data_parallel", self.batch_size % self.data_parallel == 0, rows)
         require_at_least(self, 0, "shift", "split_seed", "train_images", "size")
-        require_at_least(self, 0, "pointwise_size")
-        require(self, "pointwise_size", bool(self.pointwise) or not self.pointwise_size, "0 without --pointwise")
+        size = self.pointwise_size
+        require(self, "pointwise_size", size is None or size > 0, "a positive number, or none")
+        require(self, "pointwise_size", bool(self.pointwise) or size is None, "none without --pointwise")
         require(self, "scaled_decay", bool(self.pointwise) or not self.scaled_decay, "False without --pointwise")
         require_at_least(self, 0, "hypers.lr", "hypers.min_lr", "hypers.weight_decay")
         require_unit(self, "dropout", "warmup", "hypers.momentum", "hypers.b1", "hypers.b2", "hypers.ema_decay")
@@ -181,7 +182,7 @@ def network(config: Config) -> Any:
         return Network(config.features, config.model == "cnn", config.batch_norm, config.dropout, classes)
     if config.model not in ("mlp", "cnn") and not zoo.known(config.model):
         require(config, "model", False, f"one of mlp, cnn, {zoo.NAMES}")
-    maps: dict[str, Any] = dict(pointwise=config.pointwise, size=config.pointwise_size or None)
+    maps: dict[str, Any] = dict(pointwise=config.pointwise, size=config.pointwise_size)
     given: dict[str, Any] = dict(mid_features=config.mid_features or None, variance=config.variance)
     given |= dict(kinds=config.kinds or None)
     return zoo.network(config.model, classes, **given, **maps)

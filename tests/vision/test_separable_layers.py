@@ -523,13 +523,14 @@ def test_a_classifier_takes_structured_maps(tmp_path, capsys):
         (dict(pointwise="lowrank", mid_features=(24, 32, 32)), "expected as many channels out as in, or a multiple"),
         (dict(pointwise="hashed", pointwise_size=1e-4), "found 0 weights, expected 1 to 512"),
         (dict(pointwise="hashed-full", pointwise_size=1.5), "found 6912 weights, expected 1 to 4608"),
-        (dict(pointwise="tt", pointwise_size=-1.0), "pointwise_size=-1.0: expected a number >= 0"),
+        (dict(pointwise="tt", pointwise_size=-1.0), "pointwise_size=-1.0: expected a positive number, or none"),
+        (dict(pointwise="acdc", pointwise_size=0.0), "pointwise_size=0.0: expected a positive number, or none"),
         (dict(pointwise="adcd"), "unknown pointwise 'adcd': did you mean 'acdc'"),
         (
             dict(pointwise="acdc", model="lenet"),
             "pointwise: lenet has no separable convolutions, expected a network wrn-D-W",
         ),
-        (dict(pointwise_size=3.0), "pointwise_size=3.0: expected 0 without --pointwise"),
+        (dict(pointwise_size=3.0), "pointwise_size=3.0: expected none without --pointwise"),
         (dict(scaled_decay=True), "scaled_decay=True: expected False without --pointwise"),
     ],
 )
