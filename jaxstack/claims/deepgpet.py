@@ -182,7 +182,7 @@ def of_scale(budget: Budget, minutes: float) -> Scale:
             Experiment(A, ("DeepGPET", "GPET", "no speckle"), partial_of(accuracy, budget=budget)),
         ),
         checks=CHECKS,
-        seeds=3,
+        seeds=5,
         minutes=minutes,
     )
 

@@ -4,8 +4,8 @@ Two experiments on phantoms of brain slices: with the exact denoiser of a Gaussi
 nothing but the sampling is compared, and with networks that are trained.
 """
 
-from collections.abc import Iterator
-from functools import lru_cache
+from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +14,9 @@ import numpy as np
 from scipy import ndimage
 
 from jaxstack.claims.harness import Check, Claim, Experiment, Row, Scale
+from jaxstack.core.learner import Learner
 from jaxstack.core.runner import train
+from jaxstack.data.sources import ArrayData
 from jaxstack.medical import brain
 from jaxstack.medical import diffusion_counterfactual as dc
 from jaxstack.nn import diffusion
@@ -49,13 +51,10 @@ class Seen(NamedTuple):
     images: np.ndarray
     lesions: np.ndarray
     """[3 TEST, N, N] bool."""
-    saliency: np.ndarray
-    """[3 TEST, N, N, 1]."""
     mask: np.ndarray
-    """The same shape, bool."""
+    """[3 TEST, N, N, 1] bool."""
     counterfactuals: dict[str, np.ndarray]
-    """By arm, the same shape."""
-    reconstruction: np.ndarray
+    """By arm, the same shape; of DDIM alone it is the reconstruction."""
     other: dict[str, np.ndarray]
     """Anomalies [3 TEST, N, N] of arms that sample nothing."""
 
@@ -67,25 +66,21 @@ def slices(seed: int, size: int) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate([ill, healthy])[..., None], np.concatenate([masks, none])
 
 
-def sampled(eps_fn: Any, images: np.ndarray, mask: np.ndarray, seed: int, stride: int) -> dict[str, np.ndarray]:
-    """Counterfactuals by arm, and under "rec" the reconstructions; DDPM everywhere has the chain of a full mask."""
-    schedule = diffusion.make_schedule(dc.LEVELS)
-
-    @jax.jit
-    def run(x: jax.Array, mask: jax.Array, key: jax.Array) -> Any:
-        go = lambda mask, fuse: dc.dif_fuse(eps_fn, x, mask, key, schedule, 500, stride, fuse=fuse)
-        ours, noised = go(mask, "steps"), go(mask, "noised")
-        everywhere = go(jnp.ones_like(mask), "steps")
-        end = jnp.where(mask, everywhere.counterfactual, everywhere.reconstruction)
-        return {
-            OURS: ours.counterfactual,
-            NOISED: noised.counterfactual,
-            EVERYWHERE: everywhere.counterfactual,
-            END: end,
-            DDIM: ours.reconstruction,
-        }
-
-    return jax.tree.map(np.asarray, run(jnp.asarray(images), jnp.asarray(mask), jax.random.key(seed)))
+@partial(jax.jit, static_argnums=(0, 2))
+def sampled(denoiser: Any, given: Any, stride: int, images: Any, mask: Any, key: Any) -> dict[str, Any]:
+    """Counterfactuals by arm; `denoiser(given)` is the `eps_fn`. DDPM everywhere has the chain of a full mask."""
+    go = lambda mask, fuse: dc.dif_fuse(
+        denoiser(given), images, mask, key, diffusion.make_schedule(dc.LEVELS), 500, stride, fuse=fuse
+    )
+    ours, noised = go(mask, "steps"), go(mask, "noised")
+    everywhere = go(jnp.ones_like(mask), "steps")
+    return {
+        OURS: ours.counterfactual,
+        NOISED: noised.counterfactual,
+        EVERYWHERE: everywhere.counterfactual,
+        END: jnp.where(mask, everywhere.counterfactual, everywhere.reconstruction),
+        DDIM: ours.reconstruction,
+    }
 
 
 def _blobs(rng: np.random.Generator, lesions: np.ndarray) -> np.ndarray:
@@ -100,20 +95,25 @@ def _blobs(rng: np.random.Generator, lesions: np.ndarray) -> np.ndarray:
     return np.stack(out)[..., None].astype(np.float32)
 
 
-@lru_cache(4)
+def _gaussian(healthy: dc.Healthy) -> Any:
+    return dc.exact_gaussian_denoiser(healthy, diffusion.make_schedule(dc.LEVELS))
+
+
+@lru_cache(16)  # each arm reads every seed
 def exact(seed: int) -> Seen:
     """The experiment with the exact denoiser."""
     healthy, _ = brain.brain_set(TRAIN_SEED + seed, EXACT_HEALTHY, EXACT_SIZE)
-    eps_fn = dc.exact_gaussian_denoiser(dc.fit_gaussian(healthy, COMPONENTS), diffusion.make_schedule(dc.LEVELS))
+    given = dc.fit_gaussian(healthy, COMPONENTS)
     images, lesions = slices(seed, EXACT_SIZE)
     saliency = _blobs(np.random.default_rng((TEST_SEED, seed)), lesions)
     mask = np.asarray(dc.percentile_mask(jnp.asarray(saliency)))
-    found = sampled(eps_fn, images, mask, seed, EXACT_STRIDE)
-    return Seen(images, lesions, saliency, mask, found, found[DDIM], {SALIENCY: saliency[..., 0]})
+    found = jax.device_get(sampled(_gaussian, given, EXACT_STRIDE, images, mask, jax.random.key(seed)))
+    return Seen(images, lesions, mask, found, {SALIENCY: saliency[..., 0]})
 
 
-def trained(seed: int, budget: Budget) -> tuple[dc.Config, Any]:
-    """A config and the variables of its networks; each seed has phantoms of its own."""
+@lru_cache(2)
+def networks(budget: Budget) -> tuple[Learner, Any, Any]:
+    """The learner of a budget, its denoiser (variables -> `eps_fn`), and what gives saliency and reconstructions."""
     learner = dc.diffusion_counterfactual(
         size=budget.size,
         features=budget.features,
@@ -121,23 +121,32 @@ def trained(seed: int, budget: Budget) -> tuple[dc.Config, Any]:
         stem=8,
         num_updates=budget.updates,
         batch_size=budget.batch,
-        data_seed=TRAIN_SEED + seed,
     )
-    result = train(learner, seeds=[seed], eval_every=-1, progress=False)
-    return learner.config, variables(jax.tree.map(lambda x: x[0], result.state))
+    config = learner.config
+    looked = jax.jit(lambda given, x: (dc.saliency_of(config, given, x), dc.reconstructed(config, given, x)))
+    return learner, partial(dc.denoiser_of, config), looked
 
 
-@lru_cache(4)
+def trained(seed: int, budget: Budget) -> Any:
+    """The variables of the networks; each seed has phantoms of its own."""
+    learner, _, _ = networks(budget)
+    slices, _ = dc.phantom_slices(TRAIN_SEED + seed, learner.config.num_train, budget.size)
+    data = ArrayData(dc.rows(slices), budget.batch, per_seed=True)
+    result = train(learner, seeds=[seed], data=data, eval_every=-1, progress=False)
+    return variables(jax.tree.map(lambda x: x[0], result.state))
+
+
+@lru_cache(16)  # each arm reads every seed
 def learned(seed: int, budget: Budget) -> Seen:
     """The experiment with trained networks."""
-    config, given = trained(seed, budget)
+    learner, denoiser, looked = networks(budget)
+    given, config = trained(seed, budget), learner.config
     images, lesions = slices(seed, budget.size)
-    looked = jax.jit(lambda given, x: (dc.saliency_of(config, given, x), dc.reconstructed(config, given, x)))
-    saliency, again = (np.asarray(a) for a in looked(given, images))
+    saliency, again = jax.device_get(looked(given, images))
     mask = np.asarray(dc.percentile_mask(jnp.asarray(saliency), config.percentile, dilate=config.dilate))
-    found = sampled(dc.denoiser_of(config, given), images, mask, seed, config.stride)
+    found = jax.device_get(sampled(denoiser, given, config.stride, images, mask, jax.random.key(seed)))
     residual = np.abs(again - images)[..., 0]
-    return Seen(images, lesions, saliency, mask, found, found[DDIM], {SALIENCY: saliency[..., 0], RESIDUAL: residual})
+    return Seen(images, lesions, mask, found, {SALIENCY: saliency[..., 0], RESIDUAL: residual})
 
 
 def dice(found: np.ndarray, truth: np.ndarray) -> np.ndarray:
@@ -172,23 +181,15 @@ def measured(arm: str, seen: Seen) -> dict[str, float]:
         "lesion inside the mask": float(inside[ill][seen.lesions[ill]].mean()),
     }
     if arm == OURS:
-        rec = jnp.asarray(seen.reconstruction[..., 0])
+        rec = jnp.asarray(seen.counterfactuals[DDIM][..., 0])
         released = dc.anomaly_map(jnp.asarray(made), rec, size, normalise=False)
         row["Dice of |img - rec|"] = segmented(np.asarray(released), seen.lesions)
     return row
 
 
-def _run_exact(arm: str, seeds: tuple[int, ...]) -> Iterator[Row]:
+def _run(arm: str, seeds: tuple[int, ...], of_seed: Callable[[int], Seen]) -> Iterator[Row]:
     for seed in seeds:
-        yield {"seed": seed, **measured(arm, exact(seed))}
-
-
-def _learning(budget: Budget) -> Any:
-    def run(arm: str, seeds: tuple[int, ...]) -> Iterator[Row]:
-        for seed in seeds:
-            yield {"seed": seed, **measured(arm, learned(seed, budget))}
-
-    return run
+        yield {"seed": seed, **measured(arm, of_seed(seed))}
 
 
 E, L = "exact denoiser", "trained networks"
@@ -212,11 +213,11 @@ def of_scale(budget: Budget, minutes: float) -> Scale:
     """The same experiments with networks of another size and training."""
     return Scale(
         experiments=(
-            Experiment(E, (*SAMPLED, SALIENCY), _run_exact),
-            Experiment(L, (*SAMPLED, SALIENCY, RESIDUAL), _learning(budget)),
+            Experiment(E, (*SAMPLED, SALIENCY), partial(_run, of_seed=exact)),
+            Experiment(L, (*SAMPLED, SALIENCY, RESIDUAL), partial(_run, of_seed=partial(learned, budget=budget))),
         ),
         checks=CHECKS,
-        seeds=3,
+        seeds=5,
         minutes=minutes,
     )
 
