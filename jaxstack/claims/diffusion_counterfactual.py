@@ -19,6 +19,7 @@ from jaxstack.core.runner import train
 from jaxstack.data.sources import ArrayData
 from jaxstack.medical import brain
 from jaxstack.medical import diffusion_counterfactual as dc
+from jaxstack.medical.segmentation import dice
 from jaxstack.nn import diffusion
 from jaxstack.nn.supervised import variables
 
@@ -149,17 +150,12 @@ def learned(seed: int, budget: Budget) -> Seen:
     return Seen(images, lesions, mask, found, {SALIENCY: saliency[..., 0], RESIDUAL: residual})
 
 
-def dice(found: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """2 |A and B| / (|A| + |B|) of each pair of masks [M, N, N]."""
-    return 2.0 * (found & truth).sum((1, 2)) / np.maximum(found.sum((1, 2)) + truth.sum((1, 2)), 1)
-
-
 def segmented(anomaly: np.ndarray, lesions: np.ndarray) -> float:
     """Mean Dice on the second TEST slices at the threshold that is best on the first."""
-    of = lambda rows, t: dice(np.asarray(dc.segment(jnp.asarray(anomaly[rows]), t)), lesions[rows]).mean()
+    of = lambda rows, t: float(dice(dc.segment(anomaly[rows], t), lesions[rows]).mean())
     first, second = slice(0, TEST), slice(TEST, 2 * TEST)
     levels = np.quantile(anomaly[first], np.linspace(0.8, 0.999, 100))
-    return float(of(second, max(levels, key=lambda t: of(first, t))))
+    return of(second, max(levels, key=lambda t: of(first, t)))
 
 
 def measured(arm: str, seen: Seen) -> dict[str, float]:

@@ -19,6 +19,7 @@ from jaxstack.core.runner import train
 from jaxstack.data.sources import HostData
 from jaxstack.medical import phantoms, quickqual
 from jaxstack.medical.fundus import Blocks, degraded, turned
+from jaxstack.medical.segmentation import auc
 from jaxstack.nn.supervised import Hypers, Optimiser, cross_entropy, linen, supervised
 from jaxstack.report import stats
 
@@ -83,13 +84,6 @@ def features(seed: int, random: bool) -> tuple[np.ndarray, np.ndarray]:
 def scores(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """All metrics, and the AUC of telling the worst third."""
     return quickqual.metrics(probabilities, labels) | {"AUC of the worst third": auc(probabilities[:, 2], labels == 2)}
-
-
-def auc(score: np.ndarray, positive: np.ndarray) -> float:
-    """Area under the ROC curve."""
-    from sklearn.metrics import roc_auc_score
-
-    return float(roc_auc_score(positive, score))
 
 
 class Scratch(nn.Module):

@@ -23,7 +23,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float
-from PIL import Image
 
 from jaxstack.core import config as configs
 from jaxstack.core.config import require, require_at_least
@@ -31,8 +30,7 @@ from jaxstack.core.errors import UserError
 from jaxstack.core.learner import Key, Learner
 from jaxstack.core.source import Source
 from jaxstack.data.sources import ArrayData, SplitData
-from jaxstack.medical import brain
-from jaxstack.medical.fundus import read_pixels
+from jaxstack.medical import brain, io
 from jaxstack.medical.latent_counterfactuals import Autoencoder, saliency_pair
 from jaxstack.nn import diffusion
 from jaxstack.nn.conv import Conv
@@ -329,10 +327,9 @@ def read_grey(path: str | Path, size: int) -> np.ndarray:
     """An image file as grey [size, size] float32 in 0..1, divided by its maximum as the release does.
 
     Raises:
-        UserError: as `read_pixels`, and where all of it is black; the message names the file.
+        UserError: as `io.read_scan`, and where all of it is black; the message names the file.
     """
-    grey = Image.fromarray(read_pixels(path)).convert("L")
-    found = np.asarray(grey.resize((size, size), Image.Resampling.BOX), np.float32)
+    found = io.resized(io.read_scan(path).image, (size, size))
     if not found.max() > 0:
         raise UserError(f"{path}: all pixels are black")
     return found / found.max()

@@ -64,7 +64,7 @@ def opened(path: str | Path) -> Iterator[Image.Image]:
 
 
 def read_scan(path: str | Path) -> Scan:
-    """A grey B-scan of a PNG, JPEG, TIFF or BMP file (8 or 16 bit, grey, colour, with transparency, palette) or DICOM.
+    """A grey image of a PNG, JPEG, TIFF or BMP file (8 or 16 bit, grey, colour, with transparency, palette) or DICOM.
 
     Colour becomes luminance, transparency is left out, 16 bits are divided by 65,535.
 
@@ -81,7 +81,7 @@ def read_scan(path: str | Path) -> Scan:
 
 def _picture(path: Path) -> Scan:
     if path.name.lower().endswith((".nii", ".nii.gz")):
-        raise UserError(f"{path}: a NIfTI volume, expected one B-scan as a picture or DICOM")
+        raise UserError(f"{path}: a NIfTI volume, expected one B-scan or slice as a picture or DICOM")
     with opened(path) as image:
         mode, kind = image.mode, image.format
         if mode.startswith("I"):

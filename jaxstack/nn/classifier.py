@@ -142,6 +142,10 @@ class Network(nn.Module):
         return nn.Dense(self.classes)(x.mean((1, 2)) if self.convolutions else x)
 
 
+PLAIN: dict[str, Any] = dict(mid_features=(), kinds=(), pointwise="", pointwise_size=None, scaled_decay=False)
+"""Fields of a config that replace parts of a network, at rest: the network that its name says."""
+
+
 def image_shape(config: Config) -> tuple[int, int, int]:
     """Rows, columns and channels of what the network sees."""
     rows, columns, channels = images.facts(config.data).shape

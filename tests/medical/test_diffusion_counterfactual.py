@@ -238,7 +238,7 @@ def test_the_command_tells_of_each_file_and_refuses_other_runs(tmp_path, capsys)
         "2",
         "2",
     ]
-    assert cli.main(["phantoms", "mri", "--num", "22", "--size", "16", "--out", str(tmp_path / "slices")]) in (None, 0)
+    assert cli.main(["phantoms", "mri", "--num", "22", "--size", "32", "--out", str(tmp_path / "slices")]) in (None, 0)
     assert len(list((tmp_path / "slices" / "masks").iterdir())) == 11
     training = ["train", "diffusion-counterfactual", "--data", str(tmp_path / "slices"), *tiny, "--batch-size", "4"]
     training += ["--num-updates", "2", "--noise-level", "40", "--steps", "2", "--run-dir", str(tmp_path / "run")]
