@@ -152,7 +152,7 @@ def learned(seed: int, budget: Budget) -> Seen:
 
 def segmented(anomaly: np.ndarray, lesions: np.ndarray) -> float:
     """Mean Dice on the second TEST slices at the threshold that is best on the first."""
-    of = lambda rows, t: float(dice(dc.segment(anomaly[rows], t), lesions[rows]).mean())
+    of = lambda rows, t: float(dice(dc.segment(jnp.asarray(anomaly[rows]), t), lesions[rows]).mean())
     first, second = slice(0, TEST), slice(TEST, 2 * TEST)
     levels = np.quantile(anomaly[first], np.linspace(0.8, 0.999, 100))
     return of(second, max(levels, key=lambda t: of(first, t)))
