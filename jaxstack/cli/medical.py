@@ -20,6 +20,7 @@ def add_commands(commands: Commands) -> None:
         "--size", type=whole, nargs="+", help="pixels: a side (fundus 128, mri, ct 64), or H W (oct 128 192)"
     )
     p.add_argument("--severity", type=real, nargs=2, metavar=("LOW", "HIGH"), help="fundus: degraded, 0-1 (0 0)")
+    p.add_argument("--slices", type=whole, metavar="T", help="ct: whole scans of T slices as NIfTI, not single slices")
     p.add_argument("--device", choices=("A", "B", "C"), help="oct: the scanner, of three (A)")
     p.add_argument("--seed", type=whole, default=0)
     p.add_argument("--out", metavar="DIR", required=True, help="images, masks in folders, tables of the truth")
@@ -49,13 +50,39 @@ def _phantoms(args: argparse.Namespace, _: list[str]) -> None:
     sides = 2 if args.kind == "oct" else 1
     if args.size is not None and len(args.size) != sides:
         raise UserError(f"--size {' '.join(map(str, args.size))}: expected {sides} for {args.kind}")
-    for name, kind in (("severity", "fundus"), ("device", "oct")):
+    for name, kind in (("severity", "fundus"), ("device", "oct"), ("slices", "ct")):
         if args.kind != kind and getattr(args, name) is not None:
             raise UserError(f"--{name}: expected none, it is for {kind}")
     out = Path(args.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {args.out}: is there already and not an empty folder")
-    {"fundus": _fundus, "oct": _oct, "mri": _brains, "ct": _brains}[args.kind](args, out)
+    of_slices = _brains if args.slices is None else _scans
+    {"fundus": _fundus, "oct": _oct, "mri": _brains, "ct": of_slices}[args.kind](args, out)
+
+
+def _scans(args: argparse.Namespace, out: Any) -> None:
+    import csv
+
+    import numpy as np
+
+    from jaxstack.core.errors import UserError
+    from jaxstack.medical import phantoms_ct
+    from jaxstack.medical.volumes import write_volume
+
+    if not 2 <= args.slices <= 36:
+        raise UserError(f"--slices {args.slices}: expected 2 to 36")
+    size = args.size[0] if args.size else 64
+    scans = phantoms_ct.ct_set(args.seed, args.num, phantoms_ct.Design(slices=args.slices, size=size))
+    pixel = phantoms_ct.VIEW_MM / size
+    spacing = (float(phantoms_ct.gap_mm(args.slices)), pixel, pixel)
+    (out / "masks").mkdir(parents=True, exist_ok=True)
+    names = [f"scan{i:04d}.nii.gz" for i in range(args.num)]
+    for name, hu, lesion in zip(names, scans.hu, scans.lesion):
+        write_volume(out / name, hu, spacing)
+        write_volume(out / "masks" / name, lesion.astype(np.uint8), spacing)
+    with open(out / "scans.csv", "w", newline="") as file:
+        csv.writer(file).writerows([phantoms_ct.TABLE, *phantoms_ct.rows(scans, names)])
+    print(f"{args.num} phantoms: {out}; masks/ (of acute strokes), scans.csv (side, size, number, timing, old strokes)")
 
 
 def _brains(args: argparse.Namespace, out: Any) -> None:
