@@ -12,12 +12,13 @@ def add_commands(commands: Commands) -> None:
     p = commands.add("phantoms", _phantoms, "Draw images with known truth, to try the medical methods without data.")
     p.add_argument(
         "kind",
-        choices=("fundus", "oct", "mri", "ct"),
-        help="photographs of the retina, B-scans of retina and choroid, or slices of brains, half with a lesion",
+        choices=("fundus", "oct", "uwf", "mri", "ct"),
+        help="photographs of the retina, B-scans of retina and choroid, ultra-widefield images with seven diseases, or "
+        "slices of brains, half with a lesion",
     )
     p.add_argument("--num", type=whole, default=20, help="images (default: 20)")
     p.add_argument(
-        "--size", type=whole, nargs="+", help="pixels: a side (fundus 128, mri, ct 64), or H W (oct 128 192)"
+        "--size", type=whole, nargs="+", help="pixels: a side (fundus 128, mri, ct 64), or H W (oct 128 192, uwf 64 80)"
     )
     p.add_argument("--severity", type=real, nargs=2, metavar=("LOW", "HIGH"), help="fundus: degraded, 0-1 (0 0)")
     p.add_argument("--slices", type=whole, metavar="T", help="ct: whole scans of T slices as NIfTI, not single slices")
@@ -47,7 +48,7 @@ def _phantoms(args: argparse.Namespace, _: list[str]) -> None:
 
     if args.num < 1:
         raise UserError(f"--num {args.num}: expected at least 1")
-    sides = 2 if args.kind == "oct" else 1
+    sides = 2 if args.kind in ("oct", "uwf") else 1
     if args.size is not None and len(args.size) != sides:
         raise UserError(f"--size {' '.join(map(str, args.size))}: expected {sides} for {args.kind}")
     for name, kind in (("severity", "fundus"), ("device", "oct"), ("slices", "ct")):
@@ -57,7 +58,7 @@ def _phantoms(args: argparse.Namespace, _: list[str]) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {args.out}: is there already and not an empty folder")
     of_slices = _brains if args.slices is None else _scans
-    {"fundus": _fundus, "oct": _oct, "mri": _brains, "ct": of_slices}[args.kind](args, out)
+    {"fundus": _fundus, "oct": _oct, "uwf": _uwf, "mri": _brains, "ct": of_slices}[args.kind](args, out)
 
 
 def _scans(args: argparse.Namespace, out: Any) -> None:
@@ -133,6 +134,30 @@ def _oct(args: argparse.Namespace, out: Any) -> None:
         with open(out / table, "w", newline="") as file:
             csv.writer(file).writerows(rows)
     print(f"{args.num} phantoms: {out}; region/, vessels/, scales.csv (and foveas), truth.csv (of the whole choroid)")
+
+
+def _uwf(args: argparse.Namespace, out: Any) -> None:
+    import csv
+
+    import numpy as np
+    from PIL import Image
+
+    from jaxstack.medical.phantoms_uwf import DISEASES, LABELS, aligned, uwf_set
+
+    eyes = uwf_set(args.seed, args.num, tuple(args.size) if args.size else (64, 80))
+    (out / "lesions").mkdir(parents=True, exist_ok=True)
+    table: list[tuple[Any, ...]] = [("file", "patient", "laterality", *LABELS)]
+    # as stored: right eyes are mirrored, their lesions too
+    lesions = aligned(np.moveaxis(eyes.lesions, 1, -1), eyes.right)
+    for i, image in enumerate(eyes.images):
+        name = f"eye{i:04d}.png"
+        Image.fromarray(np.concatenate([image, np.zeros_like(image[..., :1])], -1)).save(out / name)
+        for k in np.flatnonzero(eyes.labels[i, : len(DISEASES)]):
+            Image.fromarray(lesions[i, ..., k]).save(out / "lesions" / f"eye{i:04d}-{DISEASES[k]}.png")
+        table.append((name, f"p{eyes.patients[i]:04d}", "R" if eyes.right[i] else "L", *eyes.labels[i].astype(int)))
+    with open(out / "labels.csv", "w", newline="") as file:
+        csv.writer(file).writerows(table)
+    print(f"{args.num} phantoms: {out}; lesions/ (a mask for each disease of an eye), labels.csv (patients and labels)")
 
 
 def _fundus(args: argparse.Namespace, out: Any) -> None:
