@@ -26,7 +26,12 @@ def add_commands(commands: Commands) -> None:
         "analyse-oct", _analyse, "Measure the choroid in OCT B-scans: thickness, area, vascularity index, a row each."
     )
     p.add_argument("paths", metavar="PATH", nargs="+", help="B-scans (PNG, JPEG, TIFF, BMP, DICOM), or folders of them")
-    p.add_argument("--model", metavar="RUN|WEIGHTS", required=True, help="of `train choroidalyzer`, or a state dict")
+    p.add_argument(
+        "--model",
+        metavar="RUN|WEIGHTS",
+        required=True,
+        help="of `train choroidalyzer` or `train reachnet`, or a state dict",
+    )
     p.add_argument("--out", metavar="DIR", required=True, help="results.csv, overlays/, run.yaml")
     p.add_argument("--scale-um", type=real, nargs=2, metavar=("X", "Y"), help="micrometres per pixel, across and down")
     p.add_argument("--scales", metavar="CSV", help="columns file, um_x, um_y and, optionally, fovea_x, fovea_y")
@@ -62,23 +67,26 @@ def _net(given: str) -> Net:
 
     from jaxstack.cli import runs
     from jaxstack.core.errors import UserError
-    from jaxstack.medical import choroidalyzer
-    from jaxstack.nn.vision.unet import UNet
+    from jaxstack.medical import oct_networks
+    from jaxstack.nn import supervised
 
     path = Path(given)
     if not path.exists():
-        raise UserError(f"--model {given}: not found, expected a run of `jaxstack train choroidalyzer` or weights")
+        raise UserError(
+            f"--model {given}: not found, expected a run of `jaxstack train choroidalyzer` or reachnet, or weights"
+        )
     if path.is_file():
-        network, variables = choroidalyzer.load_weights(path)
-        facts = _facts("weights", path, variables, network.channels, 1)
-        probabilities = lambda x: choroidalyzer.predict(network, variables, x)
-        return Net(probabilities, None, network.multiple, choroidalyzer.FILTERS, facts)
-    learner, state = runs.trained(given, "choroidalyzer", choroidalyzer.Config)
+        network, variables = oct_networks.load_weights(path)
+        facts = _facts("weights", path, variables, network.widths, 1)
+        probabilities = lambda x: oct_networks.predict(network, variables, x)
+        return Net(probabilities, None, network.multiple, oct_networks.FILTERS, facts)
+    learner, state = runs.trained(given, "choroidalyzer or reachnet", oct_networks.ScanConfig)
     predict: Any = jax.vmap(learner.predict, in_axes=(0, None))
     config = learner.config
-    facts = _facts("run", path, {"params": state.params, **state.stats}, config.channels, len(state.step))
+    network, seeds = config.network, len(state.step)
+    facts = _facts("run", path, supervised.variables(state), network.widths, seeds)
     probabilities = lambda x: predict(state, x).mean(0)
-    return Net(probabilities, config.size, UNet(config.channels).multiple, config.fovea_filter, facts)
+    return Net(probabilities, config.size, network.multiple, config.fovea_filter, facts)
 
 
 def _facts(kind: str, path: Path, variables: Any, channels: Sequence[int], seeds: int) -> dict[str, Any]:
@@ -249,7 +257,7 @@ def _program(net: Net) -> Callable[..., Any]:
     import jax
     import jax.numpy as jnp
 
-    from jaxstack.medical.choroidalyzer import FOVEA, fovea_from_prob
+    from jaxstack.medical.oct_networks import FOVEA, fovea_from_prob
 
     def run(x: Any, sizes: Any) -> Any:
         p = net.probabilities(x)

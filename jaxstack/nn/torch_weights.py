@@ -208,7 +208,8 @@ Namer = Callable[[tuple[str, ...]], str]
 def _names(variables: Any, name: Namer) -> dict[str, tuple[tuple[str, ...], Any]]:
     """Names in the state dict -> (path in the variables, the leaf)."""
     flat = flatten_dict(variables)
-    return {f"{name(path[1:-1])}.{_LEAVES[path[-1]]}": (path, x) for path, x in flat.items()}
+    leaf = lambda last: _LEAVES.get(last, last)
+    return {f"{name(path[1:-1])}.{leaf(path[-1])}": (path, x) for path, x in flat.items()}
 
 
 def from_torch(variables: Any, weights: Mapping[str, np.ndarray], name: Namer, source: str = "weights") -> Any:

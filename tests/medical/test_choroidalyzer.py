@@ -12,7 +12,7 @@ from jaxstack import cli
 from jaxstack.core.errors import UserError
 from jaxstack.medical import choroidalyzer as ch
 from jaxstack.medical import vessels
-from jaxstack.medical.phantoms_oct import oct_set
+from jaxstack.medical.phantoms_oct import DEVICES, oct_set
 from jaxstack.medical.segmentation import dice
 from jaxstack.nn import torch_weights as tw
 from jaxstack.nn.vision.unet import UNet
@@ -182,7 +182,7 @@ def test_augmentation_moves_image_masks_and_fovea_together():
 
 def test_the_loss_is_least_at_the_truth_and_weights_switch_channels_off():
     scans = ch.phantom_scans(0, 4, (64, 96), ("A", "C"))
-    one = oct_set(0, 2, ch.DEVICES["A"]._replace(size=(64, 96)))
+    one = oct_set(0, 2, DEVICES["A"]._replace(size=(64, 96)))
     np.testing.assert_array_equal(scans.masks[2], one.region[1] + 2 * one.vessels[1])
     targets = ch.Targets(scans.masks, scans.fovea, np.array([True, True, True, False]))
     wanted = ch.channels(targets, 3.0)
@@ -243,7 +243,7 @@ def test_folders_train_and_name_what_is_wrong(tmp_path):
     folder = tmp_path / "scans"
     argv = ("phantoms", "oct", "--num", "6", "--size", "48", "64", "--out", str(folder))
     assert cli.main(list(argv)) == 0
-    (scans, patients), drawn = ch.read_folder(folder, (48, 64)), oct_set(0, 6, ch.DEVICES["A"]._replace(size=(48, 64)))
+    (scans, patients), drawn = ch.read_folder(folder, (48, 64)), oct_set(0, 6, DEVICES["A"]._replace(size=(48, 64)))
     np.testing.assert_array_equal(scans.masks, drawn.region + 2 * drawn.vessels)
     np.testing.assert_allclose(scans.images, drawn.image * 255, atol=0.51)
     np.testing.assert_allclose(scans.fovea, drawn.fovea, atol=1e-4)
