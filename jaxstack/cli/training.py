@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxstack.cli import runs
+from jaxstack.cli.flags import job_of
 from jaxstack.cli.parsing import Commands, join, process_flags, whole
 
 SWEEP = """\
@@ -34,6 +35,7 @@ def add_commands(commands: Commands) -> None:
     train = "Train a learner; `jaxstack train LEARNER --help` lists its options."
     p = commands.add("train", _train, train, takes_options=True, add_help=False, allow_abbrev=False)
     p.add_argument("learner", nargs="?")
+    p.add_argument("--config", metavar="FILE")
     process_flags(p)
     p = commands.add("resume", _resume, "Continue an interrupted run, bitwise identical to one that had not stopped.")
     p.add_argument("run_dir", metavar="RUN")
@@ -56,14 +58,15 @@ def add_commands(commands: Commands) -> None:
 
 
 def _train(args: argparse.Namespace, rest: list[str]) -> None:
-    if args.learner is None or args.learner in ("-h", "--help"):
+    if (args.learner is None and args.config is None) or args.learner in ("-h", "--help"):
         _train_usage()
         return
     from jaxstack.core import config, devices, distributed, runner, stages
 
     several = not {"-h", "--help"} & set(rest) and join(args)
+    rest = [*rest, "--config", args.config] if args.config else rest
     learner, job = plan(args.learner, rest, show_devices=not several and devices.show)
-    run_dir = Path(job.run_dir or f"runs/{_file_name(args.learner)}-{_now()}")
+    run_dir = Path(job.run_dir or f"runs/{_file_name(learner.name)}-{_now()}")
     stored: dict[str, Any] = {"config": config.to_dict(job.config), "options": config.to_dict(job.run)}
     if job.start_from:
         learner = runs.started(learner, job.start_from, job.seeds)
@@ -77,84 +80,24 @@ def _train(args: argparse.Namespace, rest: list[str]) -> None:
         _report(learner, runner.train(learner, None, job.seeds, **common), {"seeds": job.seeds})
 
 
-def plan(name: str, argv: Sequence[str], show_devices: Any = None) -> tuple[Any, Any]:
+def plan(name: str | None, argv: Sequence[str], show_devices: Any = None) -> tuple[Any, Any]:
     """What `jaxstack train NAME argv` would run: (learner, job with config, run options, seeds, run_dir and sinks).
 
     Args:
-        name: of a learner, or `module:factory`.
+        name: of a learner, or `module:factory`; None where `--config` is a run's, which names it.
         argv: its options.
         show_devices: called with the number of devices that the job needs before anything touches them.
 
     Raises:
-        UserError: for wrong values.
-        SystemExit: with code 2 and a message on stderr, for arguments that do not parse.
+        UserError: for wrong values, and for arguments that do not parse.
+        SystemExit: after `--help`.
     """
     from jaxstack import learners
 
-    job = _job(name, argv)
+    name, job = job_of(name, argv)
     if show_devices:
         show_devices(job.run.devices * job.run.env_devices)
     return learners.make(name, job.config), job
-
-
-def _job(name: str, argv: Sequence[str]) -> Any:
-    import dataclasses
-
-    import tyro
-
-    from jaxstack import learners
-    from jaxstack.core import config, options, runner
-    from jaxstack.core.errors import UserError
-
-    rest = list(argv)
-    cls = learners.config_class(name)
-    default = cls()
-    if "--config" in rest:
-        at = rest.index("--config")
-        file = Path(rest[at + 1]) if at + 1 < len(rest) else None
-        if file is None or not file.is_file():
-            raise UserError(f"--config {file}: expected a YAML file")
-        default = config.from_yaml(cls, file.read_text(encoding="utf-8"), str(file))
-        del rest[at : at + 2]
-
-    @dataclasses.dataclass(frozen=True)
-    class Job:
-        config: Any
-        run: runner.RunOptions = runner.RunOptions()
-        seeds: tuple[int, ...] = (0,)
-        """Seeds trained at once."""
-        run_dir: str | None = None
-        """Where to store the run; default runs/LEARNER-TIME."""
-        start_from: str | None = None
-        """A run whose parameters this one starts from, seed by seed, or all from its only seed."""
-        tensorboard: bool = False
-        wandb: str | None = None
-        """Project of Weights & Biases."""
-
-    Job.__annotations__["config"] = cls
-    job = tyro.cli(
-        Job,
-        args=_plural(rest, cls, runner.RunOptions, Job),
-        default=Job(config=default),
-        prog=f"jaxstack train {name}",
-        description=sys.modules[cls.__module__].__doc__,
-        config=(tyro.conf.OmitArgPrefixes,),
-        registry=options.registry(),
-    )
-    runner.check_seeds(job.seeds)
-    return job
-
-
-def _plural(argv: Sequence[str], *classes: Any) -> list[str]:
-    """`argv` where options of lists may be given in the singular: `--mixer kla`, `--seed 3`."""
-    import dataclasses
-
-    fields = [f for c in classes for f in dataclasses.fields(c)]
-    flag = lambda name: f"--{name.replace('_', '-')}"
-    lists = [f.name for f in fields if type(f.default) is tuple and f.name[-1] == "s"]
-    known = {flag(n[:-1]): flag(n) for n in lists} | {flag(f.name): flag(f.name) for f in fields}
-    split = [a.partition("=") for a in argv]
-    return [known.get(head.replace("_", "-"), head) + eq + value for head, eq, value in split]
 
 
 def _sinks(job: Any, run_dir: Path, stored: dict[str, Any]) -> list[Any]:
@@ -202,6 +145,9 @@ def _train_usage() -> None:
     from jaxstack.methods import LEARNERS
 
     print("usage: jaxstack train LEARNER [--config FILE] [--seeds 0 1 2] [--run-dir DIR] [options]\n")
+    print(
+        "FILE is YAML with any of these options, or a run (RUN or RUN/run.yaml), which is repeated; flags go before it."
+    )
     print(f"LEARNER is one of {', '.join(LEARNERS)}, or module:factory of your own;")
     print("`jaxstack train LEARNER --help` lists its options.")
     print("several hosts: [--coordinator HOST:PORT --num-processes N --process-id I], or --distributed on Slurm or TPU")
