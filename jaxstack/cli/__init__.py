@@ -6,9 +6,11 @@ A file per group of commands, each with `add_commands(parser)`; what they need i
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
+from jaxstack import __version__
 from jaxstack.cli import (
     architectures,
     audits,
@@ -72,32 +74,67 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in argv
     argv = [a for a in argv if a != "--debug"]
     whole = parser()
-    args, rest = whole.parse_known_args(argv)
-    if args.command is None:
-        whole.print_help()
-        return 2
-    if rest and not args.takes_options:
-        whole.error(f"unrecognised arguments: {' '.join(rest)}; see `jaxstack {args.command} --help`")
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # where a user's own modules are
-    from jaxstack.core.errors import UserError
-
     try:
-        return args.run(args, rest) or 0
-    except UserError as e:
-        if debug:
-            raise
-        print(f"jaxstack: {e}", file=sys.stderr)
-        return 2
+        args, rest = whole.parse_known_args(argv)
+        if args.command is None:
+            whole.print_help()
+            return 2
+        if rest and not args.takes_options:
+            whole.error(f"unrecognised arguments: {' '.join(rest)}; see `jaxstack {args.command} --help`")
+        if os.getcwd() not in sys.path:
+            sys.path.append(os.getcwd())  # where a user's own modules are
+        _import_own(args.imports)
+        code = args.run(args, rest) or 0
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # the reader, such as `head`, has what it wants
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         print("jaxstack: interrupted", file=sys.stderr)
         return leave(130, True)
     except Exception as e:
+        from jaxstack.core.errors import UserError
+
         signum = getattr(e, "signum", None)
-        if debug or signum is None:
+        wrong = e if isinstance(e, UserError) else _missing_device() if signum is None else None
+        if debug or (signum is None and wrong is None):
             raise
-        print(f"jaxstack: {e}", file=sys.stderr)
-        return leave(128 + signum)
+        print(f"jaxstack: {wrong or e}", file=sys.stderr)
+        return 2 if signum is None else leave(128 + signum)
+
+
+def _missing_device() -> str | None:
+    """What is wrong with `JAX_PLATFORMS`, where it asks for a device that is not there: JAX may then fail anywhere."""
+    asked = os.environ.get("JAX_PLATFORMS")
+    if not asked or "jax" not in sys.modules:
+        return None
+    import jax
+
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError):
+        return f"JAX_PLATFORMS={asked}: no such device is found, expected cpu or a JAX that is installed for this device"
+    return None
+
+
+def _import_own(modules: Sequence[str]) -> None:
+    """Import a user's modules, which add names to registries: those of installed packages (entry points of the group
+    `jaxstack.methods`), and those given. Raises `UserError` for one that is not found."""
+    from importlib import import_module
+    from importlib.metadata import entry_points
+
+    from jaxstack.core.errors import UserError
+
+    for point in entry_points(group="jaxstack.methods"):
+        point.load()
+    for module in modules:
+        try:
+            import_module(module)
+        except ModuleNotFoundError as e:
+            if e.name is None or not f"{module}.".startswith(f"{e.name}."):
+                raise
+            raise UserError(f"--import {module}: no module named {e.name!r} is found") from e
 
 
 def _leave(code: int, always: bool = False) -> int:
@@ -122,6 +159,9 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="--debug shows the traceback of an error.",
     )
+    whole.add_argument("--version", action="version", version=f"jaxstack {__version__}")
+    imports = "a module of yours to import first, which adds names; before the command"
+    whole.add_argument("--import", dest="imports", metavar="MODULE", action="append", default=[], help=imports)
     commands = Commands(whole.add_subparsers(dest="command", metavar="COMMAND", title="commands"))
     for group in (
         listing,

@@ -1,4 +1,4 @@
-"""A learner's options as `jaxstack train` and `jaxstack sweep` read them: from flags, and from the file of `--config`."""
+"""A learner's options as `jaxstack train` and `sweep` read them: from flags, and from the file of `--config`."""
 
 import contextlib
 import dataclasses
@@ -6,9 +6,9 @@ import io
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, get_args, get_origin
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 ELSEWHERE = {
     "learning_rate": "lr",
@@ -40,7 +40,7 @@ class Stated(NamedTuple):
 
 
 def job_of(name: str | None, argv: Sequence[str]) -> tuple[str, Any]:
-    """The learner's name, and its config, run options, seeds, run directory and sinks as `argv` and its file state them.
+    """The learner's name, and its config, run options, seeds, run directory and sinks.
 
     Args:
         name: of a learner, or `module:factory`; None where the file is that of a run, which names it.
@@ -67,7 +67,7 @@ def job_of(name: str | None, argv: Sequence[str]) -> tuple[str, Any]:
     cls = learners.config_class(name)
 
     @dataclasses.dataclass(frozen=True)
-    class Job:
+    class Job(config.Config):
         config: Any
         run: job.RunOptions = job.RunOptions()
         seeds: tuple[int, ...] = (0,)
@@ -79,14 +79,17 @@ def job_of(name: str | None, argv: Sequence[str]) -> tuple[str, Any]:
         tensorboard: bool = False
         wandb: str | None = None
         """Project of Weights & Biases."""
+        wandb_entity: str | None = None
+        wandb_group: str | None = None
+        """Default: the name of the run directory."""
+        wandb_tags: tuple[str, ...] = ()
+        wandb_mode: Literal["online", "offline", "disabled"] | None = None
 
     Job.__annotations__["config"] = cls
     stated = _of_run(read) if stored else _of_options(read, cls, Job, str(file))
-    default = Job(
-        config.from_dict(cls, stated.config, f"{file}" if file else "config"),
-        config.from_dict(job.RunOptions, stated.run, str(file)),
-        **{k: tuple(v) if isinstance(v, list) else v for k, v in stated.job.items()},
-    )
+    source = str(file) if file else "config"
+    parts = {"config": config.from_dict(cls, stated.config, source), "run": stated.run}
+    default = config.from_dict(Job, parts | stated.job, source)
     classes = (cls, job.RunOptions, Job)
     made = _parsed(Job, _habits(argv, classes), default, name, cls, _names(classes))
     job.check_seeds(made.seeds)
@@ -265,7 +268,7 @@ def _one_line(box: str, known: Sequence[str], see: str) -> str:
     return f"{unknown('option', name, known)}; {see}".replace("_", "-").replace("'", "")
 
 
-def _known(name: str, known: Any) -> list[str]:
+def _known(name: str, known: Collection[str]) -> list[str]:
     """The names among which the nearest is looked for: only ours, where `name` is what others call an option."""
     ours = ELSEWHERE.get(name.lower())
-    return [ours] if ours in known else list(known)
+    return [ours] if ours is not None and ours in known else list(known)

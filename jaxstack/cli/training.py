@@ -1,7 +1,6 @@
 """`jaxstack train`, `jaxstack resume` and `jaxstack sweep`."""
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -40,6 +39,9 @@ def add_commands(commands: Commands) -> None:
     p = commands.add("resume", _resume, "Continue an interrupted run, bitwise identical to one that had not stopped.")
     p.add_argument("run_dir", metavar="RUN")
     p.add_argument("--steps", type=whole, help="learner steps (PPO: updates) that the whole run shall have")
+    p.add_argument(
+        "--total-steps", type=whole, help="samples (environment steps) that it shall have, instead of --steps"
+    )
     ends = "where schedules end with other --steps: with them, or where the run had them end (default: extend)"
     p.add_argument("--schedule", choices=("extend", "keep"), help=ends)
     p.add_argument("--devices", type=whole, help="spread the seeds over so many devices; default: as the run began")
@@ -71,7 +73,8 @@ def _train(args: argparse.Namespace, rest: list[str]) -> None:
     if job.start_from:
         learner = runs.started(learner, job.start_from, job.seeds)
         stored["start_from"] = str(Path(job.start_from).absolute())
-    sinks = _sinks(job, run_dir, stored) if distributed.is_first() else []
+    stored |= {"sinks": wanted} if (wanted := _wanted_sinks(job, run_dir)) else {}
+    sinks = _sinks(stored, run_dir) if distributed.is_first() else []
     common: dict[str, Any] = dict(run_dir=run_dir, plan=stored, options=job.run, sinks=sinks)
     if isinstance(learner, stages.Staged):
         result = stages.train(learner, job.seeds, **common)
@@ -100,14 +103,32 @@ def plan(name: str | None, argv: Sequence[str], show_devices: Any = None) -> tup
     return learners.make(name, job.config), job
 
 
-def _sinks(job: Any, run_dir: Path, stored: dict[str, Any]) -> list[Any]:
+def _wanted_sinks(job: Any, run_dir: Path) -> dict[str, Any]:
+    """The sinks that the job asks for, as a run stores them."""
+    import uuid
+
+    from jaxstack.core.errors import UserError
+
+    out: dict[str, Any] = {"tensorboard": {}} if job.tensorboard else {}
+    given = {n: v for n in ("entity", "group", "tags", "mode") if (v := getattr(job, f"wandb_{n}"))}
+    if given and not job.wandb:
+        raise UserError(f"--wandb-{next(iter(given))}: expected together with --wandb PROJECT")
+    if job.wandb:
+        given |= {"tags": list(given["tags"])} if "tags" in given else {}
+        out["wandb"] = {"project": job.wandb, "group": run_dir.name, "id": uuid.uuid4().hex[:12]} | given
+    return out
+
+
+def _sinks(plan: dict[str, Any], run_dir: Path) -> list[Any]:
+    """The sinks of a run, from what it stores."""
     from jaxstack.core import sinks
 
+    wanted = plan.get("sinks", {})
     out: list[Any] = []
-    if job.tensorboard:
+    if "tensorboard" in wanted:
         out.append(sinks.TensorBoard(run_dir.with_name(run_dir.name + "-tensorboard")))
-    if job.wandb:
-        out.append(sinks.Wandb(job.wandb, run_dir.name, stored["config"]))
+    if "wandb" in wanted:
+        out.append(sinks.Wandb(config=plan["config"], **wanted["wandb"]))
     return out
 
 
@@ -154,12 +175,15 @@ def _train_usage() -> None:
 
 
 def _resume(args: argparse.Namespace, _: list[str]) -> None:
-    from jaxstack.core import config, devices, runner, stages
+    from jaxstack.core import config, devices, distributed, job, rundir, runner, stages
     from jaxstack.core.errors import UserError
-    from jaxstack.core.rundir import read_plan
 
-    if args.schedule is not None and args.steps is None:
-        raise UserError(f"--schedule {args.schedule}: expected together with --steps")
+    if args.steps is not None and args.total_steps is not None:
+        raise UserError(f"--steps {args.steps}, --total-steps {args.total_steps}: expected one of the two")
+    given = {"--steps": args.steps, "--total-steps": args.total_steps}
+    longer = next((f"{name} {value}" for name, value in given.items() if value is not None), None)
+    if args.schedule is not None and longer is None:
+        raise UserError(f"--schedule {args.schedule}: expected together with --steps or --total-steps")
     layout = {"devices": args.devices, "env_devices": args.env_devices}
 
     def options_of(plan: dict[str, Any]) -> runner.RunOptions:
@@ -167,19 +191,23 @@ def _resume(args: argparse.Namespace, _: list[str]) -> None:
         return config.replace(stored, **{k: v for k, v in layout.items() if v is not None})
 
     if not join(args):
-        options = options_of(read_plan(args.run_dir))
+        options = options_of(rundir.read_plan(args.run_dir))
         devices.show(options.devices * options.env_devices)
     learner, plan = runs.load_any(args.run_dir)
     if "start_from" in plan:
         learner = runs.started(learner, plan["start_from"], plan["seeds"])
-    common: dict[str, Any] = dict(options=options_of(plan), plan=plan)
+    sinks = _sinks(plan, Path(args.run_dir)) if distributed.is_first() else []
+    common: dict[str, Any] = dict(options=options_of(plan), plan=plan, sinks=sinks)
     if isinstance(learner, stages.Staged):
-        if args.steps is not None:
-            raise UserError(f"--steps {args.steps}: expected without, as each stage has steps of its own")
+        if longer is not None:
+            raise UserError(f"{longer}: expected without, as each stage has steps of its own")
         result = stages.resume(learner, args.run_dir, **common)
         _report(result.learner, result.of_last_stage(), plan)
     else:
-        common |= dict(num_steps=args.steps, schedule=args.schedule or "extend")
+        steps = args.steps if args.total_steps is None else job.steps_of(learner, None, args.total_steps)
+        if steps in (None, plan["num_steps"]) and distributed.is_first() and rundir.finished(args.run_dir):
+            print(f"run directory {args.run_dir}: all {plan['num_steps']} steps are done, nothing is left to do")
+        common |= dict(num_steps=steps, schedule=args.schedule or "extend")
         _report(learner, runner.resume(learner, args.run_dir, **common), plan)
 
 

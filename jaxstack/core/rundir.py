@@ -195,6 +195,14 @@ def read_plan(path: str | Path) -> dict[str, Any]:
     return plan
 
 
+def finished(path: str | Path) -> bool:
+    """Whether the run in a directory has come to its end, as its run.json says."""
+    try:
+        return json.loads((Path(path) / "run.json").read_bytes())["status"] == "finished"
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def _written(copy: Path) -> dict[str, Any]:
     """What `create` wrote; nothing to compare with where the copy is damaged itself."""
     try:

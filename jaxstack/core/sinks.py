@@ -19,7 +19,10 @@ class Sink(Protocol):
 
 
 class TensorBoard:
-    """Event files, one sub-directory a seed. Raises `UserError` when tensorboardX is missing."""
+    """Event files, one sub-directory a seed; a resumed run adds files to those that are there.
+
+    Raises `UserError` when tensorboardX is missing.
+    """
 
     def __init__(self, directory: Path):
         try:
@@ -42,21 +45,40 @@ class TensorBoard:
 
 
 class Wandb:
-    """One Weights & Biases run a seed, in one group. Raises `UserError` when wandb is missing."""
+    """One Weights & Biases run a seed, in one group. Raises `UserError` when wandb is missing.
 
-    def __init__(self, project: str, group: str, config: dict[str, Any], directory: Path | None = None):
+    Args:
+        project: where the runs are.
+        group: of the runs.
+        config: shown with each.
+        directory: where wandb keeps its files; default: its own choice.
+        id: begins the runs' ids; another sink with the same one, of a resumed run, goes on with these runs.
+        **options: of `wandb.init`: entity, tags, mode ...
+    """
+
+    def __init__(
+        self,
+        project: str,
+        group: str,
+        config: dict[str, Any],
+        directory: Path | None = None,
+        id: str | None = None,
+        **options: Any,
+    ):
         try:
             import wandb  # pyright: ignore[reportMissingImports]
         except ImportError as e:
             raise UserError("wandb: the package is missing; pip install 'jaxstack[wandb]'") from e
-        self._wandb, self._runs = wandb, {}
-        self._options = dict(project=project, group=group, config=config, dir=directory and str(directory))
+        self._wandb, self._runs, self._id = wandb, {}, id
+        self._options = options | dict(project=project, group=group, config=config, dir=directory and str(directory))
 
     def write(self, rows: list[Row]) -> None:
         for row in rows:
             seed = row["seed"]
             if seed not in self._runs:
-                self._runs[seed] = self._wandb.init(name=f"seed_{seed}", reinit="create_new", **self._options)
+                again = {} if self._id is None else dict(id=f"{self._id}-seed-{seed}", resume="allow")
+                options = self._options | again
+                self._runs[seed] = self._wandb.init(name=f"seed_{seed}", reinit="create_new", **options)
             self._runs[seed].log(metrics_of(row), step=row["samples"])
 
     def close(self) -> None:

@@ -5,7 +5,6 @@ that was stopped anywhere, also between two stages, continues in the right one, 
 """
 
 import contextlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -15,7 +14,7 @@ import numpy as np
 from jaxstack.core import config, distributed, runner, signals
 from jaxstack.core.errors import UserError
 from jaxstack.core.learner import Learner
-from jaxstack.core.rundir import RunDir, read_plan, read_rows
+from jaxstack.core.rundir import RunDir, finished, read_plan, read_rows
 from jaxstack.core.runner import RunOptions
 from jaxstack.core.signals import Interrupted
 from jaxstack.core.sinks import Row, Sink
@@ -207,10 +206,7 @@ def _progress(path: Path) -> str:
     """How far the stage in a folder came: new, begun or finished."""
     if not (path / "run.yaml").exists():
         return "new"
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        if json.loads((path / "run.json").read_text(encoding="utf-8")).get("status") == "finished":
-            return "finished"
-    return "begun"
+    return "finished" if finished(path) else "begun"
 
 
 def _interrupt(run: RunDir | None, path: Path | None, stop: list[int], where: str) -> NoReturn:
