@@ -1,10 +1,12 @@
 """Options that agents share: of every agent, of those that play, of PPO's family and MATE."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from jaxstack import envs
 from jaxstack.core.config import Config, require, require_at_least
+from jaxstack.core.registry import own
 from jaxstack.envs.base import Environment
 from jaxstack.nn.networks import Activation
 
@@ -14,19 +16,42 @@ class EnvConfig(Config):
     """The environment, and evaluation in it."""
 
     env: str = "dispersion"
-    """Environment id, see `jaxstack list envs`."""
+    """Environment id, see `jaxstack list envs`; in Python also an environment object or class, which is then stored by
+    its name, options and wrappers."""
     env_args: tuple[str, ...] = ()
-    """Options of the environment, each `name=value`."""
+    """Options of the environment, each `name=value`; in Python also a mapping."""
+    wrap: tuple[str, ...] = ()
+    """Wrappers around it, the innermost first: `time_limit=200 frame_stack=4`, or `module:attribute=value` of yours."""
     eval_episodes: int = 32
     eval_steps: int = 1000
     """Longest evaluation episode where the environment sets no horizon."""
+
+    def __post_init__(self) -> None:
+        for name, value in _as_text(self.env, self.env_args, self.wrap).items():
+            object.__setattr__(self, name, value)
+        super().__post_init__()
 
     def validate(self) -> None:
         require_at_least(self, 1, "eval_episodes", "eval_steps")
 
     def make_env(self) -> Environment:
-        """Make the environment. Raises `UserError` for unknown ids or options."""
-        return envs.make(self.env, **envs.parse_options(self.env_args))
+        """Make the environment; one's own is checked. Raises `UserError` for unknown ids or options, or a fault."""
+        env = envs.wrap(envs.make(self.env, **envs.parse_options(self.env_args)), *self.wrap)
+        if own(self.env) or any(own(entry.partition("=")[0]) for entry in self.wrap):
+            envs.check_env(env)
+        return env
+
+
+def _as_text(env: Any, env_args: Any, wrap: Any) -> dict[str, Any]:
+    """Fields that hold Python objects, as the text that rebuilds them. Raises `UserError` where none does."""
+    changed: dict[str, Any] = {}
+    if isinstance(env_args, Mapping):
+        changed["env_args"] = env_args = envs.entries(env_args)
+    if isinstance(env, (Environment, type)):
+        found = envs.described(env)
+        options = {entry.partition("=")[0]: entry for entry in (*found.env_args, *env_args)}
+        changed = {"env": found.env, "env_args": tuple(options.values()), "wrap": (*found.wrap, *wrap)}
+    return changed
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,17 @@ from jaxstack.core import config
 from jaxstack.core import options as texts
 from jaxstack.core.errors import unknown
 from jaxstack.core.registry import Registry, own
+from jaxstack.envs import naming
 from jaxstack.envs.base import Box, Discrete, Environment, Image, MultiDiscrete, Spec, TimeStep
+from jaxstack.envs.check import check_env
+from jaxstack.envs.naming import WRAPPERS, Described, entries, wrap
 from jaxstack.envs.vector import VecEnv, VecState, vectorise
 
 __all__ = [
     "NATIVE",
+    "WRAPPERS",
     "Box",
+    "Described",
     "Discrete",
     "Environment",
     "Image",
@@ -25,10 +30,14 @@ __all__ = [
     "TimeStep",
     "VecEnv",
     "VecState",
+    "check_env",
+    "described",
+    "entries",
     "ids",
     "make",
     "parse_options",
     "vectorise",
+    "wrap",
 ]
 
 NATIVE = Registry(
@@ -86,6 +95,12 @@ def make(id: str, **options: Any) -> Environment:
         return _unknown(id)
     factory = NATIVE.load(id)
     return factory(**config.check_options(options, config.options_of(factory), f"environment {id!r}"))
+
+
+def described(env: Any) -> Described:
+    """Name an environment object, or class, as configs store it: id, options, wrappers. Raises `UserError` where these
+    do not rebuild it."""
+    return naming.described(env, make, NATIVE)
 
 
 def parse_options(options: tuple[str, ...]) -> dict[str, Any]:

@@ -11,11 +11,12 @@ __version__ = "0.1.0"
 # public name -> (module, attribute); None means the module itself
 _EXPORTS: dict[str, tuple[str, str | None]] = {
     "Learner": ("jaxstack.core.learner", "Learner"),
-    "train": ("jaxstack.core.runner", "train"),
+    "train": ("jaxstack.learners", "train"),
     "sweep": ("jaxstack.sweeps", "sweep"),
     "load_policy": ("jaxstack.learners", "load_policy"),
     "load_dataset": ("jaxstack.data.files", "load_dataset"),
     "make_env": ("jaxstack.envs", "make"),
+    "check_env": ("jaxstack.envs", "check_env"),
     "make_agent": ("jaxstack.agents", "make"),
     "make_learner": ("jaxstack.learners", "make"),
     "UserError": ("jaxstack.core.errors", "UserError"),
@@ -30,10 +31,10 @@ if TYPE_CHECKING:
     from jaxstack.agents import make as make_agent
     from jaxstack.core.errors import UserError
     from jaxstack.core.learner import Learner
-    from jaxstack.core.runner import train
     from jaxstack.data.files import load_dataset
+    from jaxstack.envs import check_env
     from jaxstack.envs import make as make_env
-    from jaxstack.learners import load_policy
+    from jaxstack.learners import load_policy, train
     from jaxstack.learners import make as make_learner
     from jaxstack.sweeps import sweep
 
@@ -41,6 +42,7 @@ __all__ = [
     "Learner",
     "UserError",
     "__version__",
+    "check_env",
     "load_dataset",
     "load_policy",
     "make_agent",

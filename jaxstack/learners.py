@@ -1,14 +1,19 @@
 """Learners by name: from the registry, from a stored run, from a policy bundle."""
 
+import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxstack.core import bundle
+from jaxstack.core import bundle, runner
 from jaxstack.core import config as configs
 from jaxstack.core.bundle import LoadedPolicy
 from jaxstack.core.errors import UserError
+from jaxstack.core.job import Result, RunOptions
 from jaxstack.core.learner import Learner
 from jaxstack.core.registry import Registry, own
+from jaxstack.core.sinks import Sink
+from jaxstack.core.source import Source
 from jaxstack.methods import LEARNERS
 
 
@@ -38,6 +43,50 @@ def make(name: str, config: Any = None, registry: Registry = LEARNERS, **changes
     config = config_class(name, registry)() if config is None else config
     learner = registry.load(name)(configs.replace(config, **changes) if changes else config)
     return learner._replace(name=name) if own(name) else learner
+
+
+def train(
+    learner: Learner | str,
+    num_steps: int | None = None,
+    seeds: int | Sequence[int] = 1,
+    *,
+    total_samples: int | None = None,
+    hypers: Any = None,
+    data: Source | None = None,
+    run_dir: str | Path | None = None,
+    options: RunOptions = RunOptions(),
+    sinks: Sequence[Sink] = (),
+    **changes: Any,
+) -> Result:
+    """Train a learner with all seeds at once, see `core.runner.train`.
+
+    Args:
+        learner: What is trained: a learner, or a name as `make` takes it.
+        num_steps: Its steps (PPO: updates); default: the learner's own.
+        seeds: S seeds, or how many: 0, 1, ...
+        total_samples: Samples per seed, instead of `num_steps`.
+        hypers: Hyperparameters with scalar leaves, or leaves [S]: one setting per seed; default: the learner's.
+        data: Source of batches; default: the learner's.
+        run_dir: Where the run is stored; default: nowhere.
+        options: Chunks, checkpoints, evaluation, devices.
+        sinks: Where metrics go as they come.
+        **changes: Fields of `options` by name; with the name of a learner, of its config too.
+
+    Returns:
+        The last states [S, ...], metrics as a table, which seeds are alive, and the ledger of compiled programs.
+
+    Raises:
+        UserError: For wrong arguments, a run that does not fit into memory, or when every seed went non-finite.
+
+    Example:
+        result = jaxstack.train("ippo", seeds=4, env="dispersion", total_steps=40_000)
+    """
+    own_options = {f.name for f in dataclasses.fields(RunOptions)}
+    run = {k: v for k, v in changes.items() if k in own_options or not isinstance(learner, str)}
+    if isinstance(learner, str):
+        learner = make(learner, **{k: v for k, v in changes.items() if k not in run})
+    given: dict[str, Any] = dict(total_samples=total_samples, hypers=hypers, data=data, run_dir=run_dir, sinks=sinks)
+    return runner.train(learner, num_steps, seeds, options=options, **given, **run)
 
 
 def from_plain(name: str, fields: Any, source: str) -> Learner:

@@ -114,7 +114,7 @@ def _missing_device() -> str | None:
     try:
         jax.devices()
     except (RuntimeError, AssertionError):
-        return f"JAX_PLATFORMS={asked}: no such device is found, expected cpu or a JAX that is installed for this device"
+        return f"JAX_PLATFORMS={asked}: no such device is found, expected cpu or a JAX that is installed for it"
     return None
 
 

@@ -10,7 +10,7 @@ from jaxstack.cli.parsing import Commands
 
 SUFFIXES, MINARI_FILE = (".npz", ".hdf5", ".h5", ".json"), "data/main_data.hdf5"
 """Of data sets, as in `data.files`, which is imported late."""
-WHAT = ("methods", "agents", "learners", "envs", "claims")
+WHAT = ("methods", "agents", "learners", "envs", "wrappers", "claims")
 
 
 def add_commands(commands: Commands) -> None:
@@ -33,13 +33,13 @@ def _list(args: argparse.Namespace, _: list[str]) -> None:
     from jaxstack.methods import AGENTS, CLAIMS, LEARNERS, METHODS
 
     tables: dict[str, Any] = {"agents": AGENTS, "learners": [n for n in LEARNERS if n not in AGENTS], "claims": CLAIMS}
-    if args.what in (None, "envs"):
+    if args.what in (None, "envs", "wrappers"):
         from jaxstack import envs
 
         families = ["native", *envs.FAMILIES]
         if args.family and args.family not in families:
             raise unknown("environment family", args.family, families)
-        tables["envs"] = envs.ids(args.family)
+        tables["envs"], tables["wrappers"] = envs.ids(args.family), envs.WRAPPERS
     width = max(len(m.slug) for m in METHODS)
     methods = [f"{m.slug:{width}}  {m.title} ({m.year}){', planned' * m.planned}" for m in METHODS if m.published]
     if args.what == "learners":
@@ -49,7 +49,7 @@ def _list(args: argparse.Namespace, _: list[str]) -> None:
     elif args.what is not None:
         _section(args.what, tables[args.what], args.what)
     else:
-        for title in ("agents", "learners", "envs", "claims"):
+        for title in ("agents", "learners", "envs", "wrappers", "claims"):
             _section({"envs": "environments", "learners": "other learners"}.get(title, title), tables[title], None)
         _section("methods", methods, None)
 

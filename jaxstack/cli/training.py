@@ -33,7 +33,6 @@ def add_commands(commands: Commands) -> None:
     """Add the commands of this file."""
     train = "Train a learner; `jaxstack train LEARNER --help` lists its options."
     p = commands.add("train", _train, train, takes_options=True, add_help=False, allow_abbrev=False)
-    p.add_argument("learner", nargs="?")
     p.add_argument("--config", metavar="FILE")
     process_flags(p)
     p = commands.add("resume", _resume, "Continue an interrupted run, bitwise identical to one that had not stopped.")
@@ -60,14 +59,16 @@ def add_commands(commands: Commands) -> None:
 
 
 def _train(args: argparse.Namespace, rest: list[str]) -> None:
-    if (args.learner is None and args.config is None) or args.learner in ("-h", "--help"):
+    # not a positional of the parser, which would take the value of the learner's first option where none is named
+    name, rest = (rest[0], rest[1:]) if rest and not rest[0].startswith("-") else (None, rest)
+    if name is None and args.config is None:
         _train_usage()
         return
     from jaxstack.core import config, devices, distributed, runner, stages
 
     several = not {"-h", "--help"} & set(rest) and join(args)
     rest = [*rest, "--config", args.config] if args.config else rest
-    learner, job = plan(args.learner, rest, show_devices=not several and devices.show)
+    learner, job = plan(name, rest, show_devices=not several and devices.show)
     run_dir = Path(job.run_dir or f"runs/{_file_name(learner.name)}-{_now()}")
     stored: dict[str, Any] = {"config": config.to_dict(job.config), "options": config.to_dict(job.run)}
     if job.start_from:

@@ -12,10 +12,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jaxstack.core import config as configs
 from jaxstack.core.errors import UserError
 from jaxstack.core.learner import Learner
+from jaxstack.core.rundir import refuse_scripts
 
 FORMAT = 1
 
@@ -26,6 +28,12 @@ class LoadedPolicy(NamedTuple):
     learner: Learner
     params: Any
     spec: dict[str, Any]
+
+    def __repr__(self) -> str:
+        count = sum(np.size(x) for x in jax.tree.leaves(self.params))
+        env = self.learner.env
+        where = "" if env is None else f" in {env.spec.id}, {env.spec.num_agents} agents"
+        return f"LoadedPolicy({self.learner.name}{where}; {count:,} numbers; act(obs [B, A, ...]) -> (carry, actions))"
 
     def init_carry(self, batch: int) -> Any:
         """Recurrent state before the first step."""
@@ -45,8 +53,12 @@ class LoadedPolicy(NamedTuple):
 
         Returns:
             (carry, actions [B, A, ...]).
+
+        Raises:
+            UserError: For inputs of other shapes, observations that are not finite, and a missing mask.
         """
         obs = jnp.asarray(obs)
+        _check_inputs(self, obs, carry, action_mask, first)
         batch = obs.shape[0]
         carry = self.init_carry(batch) if carry is None else carry
         first = jnp.zeros(batch, bool) if first is None else first
@@ -71,6 +83,7 @@ def save_policy(path: str | Path, learner: Learner, state: Any) -> Path:
 
     path = Path(path)
     params = _policy(learner).params(state)
+    refuse_scripts({"agent": learner.name, "config": configs.to_dict(learner.config)}, f"policy bundle {path}")
     tensors = {name: np.asarray(x, order="C") for name, x in _table(params).items()}
     spec = {
         "format": FORMAT,
@@ -126,6 +139,38 @@ def load_policy(path: str | Path, make: Callable[[str, Any, str], Learner]) -> L
         return jnp.asarray(tensors[name], like.dtype)
 
     return LoadedPolicy(learner, jax.tree_util.tree_map_with_path(leaf, template), spec)
+
+
+def _check_inputs(policy: LoadedPolicy, obs: Any, carry: Any, action_mask: Any, first: Any) -> None:
+    """Raise `UserError` for what would give actions of no meaning. Values are checked where they are known."""
+    env = policy.learner.env
+    if env is None:
+        return
+    spec, n = env.spec, getattr(env.spec.action_space, "n", None)
+    if obs.ndim == 0 or not obs.shape[0] or obs.shape[1:] != (spec.num_agents, *spec.obs_shape):
+        want = ", ".join(map(str, ("B", spec.num_agents, *spec.obs_shape)))
+        raise UserError(f"obs: found an array {list(obs.shape)}, expected [{want}] of {spec.id}")
+    batch = obs.shape[0]
+    known = not isinstance(obs, Tracer)
+    if known and jnp.issubdtype(obs.dtype, jnp.inexact) and not np.isfinite(np.asarray(obs)).all():
+        raise UserError("obs: found numbers that are not finite, expected finite ones")
+    if action_mask is None and spec.has_action_mask:
+        raise UserError(f"action_mask: found None, expected [{batch}, {spec.num_agents}, {n}], as {spec.id} has one")
+    shapes = {"action_mask": (action_mask, (batch, spec.num_agents, n)), "first": (first, (batch,))}
+    for name, (value, want) in shapes.items():
+        if value is not None and jnp.shape(value) != want:
+            raise UserError(f"{name}: found an array {list(jnp.shape(value))}, expected {list(want)}")
+    seen = None if action_mask is None or isinstance(action_mask, Tracer) else np.asarray(action_mask)
+    if seen is not None and not seen.any(-1).all():
+        raise UserError("action_mask: found an agent without a legal action, expected one at least")
+    if carry is not None:
+        given, want = (_shapes(x) for x in (carry, jax.eval_shape(lambda: policy.init_carry(batch))))
+        if given != want:
+            raise UserError(f"carry: found {given!r:.200}, expected that of {batch} environments: {want!r:.200}")
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    return {jax.tree_util.keystr(path): jnp.shape(x) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def _policy(learner: Learner) -> Any:

@@ -106,7 +106,7 @@ def replace(config: C, **changes: Any) -> C:
 
 def to_dict(config: Any) -> dict[str, Any]:
     """Plain dicts, lists and scalars, in field order."""
-    return {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    return {f.name: plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
 
 
 def from_dict(cls: type[C], data: Any, source: str = "config") -> C:
@@ -195,13 +195,14 @@ def _is_named_tuple(hint: Any) -> bool:
     return isinstance(hint, type) and issubclass(hint, tuple) and hasattr(hint, "_fields")
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """A field's value as dicts, lists and scalars."""
     if dataclasses.is_dataclass(value):
         return to_dict(value)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return {k: _plain(v) for k, v in zip(value._fields, value)}  # pyright: ignore[reportAttributeAccessIssue]
+        return {k: plain(v) for k, v in zip(value._fields, value)}  # pyright: ignore[reportAttributeAccessIssue]
     if isinstance(value, tuple):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     return value
 
 

@@ -72,6 +72,12 @@ class Result(NamedTuple):
     ledger: ledger.Ledger
     run_dir: Path | None
 
+    def __repr__(self) -> str:
+        steps = int(self.metrics.step.max()) if len(self.metrics) else 0
+        count = f"{int(self.alive.sum())} of {len(self.alive)} seeds alive"
+        columns = ", ".join(c for c in self.metrics if "/" in c)
+        return f"Result({steps} steps, {count}, run_dir={self.run_dir}; metrics: {columns})"
+
 
 class Job(NamedTuple):
     """Validated run specification."""
@@ -101,11 +107,22 @@ def plain_config(learner: Any) -> dict[str, Any]:
     return config.to_dict(learner.config) if dataclasses.is_dataclass(learner.config) else {}
 
 
-def same_config(run_dir: str | Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+def same_config(run_dir: str | Path, old: dict[str, Any], new: dict[str, Any], default: dict[str, Any]) -> None:
+    """Raise `UserError` naming the fields in which a run's config and the learner's differ. A run from before a field
+    existed has its `default`."""
+    old = {k: v for k, v in default.items() if k in new and k not in old} | old
     changed = [k for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
     if changed:
         what = ", ".join(f"{k}: {old.get(k)!r} -> {new.get(k)!r}" for k in changed)
         raise UserError(f"run directory {run_dir}: the config was changed since the run began ({what})")
+
+
+def default_config(learner: Any) -> dict[str, Any]:
+    """The defaults of a learner's config, as far as they have some."""
+    if not dataclasses.is_dataclass(learner.config):
+        return {}
+    fields = dataclasses.fields(learner.config)
+    return {f.name: config.plain(f.default) for f in fields if f.default is not dataclasses.MISSING}
 
 
 def same_hypers(job: Job, state: Any) -> None:

@@ -58,6 +58,12 @@ def dump(value: Any) -> str:
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False)
 
 
+def dump_line(value: Any) -> str:
+    """YAML of plain values in one line, which `load` reads back to an equal value."""
+    text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, width=10**9, sort_keys=False)
+    return text.removesuffix("\n").removesuffix("\n...")
+
+
 def number(text: str) -> int | float | None:
     """The number that `text` spells (`3`, `-1_000`, `5e-2`, `1e5`, `.5`, `inf`, `nan`), None where it spells none."""
     text = text.strip()

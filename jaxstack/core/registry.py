@@ -18,6 +18,7 @@ class Registry(Mapping[str, str]):
         self.kind = kind
         self._table = dict(table)
         self._within = within
+        self._added: set[str] = set()
 
     def __getitem__(self, name: str) -> str:
         if name in self._table:
@@ -35,15 +36,26 @@ class Registry(Mapping[str, str]):
     def __len__(self) -> int:
         return len(self._table)
 
-    def add(self, name: str, target: str) -> None:
-        """Register `name`; raises `UserError` if it is taken by another target or not of the form module:attribute."""
+    def add(self, name: str, target: str, overwrite: bool = False) -> None:
+        """Register a name.
+
+        Args:
+            name: The name.
+            target: `module:attribute`.
+            overwrite: Replace another target of that name, as notebooks do.
+
+        Raises:
+            UserError: If the name is taken by another target, or the target has another form.
+        """
         if not own(target):
             raise UserError(f"{self.kind} {name!r}: target {target!r} must have the form 'module:attribute'")
-        if self._table.get(name, target) != target:
-            raise UserError(f"{self.kind} {name!r} is already registered as {self._table[name]!r}")
+        if self._table.get(name, target) != target and not overwrite:
+            taken = self._table[name]
+            raise UserError(f"{self.kind} {name!r} is already registered as {taken!r}; overwrite=True replaces it")
         if self._within is not None:
-            self._within.add(name, target)
+            self._within.add(name, target, overwrite)
         self._table[name] = target
+        self._added.add(name)
 
     def load(self, name: str) -> Any:
         """The object behind `name`. Raises `UnknownName` with the nearest names, `UserError` where a user's module or
@@ -60,7 +72,8 @@ class Registry(Mapping[str, str]):
         try:
             return import_module(module)
         except ModuleNotFoundError as e:
-            if name in self._table or e.name is None or not f"{module}.".startswith(f"{e.name}."):
+            built_in = name in self._table and name not in self._added
+            if built_in or e.name is None or not f"{module}.".startswith(f"{e.name}."):
                 raise
             raise UserError(f"{self.kind} {name!r}: no module named {e.name!r} is found") from e
 

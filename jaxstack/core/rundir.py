@@ -61,8 +61,10 @@ class RunDir:
 
     @classmethod
     def create(cls, path: str | Path, plan: dict[str, Any]) -> "RunDir":
-        """A new directory for `plan`; raises `UserError` if it has content, is in use or cannot be written."""
+        """A new directory for `plan`; raises `UserError` if it has content, is in use or cannot be written, and where
+        no other process could find what the plan names."""
         path = cls.check(path)
+        refuse_scripts(plan, f"run directory {path}")
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as e:
@@ -165,6 +167,17 @@ class RunDir:
 
     def close(self) -> None:
         self._lock.close()
+
+
+def refuse_scripts(plan: dict[str, Any], where: str) -> None:
+    """Raise `UserError` where a learner, environment or wrapper is named that only this script or notebook has."""
+    config = plan.get("config") or {}
+    named = {"agent": plan.get("agent"), **{k: config.get(k) for k in ("env", "network", "dataset")}}
+    named |= {f"wrap[{i}]": entry for i, entry in enumerate(config.get("wrap") or ())}
+    for field, name in named.items():
+        if isinstance(name, str) and name.startswith("__main__:"):
+            cure = "move it into a module of its own, or train without a run directory"
+            raise UserError(f"{where}: {field}={name!r} is in the script itself, where nothing else finds it; {cure}")
 
 
 def read_plan(path: str | Path) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from jaxstack.core.job import (
     check_rows,
     check_seeds,
     data_of,
+    default_config,
     plain_config,
     same_config,
     same_hypers,
@@ -42,6 +43,7 @@ __all__ = [
     "Result",
     "RunOptions",
     "check_seeds",
+    "default_config",
     "evaluate",
     "load_state",
     "plain_config",
@@ -173,7 +175,7 @@ def resume(
     options = config.replace(options, **changes)
     old = distributed.share(distributed.on_first(lambda: read_plan(run_dir)))
     new = (plan or {}).get("config", plain_config(learner))
-    same_config(run_dir, old["config"], new)
+    same_config(run_dir, old["config"], new, default_config(learner))
     seeds = list(old["seeds"])
     if schedule not in ("extend", "keep"):
         raise UserError(f"schedule={schedule!r}: expected 'extend' or 'keep'")

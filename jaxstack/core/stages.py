@@ -115,7 +115,8 @@ def resume(
     names = _names(method)
     if old.get("stages") != names:
         raise UserError(f"run directory {run_dir}: stages {old.get('stages')}, expected those of the method, {names}")
-    runner.same_config(run_dir, old["config"], (plan or {}).get("config", runner.plain_config(method)))
+    new = (plan or {}).get("config", runner.plain_config(method))
+    runner.same_config(run_dir, old["config"], new, runner.default_config(method))
     run = distributed.on_first(lambda: RunDir.open(run_dir))
     return _run(method, old, Path(run_dir), run, options, sinks)
 

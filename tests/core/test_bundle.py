@@ -1,4 +1,5 @@
 import json
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,18 @@ import pytest
 from jaxstack import agents
 from jaxstack.core import bundle
 from jaxstack.core.errors import UserError
+from jaxstack.envs.wrappers import Wrapper
 from jaxstack.learners import load_policy
+
+
+@dataclass(frozen=True)
+class Masked(Wrapper):
+    """Says that it has action masks."""
+
+    @property
+    def spec(self):
+        return replace(self.env.spec, has_action_mask=True)
+
 
 SMALL = dict(env="matrix_game", num_envs=4, num_steps=4, num_minibatches=1, total_steps=16, hidden=(8,))
 
@@ -65,3 +77,36 @@ def test_damage_is_named(saved, tmp_path, damage):
             arrays.write_bytes(arrays.read_bytes()[:-20])
     with pytest.raises(UserError, match=expected):
         load_policy(tmp_path)
+
+
+def test_wrong_inputs_of_a_policy_are_named(saved):
+    policy = load_policy(saved[2])
+    obs = np.zeros((5, 4, 16), np.float32)
+    assert str(policy).startswith("LoadedPolicy(hypermarl in matrix_game, 4 agents; ")
+    for inputs, message in (
+        (dict(obs=obs[:, :3]), r"obs: found an array \[5, 3, 16\], expected \[B, 4, 16\] of matrix_game"),
+        (dict(obs=obs[0]), r"obs: found an array \[4, 16\], expected \[B, 4, 16\]"),
+        (dict(obs=obs[:0]), r"found an array \[0, 4, 16\]"),
+        (dict(obs=obs[..., :9]), r"found an array \[5, 4, 9\]"),
+        (dict(obs=obs + np.nan), "obs: found numbers that are not finite"),
+        (dict(obs=obs, first=np.zeros(4, bool)), r"first: found an array \[4\], expected \[5\]"),
+        (dict(obs=obs, carry=(np.zeros(3),)), "carry: found .* expected that of 5 environments"),
+    ):
+        with pytest.raises(UserError, match=message):
+            policy.act(**inputs)
+    jax.jit(lambda obs: policy.act(obs)[1])(obs)  # traced numbers pass
+
+
+def test_a_mask_is_needed_where_the_environment_has_one():
+    learner = agents.make("ippo", **SMALL)
+    spec = learner.env.spec
+    masked = learner._replace(env=Masked(learner.env))
+    policy = bundle.LoadedPolicy(masked, jax.jit(learner.init)(jax.random.key(0)).params, {})
+    obs = np.zeros((2, spec.num_agents, *spec.obs_shape), np.float32)
+    mask = np.ones((2, spec.num_agents, spec.action_space.n), bool)
+    with pytest.raises(UserError, match=r"action_mask: found None, expected .* has one"):
+        policy.act(obs)
+    with pytest.raises(UserError, match=r"action_mask: found an array"):
+        policy.act(obs, action_mask=mask[..., :1])
+    with pytest.raises(UserError, match="found an agent without a legal action"):
+        policy.act(obs, action_mask=mask & False)

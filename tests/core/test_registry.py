@@ -33,6 +33,11 @@ def test_names_are_added_once():
     assert things.load("cos")(0) == 1
     with pytest.raises(UserError, match="'cos' is already registered as 'math:cos'"):
         things.add("cos", "math:sin")
+    things.add("cos", "math:sin", overwrite=True)
+    assert things.load("cos")(0) == 0
+    things.add("lost", "no_such_module:x")
+    with pytest.raises(UserError, match="thing 'lost': no module named 'no_such_module' is found"):
+        things.load("lost")
     copy = Registry("thing", source)
     copy.add("b", "math:cos")
     assert source == {"a": "math:sin"}
