@@ -70,7 +70,8 @@ def train(
         run_dir: Where the run is stored; default: nowhere.
         options: Chunks, checkpoints, evaluation, devices.
         sinks: Where metrics go as they come.
-        **changes: Fields of `options` by name; with the name of a learner, of its config too.
+        **changes: Fields of `options` by name; with the name of a learner, of its config too, but for one that is
+            called like an argument above (PPO's `num_steps`), which `make` takes.
 
     Returns:
         The last states [S, ...], metrics as a table, which seeds are alive, and the ledger of compiled programs.

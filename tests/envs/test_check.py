@@ -174,8 +174,9 @@ def test_an_agent_takes_an_object_and_stores_what_rebuilds_it():
     )
     assert learner.env == TimeLimit(Countdown(count=3), 2)
     assert agents.make("ippo", env=Countdown, **small).env == Countdown()
-    done = jaxstack.train("ippo", seeds=[5], env=Countdown(), hidden=(4,), progress=False, eval_every=-1, **small)
-    assert done.metrics.seed.tolist() == [5] * 2
+    given = dict(env=Countdown(), total_steps=256, num_envs=2, num_minibatches=1, hidden=(4,))
+    done = jaxstack.train("ippo", seeds=[5], progress=False, eval_every=-1, **given)
+    assert done.metrics.seed.tolist() == [5]
     with pytest.raises(UserError, match="terminated: found an array"):
         agents.make("ippo", env=Countdown("done an agent"), **small)
 
