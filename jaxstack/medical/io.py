@@ -72,7 +72,7 @@ def read_scan(path: str | Path) -> Scan:
         UserError: for a file that is no image, is broken, too small or huge, or has several frames.
     """
     path = Path(path)
-    scan = _dicom(path) if _is_dicom(path) else _picture(path)
+    scan = _dicom(path) if is_dicom(path) else _picture(path)
     height, width = scan.image.shape
     if min(height, width) < LEAST_SIDE:
         raise UserError(f"{path}: found {width} x {height} pixels, expected at least {LEAST_SIDE} x {LEAST_SIDE}")
@@ -99,7 +99,8 @@ def _picture(path: Path) -> Scan:
         return Scan(np.asarray(grey, np.float32) / 255.0, None, "", f"{kind}, 8 bit")
 
 
-def _is_dicom(path: Path) -> bool:
+def is_dicom(path: Path) -> bool:
+    """Whether a file says that it is DICOM, by its name or its first bytes. Raises `UserError`."""
     if path.suffix.lower() in (".dcm", ".dicom"):
         return True
     try:
@@ -109,11 +110,8 @@ def _is_dicom(path: Path) -> bool:
         raise UserError(f"{path}: cannot be read ({e.strerror})") from e
 
 
-def _dicom(path: Path) -> Scan:
-    """One frame of a DICOM file: stored values over the largest that their bits can hold, MONOCHROME1 inverted.
-
-    Slope and intercept are not applied: a scan of reflectivity has no unit.
-    """
+def dicom(path: Path) -> tuple[Any, np.ndarray]:
+    """The data set of a DICOM file of one frame, and its stored values as float32. Raises `UserError`."""
     try:
         import pydicom
         from pydicom.errors import InvalidDicomError
@@ -126,7 +124,7 @@ def _dicom(path: Path) -> Scan:
         frames = int(data.get("NumberOfFrames", 1) or 1)
         if frames != 1:
             raise UserError(f"{path}: found {frames} frames, expected one image")
-        pixels = np.asarray(data.pixel_array).astype(np.float32)
+        return data, np.asarray(data.pixel_array).astype(np.float32)
     except UserError:
         raise
     except InvalidDicomError as e:
@@ -137,6 +135,14 @@ def _dicom(path: Path) -> Scan:
         raise UserError(f"{path}: its pixels are compressed; pip install {needs} ({e})") from e
     except (OSError, ValueError, AttributeError, KeyError, TypeError, EOFError) as e:
         raise UserError(f"{path}: broken DICOM file ({e})") from e
+
+
+def _dicom(path: Path) -> Scan:
+    """One frame of a DICOM file: stored values over the largest that their bits can hold, MONOCHROME1 inverted.
+
+    Slope and intercept are not applied: a scan of reflectivity has no unit.
+    """
+    data, pixels = dicom(path)
     if pixels.ndim == 3:
         pixels = pixels @ np.array([0.299, 0.587, 0.114], np.float32)
     bits, signed = int(data.get("BitsStored", 8)), int(data.get("PixelRepresentation", 0))

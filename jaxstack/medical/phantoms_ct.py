@@ -9,10 +9,11 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy import ndimage, sparse
+from scipy import ndimage
 
 from jaxstack.core.errors import UserError
 from jaxstack.medical.brain import LEVELS, template
+from jaxstack.medical.volumes import bilinear
 
 SIDES = ("none", "left", "right", "both")
 """Bit 0: the patient's left, bit 1: right."""
@@ -24,6 +25,8 @@ RADII = (3.0, 5.0, 8.0)
 """Of strokes S, M, L, in pixels at 64 pixels of a side."""
 GRAY, WHITE, CSF, SKULL, AIR = 37.0, 29.0, 8.0, 900.0, -1000.0
 """Hounsfield units."""
+FIT = {"mni": 1.0, "ellipses": 0.85}
+"""Mean enlargement of a template, by which skull and shifts fit into the image."""
 GAP_MM, VIEW_MM = 5.0, 230.0
 """Largest distance of slices, and the side of the field of view."""
 
@@ -57,6 +60,8 @@ class Design(NamedTuple):
     """Of wider CSF spaces, degrees of .2 to .7."""
     warp: tuple[float, float] = (0.2, 0.8)
     """Deviation of the smooth displacement, in pixels at 48 pixels of a side; more does not look like a head."""
+    asymmetry: float = 0.25
+    """Share that is kept of the displacement's part that differs between the sides."""
     tilt: float = 2.0
     """Largest turn of the head, in degrees."""
     shift: float = 1.0
@@ -220,23 +225,24 @@ def _patient(rng: np.random.Generator, design: Design) -> _Patient:
     if rng.uniform() < design.calcified:
         spots = [lesion(int(rng.integers(2)), 0.8, 1.5) for _ in range(int(rng.integers(1, 5)))]
     atrophy = rng.uniform(0.2, 0.7) if rng.uniform() < design.atrophied else 0.0
-    field = _smooth(rng, 2, design.size, 6) * np.float32(rng.uniform(*design.warp) * design.size / 48)
+    field = _smooth(rng, 2, design.size, 6).reshape(2, design.size, -1)
+    mirrored = field[..., ::-1] * np.array([[[1.0]], [[-1.0]]], np.float32)
+    keep = np.float32(design.asymmetry)
+    field = ((1.0 + keep) * field + (1.0 - keep) * mirrored).reshape(2, -1)
+    field *= np.float32(rng.uniform(*design.warp) * design.size / 48) / field.std(1, keepdims=True)
     rough = _smooth(rng, 1, design.size, 16)[0]
     return _Patient(
-        start, rng.uniform(0.96, 1.08, 2), field, rough, rng.uniform(0.9, 1.1, 2), atrophy, extent, acute, old, spots
+        start,
+        FIT[design.source] * rng.uniform(0.96, 1.08, 2),
+        field,
+        rough,
+        rng.uniform(0.9, 1.1, 2),
+        atrophy,
+        extent,
+        acute,
+        old,
+        spots,
     )
-
-
-def _resampler(at: np.ndarray, side: int) -> sparse.csr_array:
-    """A matrix [M, side * side] that reads images at `at` [2, M] (rows, columns) bilinearly; the edge goes on."""
-    at = np.clip(at, 0.0, side - 1.001)
-    corner = at.astype(np.int32)
-    y, x = (at - corner).astype(np.float32)
-    first = corner[0] * side + corner[1]
-    columns = np.stack([first, first + 1, first + side, first + side + 1], 1)
-    weights = np.stack([(1 - y) * (1 - x), (1 - y) * x, y * (1 - x), y * x], 1)
-    ends = np.arange(0, 4 * len(y) + 1, 4, dtype=np.int32)
-    return sparse.csr_array((weights.ravel(), columns.ravel(), ends), shape=(len(y), side * side))
 
 
 def _blob(lesion: _Lesion, y: np.ndarray, x: np.ndarray, rough: np.ndarray, slices: int) -> tuple[np.ndarray, float]:
@@ -266,7 +272,7 @@ def _draw(rng: np.random.Generator, patient: _Patient, first: bool, design: Desi
     hu = GRAY * gray + WHITE * white + CSF * (tissue.csf + lost) + SKULL * tissue.skull + AIR * tissue.air
     solid = tissue.gray + tissue.white - lost
     inside = solid + tissue.csf + lost
-    read = _resampler(np.stack([y, x]) + (side - 1) / 2, side)
+    read = bilinear(np.stack([y, x]) + (side - 1) / 2, (side, side))
     hu, solid, inside = np.split(read @ np.concatenate([hu, solid, inside], 1).astype(np.float32), 3, 1)
     within = inside > 0.5
     marks = within.astype(np.uint8)
