@@ -16,6 +16,7 @@ from jaxstack.cli import (
     audits,
     claims,
     collecting,
+    comparing,
     compressing,
     counterfactuals,
     distilling,
@@ -56,6 +57,7 @@ Train agents and sequence models in JAX, whole runs and all seeds in one program
   jaxstack segment-oct PATH --model RUN --out DIR    masks of the choroid in OCT B-scans
   jaxstack analyse-oct PATH --model RUN --out DIR    thickness, area and vessels of the choroid, as a table
   jaxstack score-forecasts F G --observed O --training T   forecasts of whole trajectories, and of their tails
+  jaxstack compare RUN RUN ...                    which is better: IQM, probability of improvement, intervals
   jaxstack plot RUN RUN ...                       learning curves with intervals
   jaxstack render RUN --out episode.gif           watch an episode
   jaxstack export RUN DIR                         the policy for other programs
@@ -169,6 +171,7 @@ def parser() -> argparse.ArgumentParser:
         collecting,
         scores,
         audits,
+        comparing,
         figures,
         exporting,
         architectures,
