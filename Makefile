@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help setup train test test-slow soak lint bench bench-quick lock lowest clean
+.PHONY: help setup train test test-slow soak lint bench bench-quick docs docs-serve lock lowest clean
 
 help:
 	@echo "make train   set up and train HyperMARL against its baselines (about two minutes on 2 cores)"
@@ -12,6 +12,7 @@ help:
 	@echo "make lint    formatting, lint, types, import rules"
 	@echo "make bench   speed against the peers; ARGS='--jaxmarl PATH --purejaxrl PATH --kla PATH --torch-python PYTHON'"
 	@echo "make bench-quick   today's ratios beside the recorded ones, in under three minutes"
+	@echo "make docs    the site of docs/ in site/; make docs-serve shows it (both install the site's generator once)"
 	@echo "make lock    resolve the versions in pyproject.toml anew"
 	@echo "make lowest  train one step with the lowest versions that pyproject.toml allows"
 
@@ -49,6 +50,16 @@ bench: $(STAMP)
 bench-quick: $(STAMP)
 	$(BIN)/python scripts/bench.py --quick $(ARGS)
 
+.venv/.docs: $(STAMP) pyproject.toml
+	$(BIN)/python -m pip install --quiet "zensical>=0.0.70" "mkdocstrings[python]>=1.0"
+	@touch .venv/.docs
+
+docs: .venv/.docs
+	$(BIN)/zensical build --clean
+
+docs-serve: .venv/.docs
+	$(BIN)/zensical serve
+
 lock: $(STAMP)
 	$(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --upgrade \
 	  --generate-hashes --no-emit-index-url --no-header --no-annotate --output-file requirements.lock
@@ -57,4 +68,4 @@ lowest:
 	$(PYTHON) scripts/lowest.py
 
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv build dist site *.egg-info

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxstack.core import bundle, runner
+from jaxstack.core import bundle, distributed, runner
 from jaxstack.core import config as configs
 from jaxstack.core.bundle import LoadedPolicy
 from jaxstack.core.errors import UserError
@@ -67,7 +67,7 @@ def train(
         total_samples: Samples per seed, instead of `num_steps`.
         hypers: Hyperparameters with scalar leaves, or leaves [S]: one setting per seed; default: the learner's.
         data: Source of batches; default: the learner's.
-        run_dir: Where the run is stored; default: nowhere.
+        run_dir: Where the run is stored, with the policy of its first seed; default: nowhere.
         options: Chunks, checkpoints, evaluation, devices.
         sinks: Where metrics go as they come.
         **changes: Fields of `options` by name; with the name of a learner, of its config too, but for one that is
@@ -87,7 +87,12 @@ def train(
     if isinstance(learner, str):
         learner = make(learner, **{k: v for k, v in changes.items() if k not in run})
     given: dict[str, Any] = dict(total_samples=total_samples, hypers=hypers, data=data, run_dir=run_dir, sinks=sinks)
-    return runner.train(learner, num_steps, seeds, options=options, **given, **run)
+    result = runner.train(learner, num_steps, seeds, options=options, **given, **run)
+    if run_dir is not None:
+        state = distributed.fetch(result.state)
+        if distributed.is_first():
+            bundle.save_first(run_dir, learner, state, result.alive)
+    return result
 
 
 def from_plain(name: str, fields: Any, source: str) -> Learner:

@@ -1,4 +1,4 @@
-"""Write what is generated from the registry (jaxstack/methods.py): README's table of methods and docs/methods.md.
+"""Write what is generated from the registry (jaxstack/methods.py): README's table of methods and docs/method-list.md.
 
 python scripts/list_methods.py            write both
 python scripts/list_methods.py --check    exit with 1 if one of them is stale
@@ -13,7 +13,7 @@ from jaxstack.methods import METHODS, Method
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- methods: written by scripts/list_methods.py -->", "<!-- end of methods -->"
-INDEX = "docs/methods.md"
+INDEX = "docs/method-list.md"
 
 
 def paper(m: Method) -> str:
@@ -25,21 +25,22 @@ def paper(m: Method) -> str:
     return f"[{title}]({first})" + "".join(f", [part {i}]({url})" for i, url in enumerate(more, 2))
 
 
-def state(m: Method, up: str = "") -> str:
-    """What a reader can do with it: the page and the verdict, as far as they exist; `up` leads to the root."""
+def state(m: Method, folder: str = "") -> str:
+    """What a reader can do with it: the page and the verdict, as far as they exist; links begin in `folder`."""
     if m.planned:
         return "planned"
-    name = f"[works]({up}{m.page})" if (ROOT / m.page).exists() else "works"
+    link = lambda path: path.removeprefix(folder)
+    name = f"[works]({link(m.page)})" if (ROOT / m.page).exists() else "works"
     record = f"docs/results/{m.slug}-small.json"
     if not (ROOT / record).exists():
         return name
     counts = report.load(ROOT / record)["counts"]
-    return f"{name}; [results]({up}{record}): {report.summary(counts)}"
+    return f"{name}; [results]({link(record)}): {report.summary(counts)}"
 
 
-def table(up: str = "") -> str:
+def table() -> str:
     """A row for each published method."""
-    rows = [f"| `{m.slug}` | {paper(m)} | {state(m, up)} |" for m in METHODS if m.published]
+    rows = [f"| `{m.slug}` | {paper(m)} | {state(m)} |" for m in METHODS if m.published]
     return "\n".join(["| Method | Paper | State |", "|---|---|---|", *rows])
 
 
@@ -51,7 +52,7 @@ def readme(text: str) -> str:
 
 
 def index() -> str:
-    """docs/methods.md: methods by group, then the learners that they are compared with."""
+    """docs/method-list.md: methods by group, then the learners that they are compared with."""
     lines = ["# Methods", "", "Written by `scripts/list_methods.py` from `jaxstack/methods.py`."]
     for group in dict.fromkeys(m.group for m in METHODS):
         title = {"agent": "Agents to compare with", "learner": "Other learners"}.get(group, group.capitalize())
@@ -59,7 +60,7 @@ def index() -> str:
         for m in METHODS:
             if m.group == group:
                 how = f"; `jaxstack train {m.slug}`" if m.factory else ""
-                lines.append(f"- `{m.slug}`: {paper(m)}; {state(m, '../')}{how}")
+                lines.append(f"- `{m.slug}`: {paper(m)}; {state(m, 'docs/')}{how}")
     return "\n".join(lines) + "\n"
 
 

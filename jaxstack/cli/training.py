@@ -135,9 +135,6 @@ def _sinks(plan: dict[str, Any], run_dir: Path) -> list[Any]:
 
 def _report(learner: Any, result: Any, plan: dict[str, Any]) -> None:
     """Last scores over the seeds of each setting, the policy bundle, and where everything is."""
-    import jax
-    import numpy as np
-
     from jaxstack.core import bundle, distributed, rundir
 
     state = distributed.fetch(result.state)
@@ -155,9 +152,8 @@ def _report(learner: Any, result: Any, plan: dict[str, Any]) -> None:
                 print(f"{name}{': ' * bool(name)}{metric}: {own[metric].mean():.3f} (mean of {count} seeds)")
     if result.run_dir is None:
         return
-    if learner.policy is not None and result.alive.any():
-        first = int(np.flatnonzero(result.alive)[0])
-        bundle.save_policy(result.run_dir / "policy", learner, jax.tree.map(lambda x: x[first], state))
+    first = bundle.save_first(result.run_dir, learner, state, result.alive)
+    if first is not None:
         row = ", ".join(filter(None, (names[first], f"seed {plan['seeds'][first]}")))
         print(f"policy of {row}: {result.run_dir}/policy")
     print(f"run: {result.run_dir}")

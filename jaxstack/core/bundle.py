@@ -101,6 +101,25 @@ def save_policy(path: str | Path, learner: Learner, state: Any) -> Path:
     return path
 
 
+def save_first(run_dir: str | Path, learner: Learner, state: Any, alive: Any) -> int | None:
+    """Store the policy of a run's first living row in RUN/policy.
+
+    Args:
+        run_dir: Of the run.
+        learner: What was trained.
+        state: The last states [S, ...].
+        alive: [S] bool.
+
+    Returns:
+        The row; None where there is no policy, or no row alive.
+    """
+    if learner.policy is None or not np.any(alive):
+        return None
+    first = int(np.flatnonzero(alive)[0])
+    save_policy(Path(run_dir) / "policy", learner, jax.tree.map(lambda x: x[first], state))
+    return first
+
+
 def load_policy(path: str | Path, make: Callable[[str, Any, str], Learner]) -> LoadedPolicy:
     """Rebuild the policy from a bundle; `make(name, fields, source)` makes the learner from what the file says.
 
