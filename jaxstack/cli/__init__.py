@@ -28,6 +28,7 @@ from jaxstack.cli import (
     oct,
     scores,
     segmenting,
+    stacking,
     training,
     tuning,
 )
@@ -51,6 +52,7 @@ Train agents and sequence models in JAX, whole runs and all seeds in one program
   jaxstack audit ENV ENV                          what environments ask for: memory, hidden information, coordination
   jaxstack architectures search --num 100         rank untrained networks by their codes of one minibatch
   jaxstack compress RUN --keep 0.5 --out DIR      a classifier with fewer channels
+  jaxstack dlas --models resnet-8 --out DIR       accuracy, size and measured time of compressed networks
   jaxstack distil RUN --out DIR                   a smaller classifier from a trained one's weights alone
   jaxstack phantoms fundus --out DIR              images with known truth, for the medical methods
   jaxstack grade-fundus PATH --quality F --out DIR   quality and a trait of each photograph, as a table
@@ -177,6 +179,7 @@ def parser() -> argparse.ArgumentParser:
         architectures,
         compressing,
         tuning,
+        stacking,
         distilling,
         forecasting,
         medical,

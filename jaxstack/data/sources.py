@@ -263,6 +263,20 @@ class IteratorData(HostData):
             raise UserError(f"data: the iterator ended before step {step + 1}") from None
 
 
+def shuffled_rows(count: int, rounds: int, updates: int, batch_size: int, seed: int) -> np.ndarray:
+    """[rounds, updates, batch_size] rows of `count` images in shuffled epochs; what an epoch has over is left out.
+
+    Raises `UserError` for a batch that is larger than the data.
+    """
+    if not 1 <= batch_size <= count:
+        raise UserError(f"batch_size={batch_size}: expected 1 to {count}, the number of images")
+    rng, each = np.random.default_rng(seed), count // batch_size
+    epochs = -(-rounds * updates // each)
+    orders = [rng.permutation(count)[: each * batch_size].reshape(each, batch_size) for _ in range(epochs)]
+    whole = np.concatenate(orders) if orders else np.zeros((0, batch_size), int)
+    return whole[: rounds * updates].reshape(rounds, updates, batch_size).astype(np.int32)
+
+
 def _host(x: Any) -> np.ndarray:
     """A host array of a type that jax has."""
     x = np.asarray(x)

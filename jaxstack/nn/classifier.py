@@ -54,11 +54,13 @@ class Config(configs.Config):
     """Pixels on a side: larger images are averaged over blocks, smaller ones get zeros around; 0: as they are."""
     model: str = "mlp"
     """mlp, cnn, lenet, wrn-D-W (depth, width), densenet-bc-D-K (depth, growth), resnet-18, -34 or -50 for small images
-    (resnet-18-imagenet has the stem for large ones), vgg-16, mobilenet-v1 or mobilenet-v2."""
+    (resnet-18-imagenet has the stem for large ones), vgg-16, mobilenet-v1 or mobilenet-v2; vgg-small, resnet-8, -14 or
+    -20, mobilenet-small."""
     features: tuple[int, ...] = (64, 64)
     """mlp: width of each hidden layer; cnn: channels of each convolution."""
     mid_features: tuple[int, ...] = ()
-    """wrn: middle channels of each block, densenet: of each layer; default: those of the literature."""
+    """wrn: middle channels of each block, densenet: of each layer, vgg-small and the like: channels of each space;
+    default: those of the literature."""
     pointwise: str = ""
     """wrn: separable convolutions with a structured map of channels in place of the blocks' 3x3 ones: dense, generic,
     lowrank, shuffle, acdc, tt, tucker, hashed or hashed-full; default: plain convolutions."""

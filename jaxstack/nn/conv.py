@@ -126,6 +126,30 @@ def _out(image: Sequence[int], w: Window) -> Pair:
     return one(0), one(1)
 
 
+def window_of(
+    image: Sequence[int],
+    kernel: Sequence[int],
+    groups: int,
+    stride: int | Pair = 1,
+    padding: str | int | Sequence[Pair] = 1,
+    dilation: int | Pair = 1,
+) -> Window:
+    """The window of images [N, H, W, C] and a kernel [R, S, C/G, K] of given shapes."""
+    size = (kernel[0], kernel[1])
+    stride, dilation = _pair(stride), _pair(dilation)
+    return Window(size, stride, (1, 1), dilation, pads(image[1:3], size, stride, padding, dilation), groups)
+
+
+def multiply_adds(x: Sequence[int], kernel: Sequence[int], window: Window) -> int:
+    """Of a convolution of images and a kernel of given shapes: half its floating-point operations."""
+    return x[0] * math.prod(_out(x[1:3], window)) * math.prod(kernel)
+
+
+def largest_divisor(number: int, most: int) -> int:
+    """The largest divisor of `number` that is not above `most`."""
+    return max(d for d in range(1, min(number, most) + 1) if number % d == 0)
+
+
 # Forms of the two sums; `*_plain` is XLA's own, the others are for its CPU backend
 
 

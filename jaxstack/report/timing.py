@@ -89,21 +89,32 @@ def interleaved(
         Seconds per call by name.
     """
     compiled = {name: jax.jit(f).lower(*args[0]).compile() for name, f in functions.items()}
+    return calls_in_turn(compiled, args, repeats, at_least, calls)
+
+
+def calls_in_turn(
+    ready: Mapping[Name, Callable[..., Any]],
+    args: Sequence[tuple[Any, ...]],
+    repeats: int = 5,
+    at_least: float = 0.01,
+    calls: int = 20,
+) -> dict[Name, Timing]:
+    """`interleaved` of functions that are ready: compiled programs, or functions of the host."""
     counts = {}
-    for name, run in compiled.items():
+    for name, run in ready.items():
         jax.block_until_ready(run(*args[0]))
         start = time.perf_counter()
         jax.block_until_ready(run(*args[-1]))
         once = time.perf_counter() - start
         counts[name] = max(1, min(calls, round(at_least / max(once, 1e-9))))
 
-    def measure(name: str) -> float:
-        def calls() -> None:
+    def measure(name: Name) -> float:
+        def several() -> None:
             for n in range(counts[name]):
-                out = compiled[name](*args[n % len(args)])
+                out = ready[name](*args[n % len(args)])
             jax.block_until_ready(out)
 
-        return timed(calls).wall / counts[name]
+        return timed(several).wall / counts[name]
 
-    seconds = in_turn({name: lambda _, n=name: measure(n) for name in functions}, repeats, warm_up=False)
+    seconds = in_turn({name: lambda _, n=name: measure(n) for name in ready}, repeats, warm_up=False)
     return {name: Timing(tuple(found)) for name, found in seconds.items()}

@@ -10,7 +10,6 @@ product per kernel entry and group (`conv_pack`), beside the ways in which frame
 """
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -22,7 +21,8 @@ from jaxtyping import Array
 
 from jaxstack.core.errors import UserError, unknown
 from jaxstack.nn import conv
-from jaxstack.nn.conv import Pair, Window
+from jaxstack.nn.conv import Pair, Window, largest_divisor, window_of
+from jaxstack.nn.conv import multiply_adds as multiply_adds
 from jaxstack.report.timing import Timing, interleaved
 
 
@@ -35,11 +35,6 @@ class Tiles(NamedTuple):
     """Input channels that are packed together."""
     ow_bn: int
     """Columns of the output that are computed together, as accumulators in registers."""
-
-
-def largest_divisor(number: int, most: int) -> int:
-    """The largest divisor of `number` that is not above `most`."""
-    return max(d for d in range(1, min(number, most) + 1) if number % d == 0)
 
 
 def gspc_tiles(kpg: int, cpg: int, out_w: int, lanes: int = 16) -> Tiles:
@@ -146,20 +141,6 @@ def grouped_conv(
     )
 
 
-def window_of(
-    image: Sequence[int],
-    kernel: Sequence[int],
-    groups: int,
-    stride: int | Pair = 1,
-    padding: str | int | Sequence[Pair] = 1,
-    dilation: int | Pair = 1,
-) -> Window:
-    """The window of images [N, H, W, C] and a kernel [R, S, C/G, K] of given shapes."""
-    size = (kernel[0], kernel[1])
-    stride, dilation = conv._pair(stride), conv._pair(dilation)
-    return Window(size, stride, (1, 1), dilation, conv.pads(image[1:3], size, stride, padding, dilation), groups)
-
-
 class GroupedConv(nn.Module):
     """A layer of `grouped_conv`, as `jaxstack.nn.conv.Conv` with a lowering of one's choice."""
 
@@ -180,11 +161,6 @@ class GroupedConv(nn.Module):
         options = (self.groups, self.stride, self.padding, self.dilation, self.implementation)
         x = grouped_conv(x, kernel.astype(x.dtype), *options)
         return x + self.param("bias", nn.initializers.zeros_init(), (self.features,)) if self.use_bias else x
-
-
-def multiply_adds(x: Sequence[int], kernel: Sequence[int], window: Window) -> int:
-    """Of a convolution of images and a kernel of given shapes: half its floating-point operations."""
-    return x[0] * math.prod(conv._out(x[1:3], window)) * math.prod(kernel)
 
 
 # Tuning

@@ -19,6 +19,7 @@ from jaxtyping import Array
 
 from jaxstack.core.errors import UserError, unknown
 from jaxstack.core.learner import Key
+from jaxstack.data.sources import shuffled_rows as shuffled_rows
 from jaxstack.nn import optimisers
 from jaxstack.nn.supervised import Hypers, cross_entropy
 from jaxstack.nn.vision import wrn
@@ -208,20 +209,6 @@ def criterion_number(name: str) -> int:
     if name not in CRITERIA:
         raise unknown("criterion", name, CRITERIA)
     return CRITERIA.index(name)
-
-
-def shuffled_rows(count: int, removals: int, updates: int, batch_size: int, seed: int) -> np.ndarray:
-    """[removals, updates, batch_size] rows of `count` images in shuffled epochs; what an epoch has over is left out.
-
-    Raises `UserError` for a batch that is larger than the data.
-    """
-    if not 1 <= batch_size <= count:
-        raise UserError(f"batch_size={batch_size}: expected 1 to {count}, the number of images")
-    rng, each = np.random.default_rng(seed), count // batch_size
-    epochs = -(-removals * updates // each)
-    orders = [rng.permutation(count)[: each * batch_size].reshape(each, batch_size) for _ in range(epochs)]
-    whole = np.concatenate(orders) if orders else np.zeros((0, batch_size), int)
-    return whole[: removals * updates].reshape(removals, updates, batch_size).astype(np.int32)
 
 
 # Smaller networks

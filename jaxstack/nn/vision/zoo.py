@@ -1,5 +1,6 @@
 """Networks for images by name."""
 
+import functools
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -12,11 +13,12 @@ from jaxstack.nn.vision.lenet import LeNet
 from jaxstack.nn.vision.mobilenet_v3 import MobileNetV3
 from jaxstack.nn.vision.plain import VGG16, MobileNetV1, MobileNetV2
 from jaxstack.nn.vision.resnet import ResNet
+from jaxstack.nn.vision.small import DEPTHS, MobileNetSmall, SmallResNet, VGGSmall
 from jaxstack.nn.vision.wrn import WRN
 
 NAMES = (
     "lenet, wrn-D-W, densenet-bc-D-K, densenet121, resnet-18|34|50[-imagenet], vgg-16, mobilenet-v1, mobilenet-v2, "
-    "mobilenet-v3-large, efficientnet-lite0"
+    "mobilenet-v3-large, efficientnet-lite0, vgg-small, resnet-8|14|20, mobilenet-small"
 )
 _WRN = re.compile(r"wrn-(\d+)-(\d+(?:\.\d+)?)")
 _DENSE = re.compile(r"densenet-bc-(\d+)-(\d+)")
@@ -29,6 +31,12 @@ _PLAIN: dict[str, Any] = {
     "densenet121": DenseNet121,
     "efficientnet-lite0": EfficientNetLite0,
 }
+_SMALL: dict[str, Any] = {
+    "vgg-small": VGGSmall,
+    **{f"resnet-{depth}": functools.partial(SmallResNet, depth) for depth in DEPTHS},
+    "mobilenet-small": MobileNetSmall,
+}
+"""Those in which every width is free."""
 
 
 def network(
@@ -46,9 +54,11 @@ def network(
     Args:
         name: lenet, wrn-D-W with depth and width (wrn-10-2, wrn-40-1.5), densenet-bc-D-K with depth and growth
             (densenet-bc-100-12), resnet-D for small images or resnet-D-imagenet, vgg-16, mobilenet-v1, mobilenet-v2,
-            mobilenet-v3-large, densenet121, efficientnet-lite0.
+            mobilenet-v3-large, densenet121, efficientnet-lite0; vgg-small, resnet-8, -14, -20 or mobilenet-small, in
+            which every width is free.
         classes: number of logits.
-        mid_features: middle channels of each block, for wrn-D-W and densenet-bc-D-K.
+        mid_features: middle channels of each block, for wrn-D-W and densenet-bc-D-K; of each space of channels, for the
+            small networks.
         variance: of BatchNorm's running variance.
         pointwise: kind of the separable convolutions of wrn-D-W, see `WRN`; "": plain convolutions.
         size: of their structured maps.
@@ -72,6 +82,10 @@ def network(
         raise UserError(f"block types: {name} takes none, expected a network wrn-D-W")
     if pointwise:
         raise UserError(f"pointwise: {name} has no separable convolutions, expected a network wrn-D-W")
+    if name in _SMALL:
+        found = _SMALL[name](classes, mid, variance)
+        found.middle()
+        return found
     if match := _DENSE.fullmatch(name):
         found = DenseNet(int(match[1]), int(match[2]), classes, mid, variance)
         found.middle()
