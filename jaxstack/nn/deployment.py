@@ -65,10 +65,30 @@ def outputs(
 # Size and work
 
 
-def folded_net(net: Net, image: Sequence[int]) -> tuple[Folded, Net]:
-    """The network with folded norms, for images of a shape, and its variables."""
-    folded, fewer = fold_batchnorm(network_of(net), net.variables, jax.ShapeDtypeStruct(tuple(image), jnp.float32))
-    return folded, net._replace(variables=jax.tree.map(np.asarray, fewer))
+class Ready(NamedTuple):
+    """A network with folded norms, for images of one shape."""
+
+    folded: Folded
+    net: Net
+    """With the folded variables."""
+    layers: tuple[Layer, ...]
+
+
+_READY: dict[tuple[int, tuple[int, ...]], tuple[Any, Folded, Any, tuple[Layer, ...]]] = {}
+
+
+def ready_net(net: Net, image: Sequence[int]) -> Ready:
+    """Fold the norms of a network, for images of a shape. The last networks are kept, as tracing takes time."""
+    key = (id(net.variables), tuple(image))
+    if key not in _READY:  # what is kept holds the variables, so that no others get their id
+        x = jax.ShapeDtypeStruct(tuple(image), jnp.float32)
+        folded, fewer = fold_batchnorm(network_of(net), net.variables, x)
+        fewer = jax.tree.map(np.asarray, fewer)
+        while len(_READY) >= 64:
+            del _READY[next(iter(_READY))]
+        _READY[key] = (net.variables, folded, fewer, low.layers_of(folded, fewer, image))
+    _, folded, fewer, layers = _READY[key]
+    return Ready(folded, net._replace(variables=fewer), layers)
 
 
 def _kernel(variables: Any, name: str) -> np.ndarray:
@@ -80,22 +100,29 @@ def _kernel(variables: Any, name: str) -> np.ndarray:
 
 def multiply_adds(net: Net, image: Sequence[int]) -> int:
     """Per image; removed weights are not counted."""
-    folded, own = folded_net(net, (1, *image[1:]))
-    layers = low.layers_of(folded, own.variables, (1, *image[1:]))
+    _, own, layers = ready_net(net, (1, *image[1:]))
     if net.kind != "weights":
         return sum(layer.macs for layer in layers)
     return sum(layer.uses * int(np.count_nonzero(_kernel(own.variables, layer.name))) for layer in layers)
 
 
+def weights_for(net: Net, macs: int, image: Sequence[int]) -> int:
+    """How many of the largest weights of a dense network have at most so many multiply-adds."""
+    _, _, layers = ready_net(net, (1, *image[1:]))
+    kernels = [np.abs(_kernel(net.variables, layer.name)).reshape(-1) for layer in layers]
+    uses = np.concatenate([np.full(len(k), layer.uses) for k, layer in zip(kernels, layers)])
+    order = np.argsort(-np.concatenate(kernels), kind="stable")
+    return int(np.searchsorted(np.cumsum(uses[order]), macs, "right"))
+
+
 def stored_bytes(net: Net, image: Sequence[int]) -> int:
     """Bytes of the network with folded norms: float32, 2 bytes of the short floats, CSR where weights are removed; int8
     with its scales and biases of 4 bytes."""
-    folded, own = folded_net(net, image)
-    layers = {layer.name for layer in low.layers_of(folded, own.variables, image)}
+    _, own, layers = ready_net(net, image)
     leaves = jax.tree.leaves(own.variables)
     if net.kind in TYPES:
         return 2 * sum(v.size for v in leaves)
-    kernels = [_kernel(own.variables, name) for name in layers]
+    kernels = [_kernel(own.variables, layer.name) for layer in layers]
     rest = 4 * (sum(v.size for v in leaves) - sum(v.size for v in kernels))
     if net.kind == "weights":
         return rest + sum(low.csr_bytes(int(np.count_nonzero(v)), v.shape[-1]) for v in kernels)
@@ -136,12 +163,12 @@ def program(
     net: Net, form: Form, image: Sequence[int], plan: dict[str, Choice] | None = None, types: bool = True
 ) -> Program:
     """Compile a network in a form; `plan` has the choices of a tuned one."""
-    folded, own = folded_net(net, image)
+    folded, own, layers = ready_net(net, image)
     x = jax.ShapeDtypeStruct(tuple(image), jnp.float32)
     if form.sparse == "csr":
         return _host(folded, own, x)
     if form.sparse == "bcoo":
-        plain = [v for v in low.layers_of(folded, own.variables, image) if v.window and v.window.groups == 1]
+        plain = [v for v in layers if v.window and v.window.groups == 1]
         matrices = {v.name: low.as_bcoo(_kernel(own.variables, v.name)) for v in plain}
 
         def compute(name: str, x: Any, kernel: Any, window: Any) -> Any:
@@ -304,8 +331,7 @@ def measure(
     plans: dict[int, dict[str, Tuned]] = {}
     for n, (net, form) in enumerate(jobs):
         if form.tuned:
-            folded, own = folded_net(net, image)
-            plans[n] = tune(low.layers_of(folded, own.variables, image), trials, repeats=repeats)
+            plans[n] = tune(ready_net(net, image).layers, trials, repeats=repeats)
         choices = {name: found.choice for name, found in plans[n].items()} if n in plans else None
         # the dense network is not timed twice
         ready[n] = ready["dense"] if net is dense and form == Form() else program(net, form, image, choices)

@@ -193,7 +193,10 @@ def as_matrix(kernel: Any) -> np.ndarray:
 
 def as_bcoo(kernel: Any) -> sparse.BCOO:
     """The same, sparse."""
-    return sparse.BCOO.fromdense(jnp.asarray(as_matrix(kernel)))
+    matrix = as_matrix(kernel)
+    places = np.argwhere(matrix).astype(np.int32)
+    content: Any = (matrix[places[:, 0], places[:, 1]], places)
+    return sparse.BCOO(content, shape=matrix.shape, indices_sorted=True, unique_indices=True)
 
 
 def conv_gemm_bcoo(x: Array, matrix: sparse.BCOO, *, window: Window) -> Array:
