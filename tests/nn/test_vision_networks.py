@@ -197,7 +197,7 @@ def test_max_pooling_by_slices_is_that_of_flax():
         ("densenet-bc-12-2", {}, r"depth=12: expected 6 n \+ 4"),
         ("densenet-bc-10-0", {}, "growth=0: expected at least 1"),
         ("densenet-bc-10-2", dict(mid_features=(1,)), "mid_features: found 1, expected 3, one for each block"),
-        ("resnet-20", {}, "depth=20: expected 18, 34 or 50"),
+        ("resnet-26", {}, "depth=26: expected 18, 34 or 50"),
         ("wrn-10-0.01", {}, "width=0.01: expected at least 1/16"),
         ("wrn-10-1", dict(mid_features=(1, 2)), "mid_features: found 2, expected 3, one for each block"),
         ("wrn-10-1", dict(mid_features=(1, 2, -1)), "mid_features: found -1, expected 0 or more"),
