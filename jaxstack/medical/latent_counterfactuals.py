@@ -5,6 +5,7 @@ saliency is the mean of the two |D(z_t) - D(z0)|, each divided by its maximum.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -109,17 +110,27 @@ def counterfactual(
     return jax.lax.scan(step, z0, None, steps)[0]
 
 
-def saliency_pair(
+class Sides(NamedTuple):
+    """Images as the autoencoder gives them back."""
+
+    start: Array
+    """Of the image itself."""
+    towards_0: Array
+    """Of the latents moved towards class 0."""
+    towards_1: Array
+    """Of the latents moved towards class 1."""
+
+
+def sides(
     apply_cls: Callable[[Array], Array],
     apply_enc: Callable[[Array], Array],
     apply_dec: Callable[[Array], Array],
-    x: Float[Array, "b h w c"],
+    x: Float[Array, "b *image"],
     alpha: float = 100.0,
     beta: float = 0.001,
     steps: int = 20,
-    reference_compat: bool = False,
-) -> Float[Array, "b h w c"]:
-    """Saliency in 0..1 of images, from counterfactuals towards both classes of two.
+) -> Sides:
+    """Counterfactuals of images, or of scans of several slices, towards both classes of two.
 
     Args:
         apply_cls: images -> logits [B, 2].
@@ -129,20 +140,43 @@ def saliency_pair(
         alpha: see `counterfactual`.
         beta: see `counterfactual`.
         steps: see `counterfactual`.
+    """
+    z0 = apply_enc(x)
+    # both classes at once: each image moves by itself
+    target = jnp.repeat(jnp.arange(2), len(x))
+    z = counterfactual(apply_cls, apply_dec, jnp.concatenate([z0, z0]), target, alpha, beta, steps)
+    return Sides(apply_dec(z0), *jnp.split(apply_dec(z), 2))
+
+
+def scaled(saliency: Float[Array, "b *image"]) -> Float[Array, "b *image"]:
+    """Each image divided by its maximum; zeros stay zeros."""
+    most = saliency.max(tuple(range(1, saliency.ndim)), keepdims=True)
+    return saliency / jnp.where(most > 0, most, 1.0)
+
+
+def pair(found: Sides, reference_compat: bool = False) -> Float[Array, "b *image"]:
+    """The mean of both differences, each divided by its maximum, then divided by its own.
+
+    Args:
+        found: what `sides` gives.
         reference_compat: as released, leave the difference towards class 0 unnormalised.
 
     Returns:
         For each image at most 1; all zeros where no latent moved.
     """
-    z0 = apply_enc(x)
-    start = apply_dec(z0)
-
-    def scaled(d: Array) -> Array:
-        most = d.max((1, 2, 3), keepdims=True)
-        return d / jnp.where(most > 0, most, 1.0)
-
-    # both classes at once: each image moves by itself
-    target = jnp.repeat(jnp.arange(2), len(x))
-    z = counterfactual(apply_cls, apply_dec, jnp.concatenate([z0, z0]), target, alpha, beta, steps)
-    towards_0, towards_1 = jnp.split(jnp.abs(apply_dec(z) - jnp.concatenate([start, start])), 2)
+    towards_0, towards_1 = jnp.abs(found.towards_0 - found.start), jnp.abs(found.towards_1 - found.start)
     return scaled(scaled(towards_1) + (towards_0 if reference_compat else scaled(towards_0)))
+
+
+def saliency_pair(
+    apply_cls: Callable[[Array], Array],
+    apply_enc: Callable[[Array], Array],
+    apply_dec: Callable[[Array], Array],
+    x: Float[Array, "b *image"],
+    alpha: float = 100.0,
+    beta: float = 0.001,
+    steps: int = 20,
+    reference_compat: bool = False,
+) -> Float[Array, "b *image"]:
+    """Saliency in 0..1 from counterfactuals towards both classes: `pair` of `sides`, whose arguments these are."""
+    return pair(sides(apply_cls, apply_enc, apply_dec, x, alpha, beta, steps), reference_compat)

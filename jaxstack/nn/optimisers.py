@@ -77,6 +77,26 @@ def adamw(
     )
 
 
+def adam(
+    rate: Callable[[Any], Array],
+    *,
+    b1: Any = 0.9,
+    b2: Any = 0.999,
+    weight_decay: Any = 0.0,
+    max_grad_norm: Any = None,
+    mask: Callable[[Any], Any] | None = None,
+    factors: Callable[[Any], Any] | None = None,
+) -> optax.GradientTransformation:
+    """Adam (Kingma and Ba, 2015) with weight decay as PyTorch's `Adam` has it: part of the gradient (L2), so that the
+    moments see it; arguments as in `adamw`."""
+    return optax.chain(
+        *_clip(max_grad_norm),
+        _decay(weight_decay, mask, factors),
+        optax.scale_by_adam(b1, b2),
+        optax.scale_by_learning_rate(rate),
+    )
+
+
 def sgd(
     rate: Callable[[Any], Array],
     *,

@@ -148,7 +148,7 @@ class Optimiser(NamedTuple):
     """What of the optimisation is no number that can be swept in one program."""
 
     kind: str = "sgd"
-    """sgd (momentum and decay as PyTorch's) or adamw."""
+    """sgd (momentum and decay as PyTorch's), adamw, or adam (decay in the gradient, as PyTorch's)."""
     schedule: optimisers.Schedule = "cosine"
     warmup: float = 0.0
     """Share of the steps in which the learning rate rises linearly."""
@@ -174,9 +174,10 @@ class Optimiser(NamedTuple):
         shared |= dict(max_grad_norm=hypers.max_grad_norm if self.clip else None)
         if self.kind == "sgd":
             return optimisers.sgd(rate, momentum=hypers.momentum, nesterov=self.nesterov, **shared)
-        if self.kind == "adamw":
-            return optimisers.adamw(rate, b1=hypers.b1, b2=hypers.b2, **shared)
-        raise UserError(f"optimiser={self.kind!r}: expected 'sgd' or 'adamw'")
+        if self.kind in ("adam", "adamw"):
+            make = optimisers.adam if self.kind == "adam" else optimisers.adamw
+            return make(rate, b1=hypers.b1, b2=hypers.b2, **shared)
+        raise UserError(f"optimiser={self.kind!r}: expected 'sgd', 'adam' or 'adamw'")
 
 
 def supervised(
