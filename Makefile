@@ -19,7 +19,7 @@ help:
 setup: $(STAMP)
 
 $(STAMP): requirements.lock pyproject.toml
-	$(PYTHON) -c "import sys; assert (3, 11) <= sys.version_info[:2] < (3, 13), f'Python 3.11 or 3.12 is needed, found {sys.version.split()[0]}; set PYTHON=python3.11'"
+	$(PYTHON) -c "import sys; assert (3, 11) <= sys.version_info[:2] < (3, 14), f'Python 3.11 to 3.13 is needed, found {sys.version.split()[0]}; set PYTHON=python3.11'"
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --require-hashes --requirement requirements.lock
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --config-settings editable_mode=compat --editable .

@@ -96,7 +96,7 @@ def test_metadata_names_licence_python_and_extras(built):
         name = next(n for n in wheel.namelist() if n.endswith("METADATA"))
         text = wheel.read(name).decode()
     assert "License-Expression: Apache-2.0" in text
-    assert "Requires-Python: <3.13,>=3.11" in text
+    assert "Requires-Python: <3.14,>=3.11" in text
     extras = {line.split(": ")[1] for line in text.splitlines() if line.startswith("Provides-Extra")}
     assert {"cuda", "tpu", "cluster", "wandb", "docs", "dev"} <= extras
 

@@ -1,6 +1,7 @@
 """The compile ledger: what was traced and compiled, how long it took, what it costs to run."""
 
 import contextlib
+import functools
 import gc
 import time
 from collections import OrderedDict
@@ -17,6 +18,17 @@ from jaxstack.core.errors import UserError
 CHEAP = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 """Options of XLA's CPU compiler for a program that runs once: 1.6 s of CPU time for the initialisation of IPPO on MPE,
 3.0 with the first alone, 6.1 in full. A program that runs long is two times slower with the second."""
+
+
+@functools.lru_cache
+def known_options(options: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
+    """The compile options that the backend has: XLA drops some between versions, and refuses what it does not know."""
+    kept = {}
+    for name, value in options:
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            jax.jit(lambda: jax.numpy.int32(0)).lower().compile({name: value})
+            kept[name] = value
+    return kept
 
 
 class DoesNotFit(UserError):
@@ -136,7 +148,7 @@ class Ledger:
 
         def work() -> tuple[Any, float]:
             with self.clock() as seconds:
-                compiled = lowered.compile(CHEAP if once and cpu else None)
+                compiled = lowered.compile(known_options(tuple(CHEAP.items())) if once and cpu else None)
             return compiled, seconds()
 
         def finish() -> Any:

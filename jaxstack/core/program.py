@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.core
 import jax.numpy as jnp
 import numpy as np
+from jax.extend import core
 
 from jaxstack.core import distributed, guard, ledger, memo, source
 from jaxstack.core.devices import Layout, environments, layout
@@ -208,7 +208,7 @@ def convolves(function: Callable, *args: Any) -> bool:
     """Whether the function contains a convolution: on XLA's CPU backend its gradient is several times slower inside a
     loop than outside."""
     found = lambda jaxpr: any(
-        e.primitive.name == "conv_general_dilated" or any(map(found, jax.core.jaxprs_in_params(e.params)))
+        e.primitive.name == "conv_general_dilated" or any(map(found, core.jaxprs_in_params(e.params)))
         for e in jaxpr.eqns
     )
     return found(jax.make_jaxpr(function)(*args).jaxpr)

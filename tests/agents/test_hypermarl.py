@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend import core
 from training import make, network, run
 
 from jaxstack import agents
@@ -301,7 +302,7 @@ def products(jaxpr, inside=False):
     for e in jaxpr.eqns:
         if e.primitive.name == "dot_general":
             out.append((tuple(e.outvars[0].aval.shape), inside))
-        for sub in jax.core.jaxprs_in_params(e.params):
+        for sub in core.jaxprs_in_params(e.params):
             out += products(sub, inside or e.primitive.name in ("scan", "while"))
     return out
 

@@ -58,7 +58,7 @@ def test_a_program_compiled_early_is_entered_when_it_is_asked_for():
 
 
 def test_what_goes_wrong_early_is_raised_where_the_program_is_asked_for(monkeypatch):
-    monkeypatch.setattr(ledger, "CHEAP", {"no_such_option": True})
+    monkeypatch.setattr(ledger, "known_options", lambda _: {"no_such_option": True})
     later = ledger.Ledger().begin("early", jnp.sin, 1.0, early=True, once=True)
     with pytest.raises(jax.errors.JaxRuntimeError, match="no_such_option"):
         later()
@@ -140,3 +140,9 @@ def test_progress_bar_on_a_terminal(capsys, monkeypatch):
     out = capsys.readouterr().out
     assert "something matters" in out
     assert "4/4" in out
+
+
+def test_options_that_the_backend_does_not_have_are_left_out():
+    options = {"xla_backend_optimization_level": 0, "xla_cpu_no_such_option": True}
+    assert ledger.known_options(tuple(options.items())) == {"xla_backend_optimization_level": 0}
+    assert set(ledger.known_options(tuple(ledger.CHEAP.items()))) <= set(ledger.CHEAP)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend import core
 
 from jaxstack.core.errors import UserError
 from jaxstack.sequence.mamba import Mamba, MambaState, selective_scan
@@ -90,7 +91,7 @@ def test_fused_scan_holds_no_state_for_every_token():
     """Not even for gradients: neither the program nor a program inside it has an array of T M N numbers."""
 
     def largest(jaxpr):
-        inner = [largest(j) for e in jaxpr.eqns for j in jax.core.jaxprs_in_params(e.params)]
+        inner = [largest(j) for e in jaxpr.eqns for j in core.jaxprs_in_params(e.params)]
         return max([v.aval.size for e in jaxpr.eqns for v in e.outvars] + inner)
 
     args = inputs(512, batch=1, channels=16, d_state=8)
