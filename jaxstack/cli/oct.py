@@ -77,31 +77,16 @@ def _net(given: str) -> Net:
         )
     if path.is_file():
         network, variables = oct_networks.load_weights(path)
-        facts = _facts("weights", path, variables, network.widths, 1)
+        facts = folders.model_facts("weights", path, variables, network.widths, 1)
         probabilities = lambda x: oct_networks.predict(network, variables, x)
         return Net(probabilities, None, network.multiple, oct_networks.FILTERS, facts)
     learner, state = runs.trained(given, "choroidalyzer or reachnet", oct_networks.ScanConfig)
     predict: Any = jax.vmap(learner.predict, in_axes=(0, None))
     config = learner.config
     network, seeds = config.network, len(state.step)
-    facts = _facts("run", path, supervised.variables(state), network.widths, seeds)
+    facts = folders.model_facts("run", path, supervised.variables(state), network.widths, seeds)
     probabilities = lambda x: predict(state, x).mean(0)
     return Net(probabilities, config.size, network.multiple, config.fovea_filter, facts)
-
-
-def _facts(kind: str, path: Path, variables: Any, channels: Sequence[int], seeds: int) -> dict[str, Any]:
-    """What run.yaml says about a model; `sha256` is of its numbers, whatever file they come from."""
-    import hashlib
-
-    import jax
-    import numpy as np
-
-    digest = hashlib.sha256()
-    for name, x in sorted((jax.tree_util.keystr(p), x) for p, x in jax.tree_util.tree_leaves_with_path(variables)):
-        digest.update(name.encode() + np.asarray(x).tobytes())
-    number = sum(x.size for x in jax.tree.leaves(variables["params"])) // seeds
-    facts = {"kind": kind, "name": path.name, "sha256": digest.hexdigest()[:16], "channels": list(channels)}
-    return facts | {"parameters": number, "networks": seeds}
 
 
 def _analyse(args: argparse.Namespace, _: list[str]) -> int:
@@ -129,7 +114,7 @@ def _analyse(args: argparse.Namespace, _: list[str]) -> int:
     options = {"roi_um": args.roi_um, "scale_um": flag and list(flag), "fovea": args.fovea}
     options |= {"scales": args.scales and Path(args.scales).name, "require_scale": args.require_scale}
     options |= {"model": net.facts}
-    done = _done(out, options) if args.resume else {}
+    done = folders.done(out, options, "analyse-oct", COLUMNS) if args.resume else {}
     (out / "overlays").mkdir(parents=True, exist_ok=True)
     about = {"options": options, "environment": rundir.environment()}
     store = lambda **more: write_whole(out / "run.yaml", yaml.safe_dump(about | more, sort_keys=False))
@@ -153,43 +138,9 @@ def _analyse(args: argparse.Namespace, _: list[str]) -> int:
     save()
     good = sum(rows[str(p)]["status"] == "ok" for p in files)
     store(status="finished", scans=len(files), measured=good)
-    _parquet(out)
+    folders.parquet(out)
     print(f"{good} of {len(files)} files: {out / 'results.csv'}")
     return 0 if good else 2
-
-
-def _parquet(out: Path) -> None:
-    """The table once more as results.parquet, where pyarrow is installed."""
-    import importlib.util
-
-    if importlib.util.find_spec("pyarrow") is not None:
-        import pandas as pd
-
-        pd.read_csv(out / "results.csv").to_parquet(out / "results.parquet", index=False)
-
-
-def _done(out: Path, options: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Rows by file that an earlier call of the same options wrote, but for skipped ones. Raises `UserError`."""
-    import pandas as pd
-    import yaml
-
-    from jaxstack.core.errors import UserError
-
-    if not (out / "run.yaml").exists():
-        return {}
-    try:
-        old = yaml.safe_load((out / "run.yaml").read_text(encoding="utf-8"))["options"]
-    except (OSError, yaml.YAMLError, KeyError, TypeError) as e:
-        raise UserError(f"{out / 'run.yaml'}: is no record of analyse-oct; choose another --out") from e
-    for name, value in options.items():
-        if old.get(name) != value:
-            raise UserError(f"--resume: {name}: found {value}, expected {old.get(name)} as in {out / 'run.yaml'}")
-    if not (out / "results.csv").exists():
-        return {}
-    frame = pd.read_csv(out / "results.csv", dtype=str, keep_default_na=False)
-    if list(frame.columns) != list(COLUMNS):
-        raise UserError(f"{out / 'results.csv'}: has other columns than analyse-oct writes; choose another --out")
-    return {row["file"]: row for row in frame.to_dict("records") if row["status"] == "ok"}
 
 
 def _row_of(path: Path, table: dict[str, Any], where: str | None) -> tuple[str | None, Any]:
