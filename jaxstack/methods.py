@@ -348,7 +348,17 @@ METHODS: tuple[Method, ...] = (
         extras=("medical",),
         tests="tests/medical/test_choroidalyzer.py",
     ),
-    Method("reachnet", "medical", "REACHNet: choroid segmentation in OCT", 2024, arxiv=("2405.14453",)),
+    Method(
+        "reachnet",
+        "medical",
+        "REACHNet: choroid segmentation in OCT",
+        2024,
+        arxiv=("2405.14453",),
+        factory="jaxstack.medical.reachnet:reachnet",
+        claim="jaxstack.claims.reachnet:claim",
+        extras=("medical",),
+        tests="tests/medical/test_reachnet.py",
+    ),
     # learners that methods are compared with
     Method(
         "ppo",

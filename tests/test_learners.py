@@ -99,6 +99,17 @@ TINY = {
     ),
     "choroidalyzer": dict(size=(32, 32), channels=(2, 2), num_train=8, num_valid=3, batch_size=4, num_updates=3),
 }
+TINY["reachnet"] = dict(
+    size=(32, 32),
+    channels="2,8",
+    factors=(4,),
+    cap=2,
+    resolutions=(1.0, 0.5),
+    num_train=8,
+    num_valid=3,
+    batch_size=4,
+    num_updates=3,
+)
 TINY["deepgpet"] = dict(
     size=(32, 32),
     num_train=6,

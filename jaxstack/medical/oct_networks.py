@@ -332,6 +332,8 @@ class Targets(NamedTuple):
     """[B, 2]."""
     known: Any
     """[B] bool: scans whose fovea is known."""
+    width: Any = ()
+    """[B] columns of the whole scan, of which this is a part; empty where it is whole."""
 
 
 def eval_source(config: ScanConfig) -> Source:

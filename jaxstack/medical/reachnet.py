@@ -320,7 +320,7 @@ class Hypers(NamedTuple):
     """Of the region's cross entropy and Dice in the loss."""
     vessel_weight: float = 1.0
     fovea_weight: float = 3.0
-    """The disc is one pixel in five hundred: with 1 it is not learned before the schedule ends."""
+    """Larger, as the disc is about one pixel in three hundred."""
     dice_weight: float = 1.0
     """Of soft Dice against cross entropy; 0 is cross entropy alone."""
 
@@ -449,13 +449,15 @@ def prepared(config: Config, size: tuple[int, int], batch: Drawn) -> tuple[Array
     if config.augmentation != "none":
         change = partial(reach_augment, domain=config.augmentation == "domain")
         view = jax.vmap(change)(jax.random.split(k_change, count), *view)
-    return view.image, Targets(view.masks, view.fovea, known)
+    whole = size[1] * config.size[1] / (config.size if config.crop is None else config.crop)[1]
+    return view.image, Targets(view.masks, view.fovea, known, jnp.full(count, whole))
 
 
 def fovea_disc(targets: Targets, radius: float = FOVEA_RADIUS) -> Float[Array, "b h w"]:
-    """1 within `radius` (over the scan's width) of the fovea, else 0."""
+    """1 within `radius` (over the width of the whole scan, also in a part of it) of the fovea, else 0."""
     x, y = from_fovea(targets)
-    return (jnp.hypot(x, y) <= radius * targets.masks.shape[2]).astype(jnp.float32)
+    width = jnp.asarray(targets.masks.shape[2] if isinstance(targets.width, tuple) else targets.width)
+    return (jnp.hypot(x, y) <= radius * width.reshape(-1, 1, 1)).astype(jnp.float32)
 
 
 def wanted(targets: Targets) -> Float[Array, "b h w 3"]:

@@ -284,11 +284,19 @@ def test_a_step_is_that_of_its_resolution():
     def expected(state, batch):
         images, targets = rn.prepared(config, config.sizes[1], batch)
         assert images.shape == (2, 16, 20)
+        assert targets.width.shape == (2,)
         return plain.step(state, (images, targets))[1]
 
     for name, value in jax.jit(expected)(state, batch(1)).items():
         np.testing.assert_allclose(jax.tree.leaves(small[name]), jax.tree.leaves(value), rtol=1e-4, err_msg=name)
     assert abs(float(large["loss/train"]) - float(small["loss/train"])) > 1e-3
+    # the fovea's disc is as large in a part of a scan as in the whole
+    targets = jax.jit(lambda batch: rn.prepared(config, (32, 40), batch)[1])(batch(0))
+    np.testing.assert_array_equal(targets.width, [48.0, 48.0])
+    middle = rn.Targets(np.zeros((2, 32, 40)), jnp.full((2, 2), 16.0), None, targets.width)
+    whole = rn.Targets(np.zeros((2, 32, 48)), jnp.full((2, 2), 16.0), None)
+    for radius in (0.025, 0.1):
+        assert rn.fovea_disc(middle, radius).sum() == rn.fovea_disc(whole, radius).sum() > 2
     # cut scans keep the fovea in its place
     scans = oct_networks.parts(config)[0]
     view = rn.View(jnp.asarray(scans.images[0]), jnp.asarray(scans.masks[0]), jnp.asarray(scans.fovea[0]), jnp.ones(2))
