@@ -21,6 +21,12 @@ from jaxstack.nn.vision.unet import UNet
 KEY = jax.random.key(0)
 
 
+def random_variables(net):
+    start = jax.eval_shape(lambda: net.init(KEY, jnp.zeros((1, net.multiple, net.multiple, 1))))
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), start)
+
+
 def parameters(net, size=None):
     size = size or net.multiple
     start = jax.eval_shape(lambda: net.init(KEY, jnp.zeros((1, size, size, 1))))
@@ -271,27 +277,35 @@ def test_a_shifted_fovea_has_the_dice_of_two_lenses():
 TINY = dict(size=(32, 48), channels="2,8", factors=(4,), cap=2, num_train=4, num_valid=2, batch_size=2, num_updates=2)
 
 
-def test_a_step_is_that_of_its_resolution():
-    config = rn.Config(**TINY, crop=(32, 40), resolutions=(1.0, 0.5))
+def test_a_step_is_that_of_its_resolution(monkeypatch):
+    config = rn.Config(**TINY, crop=(32, 40), resolutions=(1.0, 0.5), augmentation="generic")
     assert config.sizes == ((32, 40), (16, 20))
-    learner, plain = rn.reachnet(config), rn.of_one_size(config)
-    state = learner.init(KEY, learner.hypers)
+
+    def seen(state, batch):
+        """In a training step's place what it would have been given."""
+        images, targets = batch
+        assert targets.masks.shape == images.shape
+        return state + 1, dict(rows=jnp.int32(images.shape[1]), light=images.sum(), fovea=targets.fovea)
+
+    inner = rn.of_one_size(config)._replace(step=seen)
+    monkeypatch.setattr(rn, "of_one_size", lambda config: inner)
     data = rn.source(config)
     batch = lambda which: data.batch(data.constants(), np.int32(which), jax.random.key(3))
-    step = jax.jit(learner.step)
-    large, small = (step(state, batch(which))[1] for which in (0, 1))
-
-    def expected(state, batch):
-        images, targets = rn.prepared(config, config.sizes[1], batch)
-        assert images.shape == (2, 16, 20)
-        assert targets.width.shape == (2,)
-        return plain.step(state, (images, targets))[1]
-
-    for name, value in jax.jit(expected)(state, batch(1)).items():
-        np.testing.assert_allclose(jax.tree.leaves(small[name]), jax.tree.leaves(value), rtol=1e-4, err_msg=name)
-    assert abs(float(large["loss/train"]) - float(small["loss/train"])) > 1e-3
+    step, prepared = jax.jit(rn.reachnet(config).step), jax.jit(rn.prepared, static_argnums=(0, 1))
+    for which, size in enumerate(config.sizes):
+        state, found = step(jnp.int32(4), batch(which))
+        images, targets = prepared(config, size, batch(which))
+        assert (int(state), int(found["rows"])) == (5, size[0])
+        np.testing.assert_allclose(found["light"], images.sum(), rtol=1e-5)
+        np.testing.assert_allclose(found["fovea"], targets.fovea, atol=1e-3)
+    # over seeds each has scans of its own, all of one resolution
+    one = lambda seed: step(jnp.int32(0), data.batch(data.constants(), np.int32(1), jax.random.key(seed)))[1]
+    both = jax.jit(jax.vmap(one))(jnp.arange(2))
+    assert both["rows"].tolist() == [16, 16]
+    assert abs(float(both["light"][0] - both["light"][1])) > 0.1
+    assert "cond" not in str(jax.make_jaxpr(rn.reachnet(config, resolutions=(1.0,)).step)(jnp.int32(0), batch(0)))
     # the fovea's disc is as large in a part of a scan as in the whole
-    targets = jax.jit(lambda batch: rn.prepared(config, (32, 40), batch)[1])(batch(0))
+    targets = prepared(config, (32, 40), batch(0))[1]
     np.testing.assert_array_equal(targets.width, [48.0, 48.0])
     middle = rn.Targets(np.zeros((2, 32, 40)), jnp.full((2, 2), 16.0), None, targets.width)
     whole = rn.Targets(np.zeros((2, 32, 48)), jnp.full((2, 2), 16.0), None)
@@ -313,13 +327,13 @@ def test_runs_and_weights_are_read_by_analyse_oct(tmp_path, capsys):
         for k, v in (TINY | dict(resolutions=(1.0,))).items()
         for x in (f"--{k.replace('_', '-')}", *(v if isinstance(v, tuple) else (v,)))
     ]
-    run = ("--data", tmp_path / "scans", "--seeds", 0, 1, "--run-dir", tmp_path / "run", "--no-guard")
+    run = ("--data", tmp_path / "scans", "--eval-every", -1, "--run-dir", tmp_path / "run", "--no-guard")
     assert call("train", "jaxstack.medical.reachnet:reachnet", *options, *run) == 0
     argv = ("analyse-oct", tmp_path / "scans", "--scales", tmp_path / "scans" / "scales.csv", "--batch", 2)
     assert call(*argv, "--model", tmp_path / "run", "--out", tmp_path / "a") == 0
     model = yaml.safe_load((tmp_path / "a" / "run.yaml").read_text())["options"]["model"]
     assert (model["networks"], model["channels"], model["parameters"]) == (
-        2,
+        1,
         [2, 8],
         parameters(rn.Config(**TINY).network),
     )
@@ -328,17 +342,16 @@ def test_runs_and_weights_are_read_by_analyse_oct(tmp_path, capsys):
     assert [row["status"] for row in rows] == ["ok"] * 3
     # weights of the public names, with any prefix
     net = rn.ReachNet((4, 16), factors=(4,), residual=True, resolution=12, up_mode="interpolate")
-    variables = jax.jit(net.init)(KEY, jnp.zeros((1, 4, 4, 1)))
+    variables = random_variables(net)
     weights = tw.to_torch(variables, net.torch_name)
     for prefix in ("", "module."):
         np.savez(tmp_path / "net.npz", **{prefix + k: v for k, v in weights.items()})  # pyright: ignore[reportArgumentType]
         same, loaded = rn.load_weights(tmp_path / "net.npz")
         assert same == net
         assert all((a == b).all() for a, b in zip(jax.tree.leaves(loaded), jax.tree.leaves(variables), strict=True))
-    assert call(*argv, "--model", tmp_path / "net.npz", "--out", tmp_path / "b") == 0
     # without attention and residual connections, and tensors that are missing
     bare = rn.ReachNet((4, 16), factors=(4,), attend=False)
-    np.savez(tmp_path / "bare.npz", **tw.to_torch(jax.jit(bare.init)(KEY, jnp.zeros((1, 4, 4, 1))), bare.torch_name))  # pyright: ignore[reportArgumentType]
+    np.savez(tmp_path / "bare.npz", **tw.to_torch(random_variables(bare), bare.torch_name))  # pyright: ignore[reportArgumentType]
     assert rn.load_weights(tmp_path / "bare.npz")[0] == bare
     np.savez(tmp_path / "part.npz", **{k: v for k, v in weights.items() if "upsample" not in k})  # pyright: ignore[reportArgumentType]
     with pytest.raises(UserError, match=r"part.npz: found no up_blocks.0.upsample.1.weight by which"):
