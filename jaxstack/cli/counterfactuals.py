@@ -1,55 +1,118 @@
-"""`jaxstack counterfactual`: the healthy version of brain slices, a map of what is anomalous. Not a medical device."""
+"""`jaxstack counterfactual`: the healthy version of slices or scans, and what is anomalous. Not a medical device."""
 
 import argparse
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from jaxstack.cli.parsing import Commands, real
 
+FOLDERS = ("healthy", "anomaly", "overlays")
+THRESHOLDS = {"diffusion-counterfactual": 0.1, "acat": 0.5}
+"""Of the anomaly: a change of brightness, or the saliency, whose maximum is 1 in every scan."""
+
+Measure = Callable[[Path], dict[str, Any]]
+
 
 def add_commands(commands: Commands) -> None:
     """Add the command of this file."""
-    p = commands.add(
-        "counterfactual", _run, "Make the healthy version of grey images and a map of their anomalies (Dif-fuse)."
+    about = "Make the healthy version of images and a map of their anomalies (Dif-fuse: grey images; ACAT: CT scans)."
+    p = commands.add("counterfactual", _run, about)
+    p.add_argument("paths", metavar="PATH", nargs="+", help="images, or NIfTI files and DICOM series; or their folders")
+    p.add_argument(
+        "--model", metavar="RUN", required=True, help="a run of `jaxstack train diffusion-counterfactual` or `acat`"
     )
-    p.add_argument("paths", metavar="PATH", nargs="+", help="images, or folders of images")
-    p.add_argument("--model", metavar="RUN", required=True, help="a run of `jaxstack train diffusion-counterfactual`")
-    p.add_argument("--threshold", type=real, default=0.1, help="of the anomaly, 0-1 of the brightness (default: 0.1)")
+    p.add_argument("--threshold", type=real, help="of the anomaly, 0-1 (default: 0.1 of the brightness; acat: 0.5)")
     p.add_argument("--out", metavar="DIR", required=True, help="results.csv, healthy/, anomaly/, overlays/")
 
 
 def _run(args: argparse.Namespace, _: list[str]) -> int:
-    from pathlib import Path
+    from jaxstack.cli import folders, runs
+    from jaxstack.core.errors import UserError
+    from jaxstack.medical.io import image_files
+    from jaxstack.medical.volumes import scan_paths
 
-    import jax
+    if args.threshold is not None and not 0.0 < args.threshold < 1.0:
+        raise UserError(f"--threshold {args.threshold:g}: expected more than 0 and less than 1")
+    name, learner, state = _model(args.model, runs)
+    files = (scan_paths if name == "acat" else image_files)(args.paths)
+    out, names = Path(args.out), dict(zip(files, folders.names(files)))
+    for folder in FOLDERS:
+        (out / folder).mkdir(parents=True, exist_ok=True)
+    threshold = args.threshold or THRESHOLDS[name]
+    measure = (_scans if name == "acat" else _slices)(learner, state, threshold, out, names)
+    return folders.write_table(files, out, measure, "; healthy/, anomaly/, overlays/")
+
+
+def _model(run: str, runs: Any) -> tuple[str, Any, Any]:
+    """The method's name, learner and states of a run."""
+    from jaxstack.medical import acat, diffusion_counterfactual
+
+    learner, _ = runs.load(run)
+    if isinstance(learner.config, acat.Config):
+        return "acat", *runs.trained(run, "acat", acat.Config)
+    method = "diffusion-counterfactual"
+    return method, *runs.trained(run, f"{method} or acat", diffusion_counterfactual.Config)
+
+
+def _save(out: Path, name: str, image: Any, healthy: Any, anomaly: Any, above: Any) -> None:
+    """Grey pictures [H, W] in 0..1, and the image with what is above the threshold in red."""
     import numpy as np
     from PIL import Image
 
-    from jaxstack.cli import folders, runs
-    from jaxstack.core.errors import UserError
-    from jaxstack.medical.diffusion_counterfactual import Config, read_grey
-    from jaxstack.medical.io import image_files
-
-    if not 0.0 < args.threshold < 1.0:
-        raise UserError(f"--threshold {args.threshold:g}: expected more than 0 and less than 1")
-    learner, state = runs.trained(args.model, "diffusion-counterfactual", Config)
-    explain = jax.jit(jax.vmap(learner.predict, in_axes=(0, None)))
-    files, size, out = image_files(args.paths), learner.config.size, Path(args.out)
-    for folder in ("healthy", "anomaly", "overlays"):
-        (out / folder).mkdir(parents=True, exist_ok=True)
-    names = dict(zip(files, folders.names(files)))
     grey = lambda x: np.round(np.clip(x, 0.0, 1.0) * 255.0).astype(np.uint8)
+    picture = np.repeat(grey(image)[..., None], 3, 2)
+    picture[above] = picture[above] // 2 + np.array([127, 0, 0], np.uint8)
+    for folder, pixels in zip(FOLDERS, (grey(healthy), grey(anomaly), picture)):
+        Image.fromarray(pixels).save(out / folder / f"{name}.png")
+
+
+def _slices(learner: Any, state: Any, threshold: float, out: Path, names: dict[Path, str]) -> Measure:
+    """Dif-fuse."""
+    import jax
+    import numpy as np
+
+    from jaxstack.medical.diffusion_counterfactual import read_grey
+
+    explain, size = jax.jit(jax.vmap(learner.predict, in_axes=(0, None))), learner.config.size
 
     def measure(path: Path) -> dict[str, Any]:
         image = read_grey(path, size)
         # the mean over seeds
         found = jax.tree.map(lambda x: np.asarray(x)[:, 0].mean(0), explain(state, image[None, ..., None]))
-        above = found.anomaly > args.threshold
-        picture = np.repeat(grey(image)[..., None], 3, 2)
-        picture[above] = picture[above] // 2 + np.array([127, 0, 0], np.uint8)
-        pictures = {"healthy": grey(found.counterfactual[..., 0]), "anomaly": grey(found.anomaly), "overlays": picture}
-        for folder, pixels in pictures.items():
-            Image.fromarray(pixels).save(out / folder / f"{names[path]}.png")
+        above = found.anomaly > threshold
+        _save(out, names[path], image, found.counterfactual[..., 0], found.anomaly, above)
         row = {"p_lesion": f"{found.lesion:.6f}", "anomaly_max": f"{found.anomaly.max():.6f}"}
         return row | {"anomaly_px": int(above.sum()), "anomaly_share": f"{above.mean():.6f}", "side_px": size}
 
-    return folders.write_table(files, out, measure, "; healthy/, anomaly/, overlays/")
+    return measure
+
+
+def _scans(learner: Any, state: Any, threshold: float, out: Path, names: dict[Path, str]) -> Measure:
+    """ACAT: slices side by side, from the foot to the head."""
+    import jax
+    import numpy as np
+
+    from jaxstack.medical.acat_scans import read_scan
+
+    explain, config = jax.jit(jax.vmap(learner.predict, in_axes=(0, None))), learner.config
+
+    def measure(path: Path) -> dict[str, Any]:
+        scan = read_scan(path, config.slices, config.size, config.window)
+        # the mean over seeds
+        found = jax.tree.map(lambda x: np.asarray(x)[:, 0].mean(0), explain(state, scan.image[None]))
+        above = found.saliency > threshold
+        wide = lambda slices: np.concatenate([*slices], 1)
+        # what the classifier wants changed, without what the autoencoder loses
+        healthy = scan.image + found.healthy - found.start
+        _save(out, names[path], *map(wide, (scan.image, healthy, found.saliency, above)))
+        row = {
+            "p_lesion": f"{found.lesion:.6f}",
+            "change_max": f"{np.abs(found.healthy - found.start).max():.6f}",
+            "anomaly_px": int(above.sum()),
+            "anomaly_share": f"{above.mean():.6f}",
+            "anomaly_mm2": f"{above.sum() * scan.pixel_mm2:.3f}",
+        }
+        return row | {"slices": " ".join(map(str, scan.slices)), "side_px": config.size}
+
+    return measure

@@ -328,7 +328,7 @@ def tuning_learner(config: Config) -> Learner:
     own = lambda given: {k: given[k] for k in ("params", "batch_stats")}
 
     def join(given: Any, inputs: Any) -> Array:
-        maps = jnp.take(inputs["maps"], given["row"], axis=1)
+        maps = jnp.take(inputs["maps"], given["row"], axis=1, mode="clip")
         return jnp.stack([inputs["images"], maps], -1)
 
     model = Model(
@@ -341,7 +341,9 @@ def tuning_learner(config: Config) -> Learner:
 
     def init(key: Key, hypers: Any, given: Any) -> State:
         s = fresh.init(key, hypers)
-        start = started_from({"params": s.params, **s.stats}, given["plain"])
+        # copies: buffers of a state are donated one by one
+        given = jax.tree.map(jnp.copy, given)
+        start = jax.tree.map(jnp.copy, started_from({"params": s.params, **s.stats}, given["plain"]))
         kept = {"plain": given["plain"], "autoencoder": given["autoencoder"], "row": given["row"]}
         return s._replace(params=start["params"], stats={"batch_stats": start["batch_stats"], **kept})
 

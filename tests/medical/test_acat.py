@@ -5,8 +5,10 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pandas as pd
 import pytest
 
+from jaxstack import cli
 from jaxstack.core.errors import UserError
 from jaxstack.medical import acat, acat_saliency, acat_scans, latent_counterfactuals
 from jaxstack.medical.volumes import write_volume
@@ -52,6 +54,15 @@ def slope(net, given, scans):
     return jax.grad(lambda x: net.apply(given, x)[:, 1].sum())(scans)
 
 
+@partial(jax.jit, static_argnums=0)
+def trained_slope(net, given, scans):
+    def loss(params):
+        out, _ = net.apply(given | {"params": params}, scans, train=True, mutable=["batch_stats"])
+        return jnp.square(out).sum()
+
+    return jax.grad(loss)(given["params"])
+
+
 def test_latent_counterfactuals_are_the_published_numbers():
     w, z0 = jnp.array([1.0, -2.0, 0.5, 0.0]), jnp.array([[0.2, -0.1, 0.4, 0.0]])
     logits = lambda x: jnp.stack([jnp.zeros(len(x)), x @ w], 1)
@@ -76,6 +87,11 @@ def test_masks_are_sigmoids_of_one_channel_and_without_them_it_is_the_plain_netw
     net, plain = AcatNet("acat", "mean", **SMALL), AcatNet("none", **SMALL)
     given = filled(net)
     features, masks = run(net, given, SCANS, "look")
+    # training: the maximum over channels has a gradient wherever channels are equal, all zero behind a ReLU here
+    dark = np.where(np.arange(32)[:, None, None] < 16, SCANS, 0.0)
+    slopes = trained_slope(net, given, dark)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(slopes))
+    assert all(np.abs(slopes[f"mask{i}"]["conv"]["kernel"]).max() > 0 for i in (1, 2, 3))
     assert features.shape == (2, 3, 2, 2, 8)
     assert [m.shape for m in masks] == [(6, n, n, 1) for n in (16, 8, 4)]
     assert all(0 < float(m.min()) < float(m.max()) < 1 for m in masks)
@@ -353,3 +369,32 @@ def test_folders_are_read_and_refused_in_one_line(folder, tmp_path):
         acat_scans.read_folder(tmp_path, 3, 32, WINDOW)
     with pytest.raises(UserError, match="found 4 slices, expected at least 9"):
         acat_scans.read_folder(folder, 9, 32, WINDOW)
+
+
+def test_the_command_explains_scans_and_tells_of_bad_files(folder, tmp_path, capsys):
+    tiny = "--slices 2 --size 32 --blocks 1 1 1 1 --widths 2 2 2 2 --encoder 2 2 2 --stem-width 2 --steps 2"
+    tiny += " --batch-size 4 --autoencoder-updates 2 --num-updates 2 --tune-updates 2 --no-progress"
+    training = [
+        "train",
+        "jaxstack.medical.acat:acat",
+        "--data",
+        str(folder),
+        *tiny.split(),
+        "--run-dir",
+        str(tmp_path / "run"),
+    ]
+    assert cli.main(training) in (None, 0)
+    (folder / "lesion" / "broken.nii.gz").write_bytes(b"no volume")
+    command = ["counterfactual", str(folder / "lesion"), "--model", str(tmp_path / "run")]
+    assert cli.main([*command, "--out", str(tmp_path / "out")]) == 0
+    table = pd.read_csv(tmp_path / "out" / "results.csv")
+    assert list(table.status).count("ok") == 11
+    assert table.reason[table.status == "skipped"].str.contains("cannot be read as NIfTI").all()
+    good = table[table.status == "ok"]
+    assert good.p_lesion.between(0, 1).all()
+    np.testing.assert_allclose(good.anomaly_mm2, good.anomaly_px * (230 / 32) ** 2, rtol=1e-4)
+    for name in ("healthy", "anomaly", "overlays"):
+        assert len(list((tmp_path / "out" / name).iterdir())) == 11
+    capsys.readouterr()
+    assert cli.main([*command, "--threshold", "2", "--out", str(tmp_path / "other")]) == 2
+    assert "--threshold 2: expected more than 0 and less than 1" in capsys.readouterr().err

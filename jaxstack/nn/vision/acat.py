@@ -86,7 +86,9 @@ class SpatialMask(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "n h w c"], train: bool = False) -> Float[Array, "n h w 1"]:
-        x = conv(1, 3, name="conv")(x.max(-1, keepdims=True))
+        # the gradient of `max` is NaN where XLA computes x twice and rounds differently; it goes to one channel here
+        largest = jax.nn.one_hot(jax.lax.stop_gradient(x).argmax(-1), x.shape[-1], dtype=x.dtype)
+        x = conv(1, 3, name="conv")((x * largest).sum(-1, keepdims=True))
         return jax.nn.sigmoid(BatchNorm(name="bn")(x, train))
 
 
