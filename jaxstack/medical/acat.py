@@ -52,9 +52,9 @@ class Hypers(NamedTuple):
 
     lr: float = 2e-3
     """Of the plain classifier; 1e-4 in the paper."""
-    tune_lr: float = 5e-4
+    tune_lr: float = 1e-3
     """Of the last stage; 1e-5 in the paper."""
-    autoencoder_lr: float = 3e-3
+    autoencoder_lr: float = 4e-3
     min_lr: float = 1e-7
     weight_decay: float = 5e-5
     """Of classifiers, as PyTorch's Adam has it: part of the gradient."""
@@ -81,7 +81,7 @@ class Config(configs.Config):
     """Phantoms; of a folder every tenth scan of each class."""
     present: float = 0.6
     """Share of phantoms with a lesion."""
-    contrast: tuple[float, float] = (6.0, 10.0)
+    contrast: tuple[float, float] = (9.0, 14.0)
     """How much darker lesions of phantoms are, in HU."""
     atrophied: float = 0.0
     """Share of phantoms with wider CSF spaces."""
@@ -96,7 +96,7 @@ class Config(configs.Config):
     widths: tuple[int, int, int, int] = (8, 16, 32, 64)
     bottleneck: bool = False
     stem: Stem = "strided"
-    encoder: tuple[int, int, int] = (4, 8, 12)
+    encoder: tuple[int, int, int] = (8, 8, 16)
     """Widths of the autoencoder."""
     stem_width: int = 8
     """Of its first layer; 128 as released."""
@@ -104,7 +104,7 @@ class Config(configs.Config):
     """Blocks of each of its stages."""
     alpha: float = 100.0
     """Weight of the latents' distance."""
-    beta: float = 0.1
+    beta: float = 0.3
     """Step size in the latent space."""
     steps: int = 20
     """Of each counterfactual."""
@@ -113,10 +113,12 @@ class Config(configs.Config):
     flip: bool = True
     """Flip training scans along both axes, each by chance."""
     batch_size: int = 16
-    autoencoder_updates: int = 300
-    num_updates: int = 600
+    autoencoder_batch: int = 2
+    """Scans; many small steps learn more in the same time than few large ones."""
+    autoencoder_updates: int = 6000
+    num_updates: int = 1000
     """Of the plain classifier."""
-    tune_updates: int = 300
+    tune_updates: int = 500
     """Of the last stage."""
     data_seed: int = 0
     """Of the phantoms, or of the choice of a folder's validation part."""
@@ -124,6 +126,7 @@ class Config(configs.Config):
 
     def validate(self) -> None:
         require_at_least(self, 1, "slices", "num_train", "num_valid", "stem_width", "depth", "steps", "batch_size")
+        require_at_least(self, 1, "autoencoder_batch")
         require_at_least(self, 1, "autoencoder_updates", "num_updates", "tune_updates")
         require_at_least(self, 0, "alpha", "beta", "data_seed")
         require_at_least(self, 0, *(f"hypers.{name}" for name in Hypers._fields))
@@ -143,6 +146,8 @@ class Config(configs.Config):
             require(self, field, min(getattr(self, field)) >= 1, "numbers >= 1")
         fewest = self.data != "phantom" or self.batch_size <= self.num_train
         require(self, "batch_size", fewest, f"at most num_train={self.num_train}")
+        fewest = self.data != "phantom" or self.autoencoder_batch <= self.num_train
+        require(self, "autoencoder_batch", fewest, f"at most num_train={self.num_train}")
 
 
 def of_config(config: Config, seed: int, count: int) -> Drawn:
@@ -253,7 +258,7 @@ def autoencoder_learner(config: Config) -> Learner:
         hypers=config.hypers._replace(lr=config.hypers.autoencoder_lr, weight_decay=0.0),
         config=config,
         name="autoencoder",
-        batch_size=config.batch_size,
+        batch_size=config.autoencoder_batch,
         source=lambda config: images_source(config, parts(config)[0]),
         eval_source=lambda config: split_source(*parts(config)),
     )
@@ -261,7 +266,7 @@ def autoencoder_learner(config: Config) -> Learner:
 
 def images_source(config: Config, train: Scans) -> Source:
     """Training scans alone, for the autoencoder."""
-    return ArrayData((train.images, train.labels), config.batch_size, augment=flipped if config.flip else None)
+    return ArrayData((train.images, train.labels), config.autoencoder_batch, augment=flipped if config.flip else None)
 
 
 def _classifier(config: Config, model: Model, steps: int, hypers: Hypers, name: str) -> Learner:

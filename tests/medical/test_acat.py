@@ -246,6 +246,14 @@ def test_gradient_and_grad_cam_of_scans():
     expected = cam / jnp.maximum(cam.max((1, 2, 3), keepdims=True), 1e-9)
     assert float(expected.max()) == 1
     np.testing.assert_allclose(grad_cam(net, given, images[..., None], 0), expected, rtol=1e-4)
+    for stage in (1, 3):
+        half = net.apply(given, images[..., None], stage, method="until")
+        np.testing.assert_allclose(
+            net.apply(given, half, stage, method="after"), run(net, given, images[..., None]), rtol=1e-4
+        )
+        assert grad_cam(net, given, images[..., None], 0, stage).shape == images.shape
+    with pytest.raises(UserError, match="fusion='acat', stage=4: expected 'none' and 1 to 4"):
+        grad_cam(AcatNet("acat", **SMALL), given, images[..., None])
 
 
 def test_regions_are_six_and_the_most_salient_is_found():

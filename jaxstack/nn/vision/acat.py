@@ -196,6 +196,22 @@ class AcatNet(nn.Module):
         """The last features of each slice."""
         return self.look(inputs, train)[0]
 
+    def until(self, inputs: Float[Array, "b s h w c"], stage: int) -> Float[Array, "b s p q k"]:
+        """Of a plain network the features after a stage, in inference."""
+        many, count = inputs.shape[:2]
+        h = self.trunk.begin(inputs[..., :1].reshape(many * count, *inputs.shape[2:4], 1).repeat(self.copies, -1))
+        for i in range(1, stage + 1):
+            h = self.trunk.stage(i, h)
+        return h.reshape(many, count, *h.shape[1:])
+
+    def after(self, features: Float[Array, "b s p q k"], stage: int) -> Float[Array, "b 2"]:
+        """Logits of a plain network from the features after a stage, in inference."""
+        many, count = features.shape[:2]
+        h = features.reshape(many * count, *features.shape[2:])
+        for i in range(stage + 1, 5):
+            h = self.trunk.stage(i, h)
+        return self.classify(h.reshape(many, count, *h.shape[1:]))
+
     def classify(self, features: Float[Array, "b s p q c"], train: bool = False) -> Float[Array, "b 2"]:
         """Features -> logits."""
         x = features.mean((2, 3))
@@ -257,11 +273,28 @@ def started_from(net: Any, plain: Any) -> Any:
     return {c: shared(c) for c in net}
 
 
-def grad_cam(net: AcatNet, variables: Any, inputs: Float[Array, "b s h w 2"], target: int = 1) -> Array:
-    """Grad-CAM (Selvaraju et al., 2017) of each slice at the last features, of one class's logit, in 0..1 of each scan:
-    relu of the channels' sum, weighted by the mean gradient over pixels; resized bilinearly, [B, S, H, W]."""
-    features: Any = net.apply(variables, inputs, method="features")
-    logit = lambda f: net.apply(variables, f, method="classify")[:, target].sum()  # pyright: ignore
+def grad_cam(
+    net: AcatNet, variables: Any, inputs: Float[Array, "b s h w c"], target: int = 1, stage: int = 4
+) -> Float[Array, "b s h w"]:
+    """Grad-CAM (Selvaraju et al., 2017) of each slice, in 0..1 of each scan.
+
+    It is relu of the features' sum over channels, each weighted by the mean over pixels of the gradient of one class's
+    logit; resized bilinearly.
+
+    Args:
+        net: a plain network, fusion "none".
+        variables: of the network.
+        inputs: scans.
+        target: the class.
+        stage: whose features, 1 to 4.
+
+    Raises:
+        UserError: for another fusion or stage.
+    """
+    if net.fusion != "none" or stage not in (1, 2, 3, 4):
+        raise UserError(f"fusion={net.fusion!r}, stage={stage}: expected 'none' and 1 to 4")
+    features: Any = net.apply(variables, inputs, stage, method="until")
+    logit = lambda f: net.apply(variables, f, stage, method="after")[:, target].sum()  # pyright: ignore
     weights = jax.grad(logit)(features).mean((2, 3), keepdims=True)
     found = jax.nn.relu((weights * features).sum(-1))
     found = jax.image.resize(found, (*found.shape[:2], *inputs.shape[2:4]), "bilinear")
