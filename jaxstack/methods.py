@@ -304,6 +304,10 @@ METHODS: tuple[Method, ...] = (
         "Detection of retinal diseases in ultra-widefield images",
         2022,
         arxiv=("2203.06113",),
+        factory="jaxstack.medical.uwf:uwf_diseases",
+        claim="jaxstack.claims.uwf_diseases:claim",
+        extras=("medical",),
+        tests="tests/medical/test_uwf.py",
     ),
     Method(
         "dart",

@@ -120,6 +120,9 @@ TINY["deepgpet"] = dict(
     decoder=(2, 2, 2, 2, 2),
     most_blocks=1,
 )
+TINY["uwf-diseases"] = dict(
+    size=(32, 40), widths=(2, 2, 2, 2), hidden=4, num_train=8, num_valid=3, batch_size=4, num_updates=3, cycles=1
+)
 OPTIONS = dict(progress=False, chunk=1)
 
 

@@ -20,6 +20,7 @@ from jaxstack.cli import (
     compressing,
     counterfactuals,
     distilling,
+    explaining,
     exporting,
     figures,
     forecasting,
@@ -27,6 +28,7 @@ from jaxstack.cli import (
     medical,
     oct,
     scores,
+    screening,
     segmenting,
     stacking,
     training,
@@ -56,6 +58,8 @@ Train agents and sequence models in JAX, whole runs and all seeds in one program
   jaxstack distil RUN --out DIR                   a smaller classifier from a trained one's weights alone
   jaxstack phantoms fundus --out DIR              images with known truth, for the medical methods
   jaxstack grade-fundus PATH --quality F --out DIR   quality and a trait of each photograph, as a table
+  jaxstack screen-uwf PATH --model RUN --out DIR     diseases in ultra-widefield images, as a table
+  jaxstack explain RUN --labels CSV --out DIR        where a classifier looks, and whether that is faithful
   jaxstack segment-oct PATH --model RUN --out DIR    masks of the choroid in OCT B-scans
   jaxstack analyse-oct PATH --model RUN --out DIR    thickness, area and vessels of the choroid, as a table
   jaxstack score-forecasts F G --observed O --training T   forecasts of whole trajectories, and of their tails
@@ -186,6 +190,8 @@ def parser() -> argparse.ArgumentParser:
         oct,
         segmenting,
         counterfactuals,
+        screening,
+        explaining,
         claims,
     ):
         group.add_commands(commands)

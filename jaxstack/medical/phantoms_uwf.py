@@ -84,15 +84,15 @@ def uwf(
     height, width = size
     px = width / 80.0
     y, x = np.mgrid[:height, :width].astype(np.float32) + 0.5
-    macula = np.array([0.5 * height, 0.55 * width]) + rng.normal(0.0, 0.5 * px, 2)
-    disc = macula - np.array([0.02 * height, 0.135 * width]) + rng.normal(0.0, 0.4 * px, 2)
+    macula = np.array([0.5 * height, 0.57 * width]) + rng.normal(0.0, 0.5 * px, 2)
+    disc = macula - np.array([0.02 * height, 0.19 * width]) + rng.normal(0.0, 0.4 * px, 2)
     reach = (np.abs((y - height / 2) / (0.49 * height)) ** 2.5 + np.abs((x - width / 2) / (0.49 * width)) ** 2.5) ** 0.4
     far = lambda at: np.hypot(y - at[0], x - at[1])
     image = np.array([0.36, 0.31], np.float32) * (1.0 - 0.3 * reach**2)[..., None]
     texture = ndimage.gaussian_filter(rng.normal(size=size), 4 * px)
     image *= (1.0 + 0.06 * texture / texture.std())[..., None]
-    image *= 1.0 - np.array([0.2, 0.35]) * np.exp(-0.5 * (far(macula) / (3.5 * px)) ** 2)[..., None]
-    radius = 2.7 * px * rng.uniform(0.95, 1.05)
+    image *= 1.0 - np.array([0.2, 0.35]) * np.exp(-0.5 * (far(macula) / (4.5 * px)) ** 2)[..., None]
+    radius = 3.5 * px * rng.uniform(0.95, 1.05)
     bright = np.exp(-((far(disc) / radius) ** 4))[..., None]
     image += bright * np.array([0.22, 0.26])
     cup = np.exp(-((far(disc) / (rng.uniform(0.3, 0.45) * radius)) ** 4))[..., None]
@@ -148,15 +148,15 @@ DARK, PALE = np.array([-0.9, -1.5]), np.array([1.0, 1.4])
 
 def _macular_hole(rng: np.random.Generator, p: _Place) -> Drawn:
     far = np.hypot(p.y - p.macula[0], p.x - p.macula[1]) / p.px
-    hole = np.exp(-((far / rng.uniform(1.4, 1.9)) ** 4))
-    rim = np.exp(-(((far - 3.2) / 0.9) ** 2))
+    hole = np.exp(-((far / rng.uniform(2.0, 2.7)) ** 4))
+    rim = np.exp(-(((far - 4.4) / 1.2) ** 2))
     return np.maximum(hole, rim), hole[..., None] * DARK + 0.8 * rim[..., None] * PALE
 
 
 def _macular_degeneration(rng: np.random.Generator, p: _Place) -> Drawn:
     count = int(rng.integers(9, 17))
-    at = p.around(p.macula, rng.uniform(1.5, 5.5, count) * p.px, rng.uniform(0, 2 * np.pi, count))
-    share = p.spots(at, rng.uniform(0.8, 1.3, count) * p.px).max(0)
+    at = p.around(p.macula, rng.uniform(2.0, 7.5, count) * p.px, rng.uniform(0, 2 * np.pi, count))
+    share = p.spots(at, rng.uniform(1.1, 1.8, count) * p.px).max(0)
     return share, 1.2 * share[..., None] * PALE
 
 
@@ -168,8 +168,8 @@ def _glaucoma(rng: np.random.Generator, p: _Place) -> Drawn:
 
 def _diabetic(rng: np.random.Generator, p: _Place) -> Drawn:
     count = int(rng.integers(7, 16))
-    at = p.around(p.macula, rng.uniform(7.0, 14.0, count) * p.px, rng.uniform(0, 2 * np.pi, count))
-    spots = p.spots(at, rng.uniform(0.8, 1.5, count) * p.px)
+    at = p.around(p.macula, rng.uniform(9.0, 17.0, count) * p.px, rng.uniform(0, 2 * np.pi, count))
+    spots = p.spots(at, rng.uniform(1.1, 2.0, count) * p.px)
     pale = rng.uniform(size=count) < 0.3
     change = np.zeros((*p.y.shape, 2))
     for kind, color in ((~pale, DARK), (pale, PALE)):
@@ -180,8 +180,8 @@ def _diabetic(rng: np.random.Generator, p: _Place) -> Drawn:
 def _vein_occlusion(rng: np.random.Generator, p: _Place) -> Drawn:
     count = int(rng.integers(14, 26))
     angle = np.deg2rad(rng.uniform(15.0, 75.0, count))  # superotemporal
-    at = p.around(p.disc, rng.uniform(5.0, 19.0, count) * p.px, angle)
-    share = p.spots(at, rng.uniform(0.7, 1.1, count) * p.px, -angle, 2.5).max(0)
+    at = p.around(p.disc, rng.uniform(6.0, 24.0, count) * p.px, angle)
+    share = p.spots(at, rng.uniform(0.9, 1.4, count) * p.px, -angle, 2.5).max(0)
     return share, share[..., None] * DARK
 
 
@@ -202,7 +202,7 @@ def _pigmentosa(rng: np.random.Generator, p: _Place) -> Drawn:
     reach = rng.uniform(0.55, 0.85, count)
     height, width = p.y.shape
     at = np.stack([height * (0.5 - 0.49 * reach * np.sin(angle)), width * (0.5 + 0.49 * reach * np.cos(angle))], -1)
-    share = p.spots(at, rng.uniform(0.7, 1.1, count) * p.px).max(0)
+    share = p.spots(at, rng.uniform(1.0, 1.5, count) * p.px).max(0)
     return share, 1.2 * share[..., None] * DARK
 
 

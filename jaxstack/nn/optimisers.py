@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-Schedule = Literal["constant", "cosine", "steps"]
+Schedule = Literal["constant", "cosine", "restarts", "steps"]
 
 
 def learning_rate(
@@ -21,12 +21,13 @@ def learning_rate(
     warmup: float = 0.0,
     milestones: Sequence[float] = (0.5, 0.75),
     factor: Any = 0.1,
+    cycles: int = 4,
 ) -> Array:
     """Learning rate of a step: linear warm-up to `lr`, then constant, a cosine or steps down.
 
     Args:
-        kind: "cosine" (Loshchilov and Hutter, 2017, without restarts) ends at `min_lr`; "steps" multiplies by `factor`
-            at each milestone.
+        kind: "cosine" (Loshchilov and Hutter, 2017, without restarts) ends at `min_lr`; "restarts" is the same with
+            `cycles` cosines of one length, each from `lr`; "steps" multiplies by `factor` at each milestone.
         step: number of the step, from 0.
         num_steps: steps of the whole run, a number or an array.
         lr: peak learning rate.
@@ -34,12 +35,15 @@ def learning_rate(
         warmup: share of the steps in which the rate rises.
         milestones: shares of the steps.
         factor: of a milestone.
+        cycles: of "restarts".
     """
     num_steps = jnp.asarray(num_steps, jnp.float32)
     rise = jnp.round(warmup * num_steps)
     warm = (step + 1) / jnp.maximum(rise, 1.0)
-    if kind == "cosine":
+    if kind in ("cosine", "restarts"):
         progress = jnp.clip((step - rise) / jnp.maximum(num_steps - rise, 1.0), 0.0, 1.0)
+        # the end of the last cycle is no new beginning
+        progress = jnp.where(progress < 1.0, progress * cycles % 1.0, 1.0) if kind == "restarts" else progress
         later = min_lr + (lr - min_lr) * 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
     elif kind == "steps":
         passed = sum(jnp.asarray(step >= jnp.round(m * num_steps), jnp.float32) for m in milestones)

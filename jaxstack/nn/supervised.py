@@ -161,10 +161,13 @@ class Optimiser(NamedTuple):
     """Parameters -> the tree of those that decay; None: all."""
     factors: Callable[[Any], Any] | None = None
     """Parameters -> a tree of what the weight decay of each is multiplied by, in place of `decay`."""
+    cycles: int = 4
+    """Of the schedule "restarts"."""
 
     def rate(self, hypers: Any, step: Any, num_steps: Any) -> Array:
         """Learning rate of a step, from 0."""
         options = dict(min_lr=hypers.min_lr, warmup=self.warmup, milestones=self.milestones)
+        options |= dict(cycles=self.cycles)
         return optimisers.learning_rate(self.schedule, step, num_steps, hypers.lr, **options)
 
     def make(self, hypers: Any, num_steps: Any) -> optax.GradientTransformation:

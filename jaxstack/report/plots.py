@@ -117,6 +117,32 @@ def arm_panels(
     return _write(figure, path)
 
 
+def image_panels(pictures: Mapping[str, Any], path: str | Path, beneath: Any = None) -> Path:
+    """Draw maps [H, W] as colours, one panel each, with the largest value in the title.
+
+    Args:
+        pictures: title -> map; each has a colour scale of its own, from 0 to its largest value.
+        path: the file to write.
+        beneath: a grey image [H, W] that shines through, or None.
+
+    Returns:
+        `path`.
+    """
+    columns = min(3, len(pictures))
+    lines = -(-len(pictures) // columns)
+    height, width = np.shape(next(iter(pictures.values())))
+    figure = _canvas(3.2 * columns, (3.2 * height / width + 0.45) * lines)
+    for i, (title, picture) in enumerate(pictures.items()):
+        axes = figure.add_subplot(lines, columns, i + 1)
+        if beneath is not None:
+            axes.imshow(beneath, cmap="gray")
+        top = float(np.max(picture))
+        axes.imshow(picture, cmap="inferno", vmin=0.0, vmax=top if top > 0 else 1.0, alpha=0.65)
+        axes.set_title(f"{title} ({top:.2f})", fontsize=9, loc="left")
+        axes.set_axis_off()
+    return _write(figure, path)
+
+
 def curve_panels(
     panels: Sequence[tuple[str, str, str, str, Mapping[str, tuple[Sequence[float], Any]]]], path: str | Path
 ) -> Path:

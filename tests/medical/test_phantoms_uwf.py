@@ -15,7 +15,7 @@ from jaxstack.medical.phantoms_uwf import DISEASES, HEALTHY, LABELS, aligned, pa
 def test_a_seed_draws_the_same_eye_everywhere():
     eye = uwf(np.random.default_rng(0), diseases=("RVO", "Gla"))
     pixels = np.round(eye.image * 255).astype(np.uint8).tobytes() + eye.lesions.tobytes()
-    assert hashlib.sha256(pixels).hexdigest()[:16] == "bf61e0bad252a80b"
+    assert hashlib.sha256(pixels).hexdigest()[:16] == "b96741ba4725f672"
     assert eye.image.dtype == np.float32
     assert eye.image.shape == (64, 80, 2)
     assert (eye.image >= 0).all()
@@ -23,7 +23,7 @@ def test_a_seed_draws_the_same_eye_everywhere():
     assert eye.labels.tolist() == [False, False, False, True, False, True, False, True]
     # a left eye: the disc is left of the macula, and the brightest place of the healthy eye
     healthy = uwf(np.random.default_rng(1), (96, 120), artefacts=False)
-    assert healthy.disc[1] < healthy.macula[1] - 10
+    assert healthy.disc[1] < healthy.macula[1] - 15
     brightest = np.unravel_index(healthy.image.sum(-1).argmax(), (96, 120))
     assert np.hypot(*(np.array(brightest) - healthy.disc)) < 4
     assert not healthy.labels.any()
@@ -47,7 +47,7 @@ def test_lesions_change_the_image_where_they_are_drawn_and_lie_at_their_places()
             anchor = {"RP": center, "RD": center, "Gla": a.disc, "RVO": a.disc}.get(name, a.macula)
             distances.append(np.hypot(*(points - anchor).T).mean())
         assert np.mean(inside) > 3 * np.mean(beside), name
-        low, high = {"MH": (0, 4), "AMD": (2, 6), "Gla": (0, 3), "DR": (7, 14), "RVO": (6, 19)}.get(name, (18, 40))
+        low, high = {"MH": (0, 6), "AMD": (2, 8), "Gla": (0, 4), "DR": (9, 17), "RVO": (7, 24)}.get(name, (18, 40))
         assert low <= np.mean(distances) <= high, name
 
 
