@@ -297,7 +297,16 @@ METHODS: tuple[Method, ...] = (
         "stroke-ct", "medical", "Identifying acute ischemic stroke lesions on brain CT", 2023, arxiv=("2309.17320",)
     ),
     Method("pgd", "vision", "Prediction-guided distillation for dense object detection", 2022, arxiv=("2203.05469",)),
-    Method("peppr", "medical", "Global explainability in aligned image modalities", 2021, arxiv=("2112.09591",)),
+    Method(
+        "peppr",
+        "medical",
+        "Global explainability in aligned image modalities",
+        2021,
+        arxiv=("2112.09591",),
+        claim="jaxstack.claims.peppr:claim",
+        extras=("medical",),
+        tests="tests/medical/test_peppr.py",
+    ),
     Method(
         "uwf-diseases",
         "medical",
