@@ -16,6 +16,7 @@ from jaxstack.core.config import check_options, options_of
 from jaxstack.core.errors import UserError, unknown
 from jaxstack.envs.base import Box, Environment, Spec, TimeStep, cached, first_step, like, runs
 from jaxstack.envs.brax import fast
+from jaxstack.envs.libraries import importing
 
 IDS: tuple[str, ...] = (
     "ant",
@@ -84,7 +85,8 @@ def make(rest: str, backend: str = "spring", episode_length: int = 1000, **optio
     """`brax/<rest>`; raises `UserError` for an unknown backend. Other options go to brax."""
     if rest not in IDS:
         raise unknown("environment", f"brax/{rest}", [f"brax/{i}" for i in IDS])
-    from brax import envs as brax_envs
+    with importing(f"brax/{rest}"):
+        from brax import envs as brax_envs
 
     owner = f"environment 'brax/{rest}'"
     known = options_of(brax_envs._envs[rest]) | {"backend": Literal[BACKENDS], "episode_length": int}
@@ -101,7 +103,8 @@ def make(rest: str, backend: str = "spring", episode_length: int = 1000, **optio
 def _library(name: str, backend: str, options: tuple[tuple[str, Any], ...]) -> Any:
     with warnings.catch_warnings(), jax.ensure_compile_time_eval():
         warnings.simplefilter("ignore")
-        from brax import envs as brax_envs
+        with importing(f"brax/{name}"):
+            from brax import envs as brax_envs
 
         return fast.faster(brax_envs.get_environment(name, backend=backend, **dict(options)))
 

@@ -16,6 +16,7 @@ from jaxtyping import Array
 from jaxstack.core.config import check_options, options_of
 from jaxstack.core.errors import UserError, unknown
 from jaxstack.envs.base import Box, Discrete, Environment, Spec, TimeStep, box_like, cached, first_step, like, runs
+from jaxstack.envs.libraries import importing
 
 IDS: tuple[str, ...] = (
     "CartPole-v1",
@@ -132,7 +133,8 @@ def _library(name: str, options: tuple[tuple[str, Any], ...]) -> tuple[Any, Any]
     constructor = _known(name)[0] if options else ()
     with warnings.catch_warnings(), jax.ensure_compile_time_eval():
         warnings.simplefilter("ignore")
-        import gymnax
+        with importing(f"gymnax/{name}"):
+            import gymnax
 
         lib, params = gymnax.make(name, **{k: v for k, v in options if k in constructor})
         return lib, params.replace(**{k: v for k, v in options if k not in constructor})

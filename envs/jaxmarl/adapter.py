@@ -5,8 +5,6 @@ observation. What else differs from the library stands in each family's notes, w
 """
 
 import contextlib
-import io
-import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -48,6 +46,7 @@ from jaxstack.envs.jaxmarl import (
     switch_riddle,
 )
 from jaxstack.envs.jaxmarl.family import Family
+from jaxstack.envs.libraries import importing
 
 FAMILIES: tuple[Family, ...] = tuple(
     family.FAMILY
@@ -168,7 +167,8 @@ def make(rest: str, **options: Any) -> JaxMARL:
 @cached(64)
 def _known(name: str) -> dict[str, Any]:
     """The options of an environment with their types. The library would ignore some misspelt ones."""
-    from jaxmarl.environments.multi_agent_env import MultiAgentEnv
+    with importing(f"jaxmarl/{name}"):
+        from jaxmarl.environments.multi_agent_env import MultiAgentEnv
 
     lib, family = library(name)
     known = options_of(type(lib), MultiAgentEnv)
@@ -192,24 +192,9 @@ def library(name: str, options: tuple[tuple[str, Any], ...] = ()) -> tuple[Any, 
     family = FAMILY_OF[name]
     with warnings.catch_warnings(), jax.ensure_compile_time_eval():
         warnings.simplefilter("ignore")
-        with _streams_kept():
+        with importing(f"jaxmarl/{name}"):
             import jaxmarl  # noqa: F401
         return family.make(name, dict(options)), family
-
-
-@contextlib.contextmanager
-def _streams_kept() -> Iterator[None]:
-    """JaxMARL prints two lines about optional submodules when it is imported, and leaves sys.stdout and sys.stderr as
-    those of the process, which cuts off a notebook or whoever else had replaced them."""
-    before = {name: getattr(sys, name) for name in ("stdout", "stderr", "__stdout__")}
-    sink = io.StringIO()
-    for name in ("stdout", "__stdout__"):
-        setattr(sys, name, sink)
-    try:
-        yield
-    finally:
-        for name, stream in before.items():
-            setattr(sys, name, stream)
 
 
 @cached(64)

@@ -1,6 +1,7 @@
 """Faults of a user's own environment are named; environments become text and back."""
 
 import re
+import sys
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -204,3 +205,12 @@ def test_bounds_of_actions_are_kept():
             return super().step(key, state, action[:, 0])
 
     envs.check_env(Steered())
+
+
+def test_a_missing_library_is_named_and_the_others_still_work(id, monkeypatch):
+    library = id.partition("/")[0]
+    monkeypatch.setitem(sys.modules, library, None)
+    options = {"gymnax": {"max_steps_in_episode": 77}, "jaxmarl": {"max_steps": 77}}.get(library, {})
+    with pytest.raises(UserError, match=f"{id}: the library {library} is missing; pip install {library}"):
+        envs.make(id, **options)
+    assert envs.make("dispersion").spec.num_agents == 4
