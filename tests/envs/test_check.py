@@ -207,6 +207,7 @@ def test_bounds_of_actions_are_kept():
     envs.check_env(Steered())
 
 
+@pytest.mark.parametrize("id", ["brax/hopper", "gymnax/Acrobot-v1", "jaxmarl/MPE_simple_tag_v3"])
 def test_a_missing_library_is_named_and_the_others_still_work(id, monkeypatch):
     library = id.partition("/")[0]
     monkeypatch.setitem(sys.modules, library, None)
