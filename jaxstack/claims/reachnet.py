@@ -228,7 +228,7 @@ claim = Claim(
         "run."
     ),
     scales={
-        "small": of_scale(SMALL, 21, (OURS, SEVERAL, DOMAIN, PLAIN), CHECKS),
+        "small": of_scale(SMALL, 16, (OURS, SEVERAL, DOMAIN, PLAIN), CHECKS),
         "full": of_scale(FULL, 0, (OURS, SEVERAL, DOMAIN, PLAIN, RESIDUAL, DEEP), (*CHECKS, *MORE)),
     },
     baselines=(PLAIN, DOMAIN, SEVERAL, DEPTH7),
