@@ -28,7 +28,8 @@ def importing(id: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as e:
-        raise UserError(f"{id}: the library {e.name} is missing; pip install {e.name}") from e
+        name = (e.name or str(e)).partition(".")[0]
+        raise UserError(f"{id}: the library {name} is missing; pip install {name}") from e
     finally:
         for name, stream in before.items():
             setattr(sys, name, stream)
