@@ -52,7 +52,7 @@ class Hypers(NamedTuple):
 
     lr: float = 2e-3
     """Of the plain classifier; 1e-4 in the paper."""
-    tune_lr: float = 1e-3
+    tune_lr: float = 2e-3
     """Of the last stage; 1e-5 in the paper."""
     autoencoder_lr: float = 4e-3
     min_lr: float = 1e-7
@@ -68,7 +68,7 @@ class Config(configs.Config):
     widths=(64, 128, 256, 512), bottleneck, stem=imagenet, stem_width=128, encoder=(6, 12, 16), depth=2."""
 
     data: str = "phantom"
-    """`phantom` (CT scans drawn here), or a folder with the folders healthy/ and lesion/ of CT volumes."""
+    """`phantom` (CT scans drawn here), or a folder of CT volumes with scans.csv or the folders healthy/ and lesion/."""
     template: str = "mni"
     """Of phantoms: `mni` (needs nilearn) or `ellipses`."""
     slices: int = 5
@@ -78,7 +78,7 @@ class Config(configs.Config):
     num_train: int = 800
     """Phantoms."""
     num_valid: int = 150
-    """Phantoms; of a folder every tenth scan of each class."""
+    """Phantoms; of a folder a tenth of the patients of each class."""
     present: float = 0.6
     """Share of phantoms with a lesion."""
     contrast: tuple[float, float] = (9.0, 14.0)

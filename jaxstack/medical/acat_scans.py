@@ -1,5 +1,6 @@
-"""Scans that ACAT learns from: phantoms of CT, or volumes in the folders healthy/ and lesion/."""
+"""Scans that ACAT learns from: phantoms of CT, or volumes with a table or in the folders healthy/ and lesion/."""
 
+import csv
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -8,6 +9,7 @@ import numpy as np
 
 from jaxstack.core.errors import UserError
 from jaxstack.medical.head_ct import VIEW_MM, WINDOW, prepare, window
+from jaxstack.medical.multilabel import stratified_patient_split
 from jaxstack.medical.phantoms_ct import Design, ct_set
 from jaxstack.medical.volumes import read_volume, scan_paths
 
@@ -118,33 +120,68 @@ def read_scan(path: str | Path, slices: int, size: int, seen: Pair) -> Read:
     return Read(window(hu, *seen), (VIEW_MM / size) ** 2, found.slices)
 
 
-def read_folder(folder: str | Path, slices: int, size: int, seen: Pair) -> Scans:
-    """Scans of a folder with the folders healthy/ and lesion/ of NIfTI files or DICOM series.
+class Labelled(NamedTuple):
+    """Scans of a folder and whose they are."""
+
+    scans: Scans
+    patients: np.ndarray
+    """[M] of text."""
+
+
+def read_folder(folder: str | Path, slices: int, size: int, seen: Pair) -> Labelled:
+    """Scans of a folder, NIfTI files or folders of DICOM series.
+
+    Args:
+        folder: with scans.csv, columns file (relative to the folder), side (none for a healthy scan) and, as far as
+            known, patient; or with the folders healthy/ and lesion/, each scan of a patient of its own.
+        slices: of each scan.
+        size: pixels of a side.
+        seen: the window, in HU.
 
     Raises:
-        UserError: for a missing folder, too few scans, or one that cannot be read.
+        UserError: for a missing folder, a broken table, too few scans of a class, or one that cannot be read.
     """
-    images, labels = [], []
+    root = Path(folder)
+    found = _table(root / "scans.csv") if (root / "scans.csv").is_file() else _classes(root)
+    labels = np.array([label for _, label, _ in found], np.int32)
     for label, name in enumerate(CLASSES):
-        place = Path(folder) / name
-        if not place.is_dir():
-            raise UserError(f"{folder}: found no folder {name}, expected {' and '.join(CLASSES)} of CT volumes")
-        paths = scan_paths([place])
-        if len(paths) < FEWEST:
-            raise UserError(f"{place}: found {len(paths)} scans, expected at least {FEWEST}")
-        images += [read_scan(path, slices, size, seen).image for path in paths]
-        labels += [label] * len(paths)
-    return Scans(np.stack(images), np.array(labels, np.int32))
+        if (count := int((labels == label).sum())) < FEWEST:
+            raise UserError(f"{folder}: found {count} scans of the class {name}, expected at least {FEWEST}")
+    images = np.stack([read_scan(path, slices, size, seen).image for path, _, _ in found])
+    return Labelled(Scans(images, labels), np.array([patient for _, _, patient in found]))
+
+
+def _table(table: Path) -> list[tuple[Path, int, str]]:
+    """(path, label, patient) of each row."""
+    try:
+        with open(table, newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as e:
+        reason = e.strerror if isinstance(e, OSError) and e.strerror else e
+        raise UserError(f"{table}: cannot be read ({reason}); expected a table of file, side, patient") from e
+    if not rows or not {"file", "side"} <= set(rows[0]):
+        raise UserError(f"{table}: found columns {', '.join(rows[0]) if rows else 'none'}, expected file, side")
+    for line, row in enumerate(rows, 2):
+        if not row["file"] or not row["side"]:
+            raise UserError(f"{table}: line {line}: found an empty file or side, expected both")
+    return [(table.parent / r["file"], int(r["side"] != "none"), r.get("patient") or r["file"]) for r in rows]
+
+
+def _classes(root: Path) -> list[tuple[Path, int, str]]:
+    """(path, label, patient) of each scan in healthy/ and lesion/."""
+    found = []
+    for label, name in enumerate(CLASSES):
+        if not (root / name).is_dir():
+            raise UserError(f"{root}: found neither scans.csv nor a folder {name}, expected {' and '.join(CLASSES)}")
+        found += [(path, label, str(path)) for path in scan_paths([root / name])]
+    return found
 
 
 @lru_cache(2)
 def split_folder(folder: str, slices: int, size: int, seen: Pair, seed: int) -> tuple[Scans, Scans]:
-    """Scans of a folder for training and, every tenth of each class, for validation. Arguments as of `read_folder`;
-    `seed` of the choice."""
-    whole = read_folder(folder, slices, size, seen)
-    rng = np.random.default_rng(seed)
-    valid = np.zeros(len(whole.labels), bool)
-    for label in range(2):
-        valid[rng.permutation(np.flatnonzero(whole.labels == label))[::10]] = True
-    part = lambda rows: Scans(whole.images[rows], whole.labels[rows])
+    """Scans of a folder for training and, a tenth of the patients of each class, for validation. Arguments as of
+    `read_folder`; `seed` of the choice."""
+    scans, patients = read_folder(folder, slices, size, seen)
+    valid = stratified_patient_split(patients, scans.labels[:, None] > 0, (0.9, 0.1), seed) == 1
+    part = lambda rows: Scans(scans.images[rows], scans.labels[rows])
     return part(~valid), part(valid)

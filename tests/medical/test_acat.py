@@ -124,7 +124,6 @@ def test_fusions_change_the_features_as_they_say():
         # the saliency is read by those that say so
         assert bool(jnp.any(looked[..., 1] != 0)) == (fusion not in ("none", "image"))
         assert (net.pooling == "attention") == (fusion in ("acat", "image"))
-        assert run(net, given, SCANS).shape == (2, 2)
     stem = given["params"]["trunk"]["conv1"]["kernel"]
     assert fusion == "concat"
     assert stem.shape[2] == 2
@@ -245,13 +244,11 @@ def test_gradient_and_grad_cam_of_scans():
     cam = jax.image.resize(cam, images.shape, "bilinear")
     expected = cam / jnp.maximum(cam.max((1, 2, 3), keepdims=True), 1e-9)
     assert float(expected.max()) == 1
-    np.testing.assert_allclose(grad_cam(net, given, images[..., None], 0), expected, rtol=1e-4)
+    seen = jax.jit(lambda x: grad_cam(net, given, x, 0))(images[..., None])
+    np.testing.assert_allclose(seen, expected, rtol=1e-4)
     for stage in (1, 3):
-        half = net.apply(given, images[..., None], stage, method="until")
-        np.testing.assert_allclose(
-            net.apply(given, half, stage, method="after"), run(net, given, images[..., None]), rtol=1e-4
-        )
-        assert grad_cam(net, given, images[..., None], 0, stage).shape == images.shape
+        both = jax.jit(lambda x, i=stage: net.apply(given, net.apply(given, x, i, method="until"), i, method="after"))
+        np.testing.assert_allclose(both(images[..., None]), run(net, given, images[..., None]), rtol=1e-4)
     with pytest.raises(UserError, match="fusion='acat', stage=4: expected 'none' and 1 to 4"):
         grad_cam(AcatNet("acat", **SMALL), given, images[..., None])
 
@@ -362,18 +359,28 @@ def folder(tmp_path_factory):
 
 def test_folders_are_read_and_refused_in_one_line(folder, tmp_path):
     train, valid = acat_scans.split_folder(str(folder), 3, 32, WINDOW, 0)
-    assert train.images.shape == (18, 3, 32, 32)
-    assert sorted(valid.labels) == [0, 0, 1, 1]
+    assert train.images.shape[1:] == (3, 32, 32)
+    assert len(train.labels) + len(valid.labels) == 22
+    assert set(valid.labels) == {0, 1}
     # nothing outside of the brain
     assert not train.images[:, :, :, 0].any()
     drawn = acat_scans.phantoms(0, 40, 3, 32, 0.6, (4.0, 8.0), 0.0, WINDOW, "ellipses")
     assert abs(train.images.mean() - drawn.scans.images.mean()) < 0.05
-    with pytest.raises(UserError, match="found no folder healthy"):
+    # the same scans by a table; patients stay together
+    rows = [(f"{name}/{p.name}", side) for name, side in (("healthy", "none"), ("lesion", "left"))
+            for p in sorted((folder / name).iterdir())]  # fmt: skip
+    table = "file,side,patient\n" + "".join(f"{folder}/{f},{s},p{i // 2}\n" for i, (f, s) in enumerate(rows))
+    (tmp_path / "scans.csv").write_text(table)
+    found = acat_scans.read_folder(tmp_path, 3, 32, WINDOW)
+    np.testing.assert_array_equal(found.scans.labels, [0] * 11 + [1] * 11)
+    (tmp_path / "scans.csv").write_text(table + "x.nii,,\n")
+    with pytest.raises(UserError, match="line 24: found an empty file or side"):
         acat_scans.read_folder(tmp_path, 3, 32, WINDOW)
-    (tmp_path / "healthy").mkdir()
-    for path in list((folder / "healthy").iterdir())[:3]:
-        (tmp_path / "healthy" / path.name).write_bytes(path.read_bytes())
-    with pytest.raises(UserError, match="healthy: found 3 scans, expected at least 10"):
+    (tmp_path / "scans.csv").write_text("\n".join(table.splitlines()[:12]))
+    with pytest.raises(UserError, match="found 0 scans of the class lesion, expected at least 10"):
+        acat_scans.read_folder(tmp_path, 3, 32, WINDOW)
+    (tmp_path / "scans.csv").unlink()
+    with pytest.raises(UserError, match=r"found neither scans\.csv nor a folder healthy"):
         acat_scans.read_folder(tmp_path, 3, 32, WINDOW)
     with pytest.raises(UserError, match="found 4 slices, expected at least 9"):
         acat_scans.read_folder(folder, 9, 32, WINDOW)
@@ -381,7 +388,7 @@ def test_folders_are_read_and_refused_in_one_line(folder, tmp_path):
 
 def test_the_command_explains_scans_and_tells_of_bad_files(folder, tmp_path, capsys):
     tiny = "--slices 2 --size 32 --blocks 1 1 1 1 --widths 2 2 2 2 --encoder 2 2 2 --stem-width 2 --steps 2"
-    tiny += " --batch-size 4 --autoencoder-updates 2 --num-updates 2 --tune-updates 2 --no-progress"
+    tiny += " --batch-size 4 --autoencoder-updates 2 --num-updates 2 --tune-updates 2 --no-progress --eval-every -1"
     training = [
         "train",
         "jaxstack.medical.acat:acat",
@@ -406,3 +413,10 @@ def test_the_command_explains_scans_and_tells_of_bad_files(folder, tmp_path, cap
     capsys.readouterr()
     assert cli.main([*command, "--threshold", "2", "--out", str(tmp_path / "other")]) == 2
     assert "--threshold 2: expected more than 0 and less than 1" in capsys.readouterr().err
+    # what has a row is not read again; a folder with something in it is asked about
+    assert cli.main([*command, "--out", str(tmp_path / "out")]) == 2
+    assert "exists and is not an empty folder; --resume continues in it" in capsys.readouterr().err
+    for path in (folder / "lesion").glob("scan*"):
+        path.write_bytes(b"")
+    assert cli.main([*command, "--out", str(tmp_path / "out"), "--resume"]) == 0
+    assert pd.read_csv(tmp_path / "out" / "results.csv").p_lesion.equals(table.p_lesion)
