@@ -294,7 +294,15 @@ METHODS: tuple[Method, ...] = (
         tests="tests/medical/test_diffusion_counterfactual.py",
     ),
     Method(
-        "stroke-ct", "medical", "Identifying acute ischemic stroke lesions on brain CT", 2023, arxiv=("2309.17320",)
+        "stroke-ct",
+        "medical",
+        "Identifying acute ischemic stroke lesions on brain CT",
+        2023,
+        arxiv=("2309.17320",),
+        factory="jaxstack.medical.stroke_ct:stroke_ct",
+        claim="jaxstack.claims.stroke_ct:claim",
+        extras=("medical",),
+        tests="tests/medical/test_stroke_ct.py",
     ),
     Method("pgd", "vision", "Prediction-guided distillation for dense object detection", 2022, arxiv=("2203.05469",)),
     Method(

@@ -99,6 +99,9 @@ TINY = {
     ),
     "choroidalyzer": dict(size=(32, 32), channels=(2, 2), num_train=8, num_valid=3, batch_size=4, num_updates=3),
 }
+TINY["stroke-ct"] = dict(
+    slices=2, size=32, num_train=6, num_valid=3, batch_size=3, num_updates=3, widths=(2, 2), tasks=("old",)
+)
 TINY["reachnet"] = dict(
     size=(32, 32),
     channels="2,8",

@@ -31,6 +31,7 @@ from jaxstack.cli import (
     screening,
     segmenting,
     stacking,
+    strokes,
     training,
     tuning,
 )
@@ -62,6 +63,7 @@ Train agents and sequence models in JAX, whole runs and all seeds in one program
   jaxstack explain RUN --labels CSV --out DIR        where a classifier looks, and whether that is faithful
   jaxstack segment-oct PATH --model RUN --out DIR    masks of the choroid in OCT B-scans
   jaxstack analyse-oct PATH --model RUN --out DIR    thickness, area and vessels of the choroid, as a table
+  jaxstack detect-stroke PATH --model RUN --out DIR  strokes on CT scans and their sides, as a table
   jaxstack score-forecasts F G --observed O --training T   forecasts of whole trajectories, and of their tails
   jaxstack compare RUN RUN ...                    which is better: IQM, probability of improvement, intervals
   jaxstack plot RUN RUN ...                       learning curves with intervals
@@ -189,6 +191,7 @@ def parser() -> argparse.ArgumentParser:
         medical,
         oct,
         segmenting,
+        strokes,
         counterfactuals,
         screening,
         explaining,
