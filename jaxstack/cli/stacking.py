@@ -78,7 +78,7 @@ def _dlas(args: argparse.Namespace, _: list[str]) -> None:
     pd.DataFrame(rows).to_csv(out / "results.csv", index=False)
     params, ms, accuracy = ([row[name] for row in rows] for name in ("params", "t_median", "accuracy"))
     axes = ("parameters", "ms per image")
-    plots.scatter(params, ms, accuracy, out / "stack.png", axes, "accuracy", log=(True, True))
+    plots.scatter(params, ms, accuracy, out / "stack.png", axes, "accuracy", (True, True), points="network in a form")
     if len(rows) >= 4 and len({*params}) > 1:
         print(f"rank correlation of parameters and time over all points: {stats.spearman(params, ms)}")
     print(f"largest compression within {100 * args.tolerance:g} points of the dense network (validation images):")
@@ -86,5 +86,5 @@ def _dlas(args: argparse.Namespace, _: list[str]) -> None:
         r = results[point]
         form = "tuned" if point.tuned else point.sparse or point.primitive
         saved = f"{r.bytes:,} bytes, {r.t_dense / r.t_median:.2f} times as fast as the dense network"
-        print(f"  {model}: {kind} {point.level:.4g}, {form}: {saved}")
+        print(f"  {model}: {kind}{f' {point.level:.4g}' if point.level else ''}, {form}: {saved}")
     print(f"results: {path}, {out / 'results.csv'}, {out / 'stack.png'}")

@@ -11,12 +11,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jaxtyping import Array
 
 from jaxstack.core.errors import UserError
 from jaxstack.nn.conv import Window
-from jaxstack.nn.lowering import Choice, apply_by, conv_xla, multiplied
+from jaxstack.nn.lowering import Choice, apply_by, multiplied
 from jaxstack.nn.vision.folding import Folded
 
 MOST = 127
@@ -194,7 +193,12 @@ def quantize_int8(folded: Folded, variables: Any, calibration: Array, percentile
 
 
 def apply_int8(
-    folded: Folded, variables: Any, quantised: Quantised, x: Array, choice: Choice = Choice(), simulated: bool = False
+    folded: Folded,
+    variables: Any,
+    quantised: Quantised,
+    x: Array,
+    choices: Mapping[str, Choice] | Choice = Choice(),
+    simulated: bool = False,
 ) -> Array:
     """Apply a quantised network: int8 products, sums in int32, then floats between the layers.
 
@@ -202,19 +206,16 @@ def apply_int8(
         folded, variables: of `fold_batchnorm`.
         quantised: of `quantize_int8`.
         x: images [N, H, W, C] float.
-        choice: how convolutions are computed.
+        choices: how convolutions are computed, one for all or by the name of the layer.
         simulated: compute the same integers in float32, which is exact while sums stay below 2^24: up to 1,040 products
             of the largest values.
     """
 
     def compute(name: str, x: Array, kernel: Array, window: Window | None) -> Array:
-        scale = quantised.inputs[name]
+        scale, choice = quantised.inputs[name], choices if isinstance(choices, Choice) else choices.get(name, Choice())
         whole = jnp.clip(jnp.round(x / scale), -MOST, MOST)
-        if simulated:
-            own = quantised.kernels[name].astype(jnp.float32)
-            found = conv_xla(whole, own, window=window) if window is not None else lax.dot(whole, own)
-        else:
-            found = multiplied(whole.astype(jnp.int8), quantised.kernels[name], window, choice)
+        dtype = jnp.float32 if simulated else jnp.int8
+        found = multiplied(whole.astype(dtype), quantised.kernels[name].astype(dtype), window, choice)
         return found.astype(jnp.float32) * (scale * quantised.scales[name])
 
     return apply_by(folded, variables, x, compute)

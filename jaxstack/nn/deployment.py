@@ -47,19 +47,26 @@ def network_of(net: Net) -> Any:
     return zoo.network(net.model, net.classes, mid_features=net.widths or None)
 
 
-def outputs(
-    folded: Folded, net: Net, x: Any, choices: dict[str, Choice] | Choice = Choice(), simulated: bool = False
-) -> Any:
-    """Logits of a network with folded norms, in the type of its compression."""
-    of = choices.get if isinstance(choices, dict) else lambda name, _, one=choices: one
+Choices = dict[str, Choice] | Choice
+"""One for each layer by name, XLA's own for others; or one for all."""
+
+
+def outputs(folded: Folded, net: Net, x: Any, choices: Choices = Choice(), simulated: bool = False) -> Any:
+    """Logits of a network with folded norms, in the type of its compression; `simulated` as of `apply_int8`."""
     if net.kind == "int8":
         assert net.quantised is not None
-        one = choices if isinstance(choices, Choice) else Choice()
-        return compression.apply_int8(folded, net.variables, net.quantised, x, one, simulated)
+        return compression.apply_int8(folded, net.variables, net.quantised, x, choices, simulated)
     dtype = TYPES.get(net.kind, jnp.float32)
     cast = jax.tree.map(lambda v: jnp.asarray(v, dtype), net.variables)
-    compute = lambda name, x, kernel, window: low.multiplied(x, kernel, window, of(name, Choice()))
+    of = lambda name: choices if isinstance(choices, Choice) else choices.get(name, Choice())
+    compute = lambda name, x, kernel, window: low.multiplied(x, kernel, window, of(name))
     return low.apply_by(folded, cast, x.astype(dtype), compute).astype(jnp.float32)
+
+
+def fast_choices(folded: Folded, variables: Any, image: Sequence[int]) -> dict[str, Choice]:
+    """Choices for evaluation: XLA's own convolution is slow where it is depthwise."""
+    layers = low.layers_of(folded, variables, image)
+    return {v.name: Choice("direct") for v in layers if v.window and low.is_depthwise(v.kernel, v.window)}
 
 
 # Size and work
@@ -262,7 +269,7 @@ def tune(
         trials: candidates per shape.
         seed: of the draws.
         repeats: of the second timing; each candidate of the search has 3.
-        at_least: seconds that a repeat lasts.
+        at_least: seconds that a repeat of the search lasts; those of the second timing four times as long.
 
     Returns:
         By the name of the layer.
@@ -285,7 +292,7 @@ def tune(
             choice = start[n] if n < len(start) else pool[rng.integers(len(pool))]
             first[choice] = layer_times(layer, [choice], 3, at_least)[choice].median
         best = min(first, key=first.__getitem__)
-        again = layer_times(layer, list(dict.fromkeys((*start, best))), repeats, at_least)
+        again = layer_times(layer, list(dict.fromkeys((*start, best))), repeats, 4 * at_least)
         chosen = min(again, key=lambda c: again[c].median)
         seconds = {str(c): t.seconds for c, t in again.items()}
         found[shape] = Tuned(chosen, {str(c): t for c, t in first.items()}, seconds)

@@ -249,19 +249,20 @@ def scatter(
     label: str,
     log: tuple[bool, bool] = (False, False),
     title: str = "",
+    points: str = "setting",
 ) -> Path:
-    """Points coloured by `values`; NaN ones are crosses marked as failed."""
+    """Points coloured by `values`, `points` says what they are; NaN ones are crosses marked as failed."""
     figure, axes = _figure()
     x, y, values = (np.asarray(v, np.float64) for v in (x, y, values))
     good = np.isfinite(values)
-    points = axes.scatter(x[good], y[good], c=values[good], cmap="viridis", s=60, label="setting")
+    drawn = axes.scatter(x[good], y[good], c=values[good], cmap="viridis", s=60, label=points)
     if not good.all():
         axes.scatter(x[~good], y[~good], marker="x", color=COLOURS[1], s=60, label="failed")
     axes.set_xscale("log" if log[0] else "linear")
     axes.set_yscale("log" if log[1] else "linear")
     axes.set_xlabel(names[0])
     axes.set_ylabel(names[1])
-    figure.colorbar(points, ax=axes, label=label)
+    figure.colorbar(drawn, ax=axes, label=label)
     return _save(figure, axes, path, title)
 
 

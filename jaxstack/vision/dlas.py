@@ -20,6 +20,7 @@ import numpy as np
 from jax import lax
 
 from jaxstack.core import config as configs
+from jaxstack.core import ledger
 from jaxstack.core.config import require, require_at_least
 from jaxstack.core.errors import UserError
 from jaxstack.data import images
@@ -30,6 +31,7 @@ from jaxstack.nn.deployment import (
     Form,
     Net,
     available_cores,
+    fast_choices,
     measure_on,
     multiply_adds,
     network_of,
@@ -214,7 +216,7 @@ def _trained(config: StackConfig, widths: Sequence[int], start: Any, updates: in
     seed = config.seed + (0 if start is None else 1_000_003)  # fine-tuning sees other batches than training
     k_init, k_data = jax.random.split(jax.random.key(seed))
     rows = shuffled_rows(len(train[0]), most, each, config.batch_size, seed)
-    state = _start(own, k_init, jnp.float32(lr))
+    state = _start(own)(k_init, jnp.float32(lr))
     if start is not None:
         fresh = jax.tree.map(jnp.asarray, dict(start))
         state = state._replace(params=fresh.pop("params"), stats=fresh)
@@ -227,10 +229,12 @@ def _trained(config: StackConfig, widths: Sequence[int], start: Any, updates: in
     return jax.tree.map(np.asarray, found)
 
 
-@functools.partial(jax.jit, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0})
-def _start(own: classifier.Config, key: Any, lr: Any) -> Any:
+@functools.lru_cache(64)
+def _start(own: classifier.Config) -> Callable[[Any, Any], Any]:
+    """(key, learning rate) -> a run's first state; runs once per seed, so what is saved is compiling."""
     learner = classifier.classifier(own)
-    return learner.init(key, learner.hypers._replace(lr=lr))
+    begin = lambda key, lr: learner.init(key, learner.hypers._replace(lr=lr))
+    return jax.jit(begin, compiler_options=ledger.known_options(tuple(ledger.CHEAP.items())))
 
 
 def _shared(config: StackConfig, **changes: Any) -> StackConfig:
@@ -296,7 +300,8 @@ def _right(own: classifier.Config, shape: Any, variables: Any, quantised: Any, x
     def some(part: Any) -> Any:
         x = classifier.prepared(own, part[0])
         folded, fewer = fold_batchnorm(network_of(net), variables, x)
-        logits = outputs(folded, net._replace(variables=fewer), x, simulated=True)
+        ready = net._replace(variables=fewer)
+        logits = outputs(folded, ready, x, fast_choices(folded, fewer, x.shape), simulated=True)
         return jnp.where(part[1] >= 0, logits.argmax(-1) == part[1], False).sum()
 
     return lax.map(some, (x, y)).sum()
