@@ -242,7 +242,15 @@ METHODS: tuple[Method, ...] = (
         claim="jaxstack.claims.grouped_convolutions:claim",
         tests="tests/vision/test_grouped_convolutions.py",
     ),
-    Method("dlas", "vision", "DLAS: the deep learning acceleration stack", 2023, arxiv=("2311.08909",)),
+    Method(
+        "dlas",
+        "vision",
+        "DLAS: the deep learning acceleration stack",
+        2023,
+        arxiv=("2311.08909",),
+        claim="jaxstack.claims.dlas:claim",
+        tests="tests/vision/test_dlas.py",
+    ),
     Method(
         "cleave",
         "edge",
