@@ -289,7 +289,17 @@ METHODS: tuple[Method, ...] = (
         2023,
         arxiv=("2201.12570",),
     ),
-    Method("acat", "medical", "ACAT: adversarial counterfactual attention", 2023, arxiv=("2303.15421",)),
+    Method(
+        "acat",
+        "medical",
+        "ACAT: adversarial counterfactual attention",
+        2023,
+        arxiv=("2303.15421",),
+        factory="jaxstack.medical.acat:acat",
+        claim="jaxstack.claims.acat:claim",
+        extras=("medical",),
+        tests="tests/medical/test_acat.py",
+    ),
     Method(
         "diffusion-counterfactual",
         "medical",
