@@ -249,7 +249,7 @@ claim = Claim(
         "The autoencoder is trained once for all seeds. SMIC, HSM and concatenation are arms of the full scale alone, "
         "which has 5 slices of 64 pixels and lesions of 4 to 8 HU; latent shift is no maker of saliency here."
     ),
-    scales={"small": of_scale(SMALL, tuple(FUSIONS)[:3], 8), "full": of_scale(FULL, tuple(FUSIONS), 0)},
+    scales={"small": of_scale(SMALL, tuple(FUSIONS)[:3], 17), "full": of_scale(FULL, tuple(FUSIONS), 0)},
     baselines=(PLAIN, IMAGE, HEALTHY, LESION, GRADIENT, *CAMS),
     ours=OURS,
 )
