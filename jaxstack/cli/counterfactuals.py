@@ -63,11 +63,11 @@ def _model(run: str, runs: Any) -> tuple[str, Any, Any]:
     """The method's name, learner and states of a run."""
     from jaxstack.medical import acat, diffusion_counterfactual
 
-    learner, _ = runs.load(run)
-    if isinstance(learner.config, acat.Config):
+    method, _ = runs.load_any(run)
+    if isinstance(method.config, acat.Config):
         return "acat", *runs.trained(run, "acat", acat.Config)
-    method = "diffusion-counterfactual"
-    return method, *runs.trained(run, f"{method} or acat", diffusion_counterfactual.Config)
+    name = "diffusion-counterfactual"
+    return name, *runs.trained(run, f"{name} or acat", diffusion_counterfactual.Config)
 
 
 def _save(out: Path, name: str, image: Any, healthy: Any, anomaly: Any, above: Any) -> None:
