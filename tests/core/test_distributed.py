@@ -131,4 +131,4 @@ def test_commands_of_the_guide_parse():
         if command == "resume":
             assert not rest
         else:
-            assert cli.plan(args.learner, rest)[1].run.devices >= 1
+            assert cli.plan(rest[0], rest[1:])[1].run.devices >= 1
