@@ -127,7 +127,7 @@ def test_commands_of_the_guide_parse():
     commands = re.findall(r"^ *jaxstack (train|resume) ([^#\n]*)", text.replace("$LAYOUT", layout), re.M)
     assert len(commands) >= 9
     for command, rest in commands:
-        args, rest = cli.parser().parse_known_args([command, *rest.split()])
+        _, rest = cli.parser().parse_known_args([command, *rest.split()])
         if command == "resume":
             assert not rest
         else:
