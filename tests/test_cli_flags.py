@@ -50,8 +50,8 @@ def test_lists_of_layers_and_of_options_of_environments():
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--learning-rate", "3"], "unknown option --learning-rate: here it is --lr"),
-        (["--total_timesteps", "3"], "unknown option --total-timesteps: here it is --total-steps"),
+        (["--learning-rate", "3"], "unknown option --learning-rate: use --lr"),
+        (["--total_timesteps", "3"], "unknown option --total-timesteps: use --total-steps"),
         (["--num-env", "3"], "unknown option num-env: did you mean num-envs"),
         (
             ["CartPole-v1"],
@@ -170,9 +170,8 @@ def test_a_class_of_the_script_itself_is_refused_where_it_would_be_lost(tmp_path
     )
     out = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert out.stdout.startswith("Result(2 steps, 1 of 1 seeds alive, run_dir=None; metrics: ")
-    assert (
-        "env='__main__:Mine' is in the script itself, where nothing else finds it; move it into a module" in out.stderr
-    )
+    assert "env='__main__:Mine' is defined in the script itself, which other processes cannot import" in out.stderr
+    assert "move it into a module of its own, or train without a run directory" in out.stderr
     assert not (tmp_path / "lost").exists()
 
 

@@ -210,7 +210,7 @@ def region(arm: str, seed: int, budget: Budget) -> np.ndarray:
 
 
 def regions(arm: str, seeds: tuple[int, ...], budget: Budget = SMALL) -> Iterator[Row]:
-    """What a network knows that goes on learning with a region alone."""
+    """Test scores of networks fine-tuned on one region of the image."""
     for seed in seeds:
         keep, (_, _, test) = region(arm, seed, budget), drawn(seed, budget)
         state = fitted(seed, budget, uwf.Recipe(), keep, trained(seed, OURS, budget))

@@ -28,11 +28,11 @@ ELSEWHERE = {
     "epochs": "num_epochs",
     "num_seeds": "seeds",
 }
-"""What other libraries call an option -> what it is called here."""
+"""Option names of other libraries -> ours."""
 
 
 class Stated(NamedTuple):
-    """What a file says, each part as plain values."""
+    """Options read from a file, as plain values."""
 
     config: dict[str, Any]
     run: dict[str, Any]
@@ -234,7 +234,7 @@ def _parsed(job: Any, argv: list[str], default: Any, name: str, cls: Any, known:
 
 @contextlib.contextmanager
 def _wide() -> Iterator[None]:
-    """Messages without line breaks."""
+    """Make tyro print messages without line breaks."""
     before = os.environ.get("COLUMNS")
     os.environ["COLUMNS"] = "1000"
     try:
@@ -264,7 +264,7 @@ def _one_line(box: str, known: Sequence[str], see: str) -> str:
         return f"{word!r}: expected options, each --name value; {see}"
     name = word.partition("=")[0].removeprefix("--").replace("-", "_")
     if (ours := ELSEWHERE.get(name.lower())) in known:
-        return f"unknown option {word}: here it is --{ours}".replace("_", "-")
+        return f"unknown option {word}: use --{ours}".replace("_", "-")
     return f"{unknown('option', name, known)}; {see}".replace("_", "-").replace("'", "")
 
 

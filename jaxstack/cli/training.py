@@ -163,9 +163,7 @@ def _train_usage() -> None:
     from jaxstack.methods import LEARNERS
 
     print("usage: jaxstack train LEARNER [--config FILE] [--seeds 0 1 2] [--run-dir DIR] [options]\n")
-    print(
-        "FILE is YAML with any of these options, or a run (RUN or RUN/run.yaml), which is repeated; flags go before it."
-    )
+    print("FILE is YAML with any of these options, or a run (RUN or RUN/run.yaml) to repeat; flags override it.")
     print(f"LEARNER is one of {', '.join(LEARNERS)}, or module:factory of your own;")
     print("`jaxstack train LEARNER --help` lists its options.")
     print("several hosts: [--coordinator HOST:PORT --num-processes N --process-id I], or --distributed on Slurm or TPU")

@@ -176,8 +176,9 @@ def refuse_scripts(plan: dict[str, Any], where: str) -> None:
     named |= {f"wrap[{i}]": entry for i, entry in enumerate(config.get("wrap") or ())}
     for field, name in named.items():
         if isinstance(name, str) and name.startswith("__main__:"):
+            why = "is defined in the script itself, which other processes cannot import"
             cure = "move it into a module of its own, or train without a run directory"
-            raise UserError(f"{where}: {field}={name!r} is in the script itself, where nothing else finds it; {cure}")
+            raise UserError(f"{where}: {field}={name!r} {why}; {cure}")
 
 
 def read_plan(path: str | Path) -> dict[str, Any]:

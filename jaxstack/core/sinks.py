@@ -19,7 +19,7 @@ class Sink(Protocol):
 
 
 class TensorBoard:
-    """Event files, one sub-directory a seed; a resumed run adds files to those that are there.
+    """Event files, one sub-directory per seed; a resumed run adds files to the existing ones.
 
     Raises `UserError` when tensorboardX is missing.
     """
@@ -45,14 +45,14 @@ class TensorBoard:
 
 
 class Wandb:
-    """One Weights & Biases run a seed, in one group. Raises `UserError` when wandb is missing.
+    """One Weights & Biases run per seed, in one group. Raises `UserError` when wandb is missing.
 
     Args:
-        project: where the runs are.
-        group: of the runs.
-        config: shown with each.
-        directory: where wandb keeps its files; default: its own choice.
-        id: begins the runs' ids; another sink with the same one, of a resumed run, goes on with these runs.
+        project: W&B project.
+        group: W&B group of the runs.
+        config: logged with each run.
+        directory: local directory of wandb; default: wandb's own.
+        id: prefix of the W&B run ids; a sink with the same id (of a resumed run) continues these runs.
         **options: of `wandb.init`: entity, tags, mode ...
     """
 

@@ -2,11 +2,11 @@
 
 Only labels of whole scans are known: healthy or lesion. In three stages
 
-1. an autoencoder of slices is learned;
-2. a plain classifier f is learned, slices pooled by their mean;
+1. an autoencoder of slices is trained;
+2. a plain classifier f is trained, with slices pooled by their mean;
 3. latent counterfactuals of f towards both classes give a saliency map of every scan, once
-   (`latent_counterfactuals`), and a network whose features are weighted by masks of that map (`nn.vision.acat`) goes on
-   from the weights of f.
+   (`latent_counterfactuals`), and a network whose features are weighted by masks of that map (`nn.vision.acat`) is
+   fine-tuned from the weights of f.
 
 The same maps tell where the lesion is (`localise`). Scans are [slices, rows, columns] in 0..1.
 """

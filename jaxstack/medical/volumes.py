@@ -80,7 +80,9 @@ def oriented(values: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, tuple[
 
 
 def bilinear(at: np.ndarray, shape: tuple[int, int]) -> sparse.csr_array:
-    """A matrix that reads images bilinearly: [M, H * W], for one image or many as columns. The edge goes on outside.
+    """A matrix that reads images bilinearly: [M, H * W], for one image or many as columns.
+
+    Outside of the image, edge pixels are repeated.
 
     Args:
         at: rows and columns [2, M], in pixels.
