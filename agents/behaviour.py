@@ -22,7 +22,7 @@ from jaxstack.core.learner import Policy
 from jaxstack.core.runner import RunOptions, train
 from jaxstack.data.offline import DatasetInfo, OfflineDataset, dataset
 from jaxstack.envs import rollout, vector
-from jaxstack.envs.base import Box, Environment
+from jaxstack.envs.base import Box, Discrete, Environment
 
 Quality = Literal["random", "medium-replay", "medium", "medium-expert", "expert"]
 MEDIUM = 1 / 3
@@ -110,6 +110,15 @@ def collect(
         return joined([_record(task, learner.policy, *x, info) for x in zip(params, keys, counts) if x[-1]])
     parts = [_record(task, learner.policy, p, key, episodes, info) for p in params]
     return joined([shortened(part, min(p.size for p in parts)) for part in parts])
+
+
+def choices(env: str, env_args: tuple[str, ...] = ()) -> Any:
+    """What an agent of an environment can do, for `save_dataset`: lowest and highest real action, or how many there
+    are."""
+    space = envs.make(env, **envs.parse_options(env_args)).spec.action_space
+    if isinstance(space, Box):
+        return space.low, space.high
+    return space.n if isinstance(space, Discrete) else space.nvec
 
 
 def joined(parts: list[OfflineDataset]) -> OfflineDataset:

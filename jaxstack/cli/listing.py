@@ -3,13 +3,10 @@
 import argparse
 import sys
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from jaxstack.cli.parsing import Commands
 
-SUFFIXES, MINARI_FILE = (".npz", ".hdf5", ".h5", ".json"), "data/main_data.hdf5"
-"""Of data sets, as in `data.files`, which is imported late."""
 WHAT = ("methods", "agents", "learners", "envs", "wrappers", "claims")
 
 
@@ -21,8 +18,8 @@ def add_commands(commands: Commands) -> None:
     p = commands.add(
         "info",
         _info,
-        "Describe a method, a learner (options and defaults), an environment (shapes, horizon, notes) or the file of a "
-        "data set.",
+        "Describe a method, a learner (options and defaults), an environment (shapes, horizon, notes) or a data set "
+        "(its file, folder or id).",
     )
     p.add_argument("name", metavar="NAME", nargs="?")
     p.add_argument("--determinism", action="store_true", help="what repeats bitwise, and what to rounding only")
@@ -65,6 +62,7 @@ def _info(args: argparse.Namespace, _: list[str]) -> None:
     from jaxstack import envs, learners
     from jaxstack.core.errors import UserError, unknown
     from jaxstack.core.registry import own
+    from jaxstack.data import files
     from jaxstack.methods import LEARNERS, METHOD
 
     if args.determinism:
@@ -74,10 +72,8 @@ def _info(args: argparse.Namespace, _: list[str]) -> None:
         return
     if args.name is None:
         raise UserError("info: expected the NAME of a method, learner, environment or data set, or --determinism")
-    if args.name.endswith(SUFFIXES) or (Path(args.name) / MINARI_FILE).is_file():
-        from jaxstack.data.files import load_dataset
-
-        print("\n".join(load_dataset(args.name).describe()))
+    if files.is_dataset(args.name):
+        print("\n".join(files.load_dataset(args.name).describe()))
         return
     if args.name in METHOD:
         _print_method(METHOD[args.name])

@@ -24,6 +24,8 @@ def test_equal_keys_give_equal_bytes(tmp_path, capsys):
     assert a == b != c
     assert "episodes = 4, terminated 0, truncated 4" in capsys.readouterr().out
     data = load_dataset(tmp_path / "a.npz")
+    assert cli.main([*argv, "--seed", "3", "--out", str(tmp_path / "a-v0")]) == 0
+    assert load_dataset(tmp_path / "a-v0").digest() == data.digest()
     assert data.size == 24
     assert data.info.env_args == ("max_steps_in_episode=6",)
     inside = ~data.ends[:-1]
@@ -83,7 +85,10 @@ def test_bad_input_is_named(capsys):
         with pytest.raises(UserError, match=message):
             behaviour.collect(env, quality, **options)
     assert cli.main(["collect", "gymnax/Pendulum-v1", "--quality", "random", "--out", "x.txt"]) == 2
-    assert "--out x.txt: expected a name ending in .npz" in capsys.readouterr().err
+    assert (
+        "--out x.txt: expected a name ending in .npz, or in -v and a number for a folder of Minari"
+        in capsys.readouterr().err
+    )
 
 
 def test_what_is_shortened_keeps_whole_episodes():
