@@ -25,6 +25,8 @@ class EnvConfig(Config):
     eval_episodes: int = 32
     eval_steps: int = 1000
     """Longest evaluation episode where the environment sets no horizon."""
+    agent_returns: bool = False
+    """Each agent's return is a metric, too; returns of teams (`adversary_0` and `adversary_1` are one) always are."""
 
     def __post_init__(self) -> None:
         for name, value in _as_text(self.env, self.env_args, self.wrap).items():

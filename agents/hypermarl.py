@@ -32,7 +32,7 @@ from jaxstack.agents import team_ppo
 from jaxstack.agents.team_ppo import PPOConfig
 from jaxstack.core.config import require, require_at_least
 from jaxstack.core.learner import Learner
-from jaxstack.fast.products import FewRows, product
+from jaxstack.fast.products import PRODUCTS, FewRows, Precision
 from jaxstack.nn.init import orthogonal
 from jaxstack.nn.networks import ACTIVATIONS, Activation, initial_carry
 from jaxstack.nn.team import Arch, Modules, TeamNet, TeamSpec, modules, states
@@ -78,7 +78,8 @@ class Config(PPOConfig):
         require(
             self, "hyper_hidden", self.kind == "linear" or bool(self.hyper_hidden), "at least one width for kind=mlp"
         )
-        require(self, "cnn", not self.cnn, "off: generated networks read flat observations")
+        field, expected = ("cnn", "off") if self.cnn else ("network", "mlp")
+        require(self, field, not self.reader, f"{expected}: generated networks read flat observations")
         require(self, "condition", self.condition == "id" or self.gru == 0, "'id' for recurrent networks")
 
 
@@ -196,14 +197,16 @@ def target_layers(inputs: int, hidden: tuple[int, ...], out: int, out_gain: floa
     return tuple(Layer(m, n, g) for m, n, g in zip(sizes[:-1], sizes[1:], gains))
 
 
-def apply_generated(weights: list[tuple[Array, Array]], x: Array, activation: Activation) -> Array:
+def apply_generated(
+    weights: list[tuple[Array, Array]], x: Array, activation: Activation, precision: Precision = "float32"
+) -> Array:
     """Run every agent's own MLP on its own samples (H3): x [T, B, A, m] (or [T, B, 1, m], for all) -> [T, B, A, n]."""
     act = ACTIVATIONS[activation]
     count, lead = weights[0][0].shape[0], x.shape[:2]
     # agents first, turned once: a batch of plain matrix products
     x = jnp.moveaxis(jnp.broadcast_to(x, (*lead, count, x.shape[-1])), 2, 0).reshape(count, -1, x.shape[-1])
     for i, (kernel, bias) in enumerate(weights):
-        x = jax.vmap(product)(x, kernel) + bias[:, None]
+        x = jax.vmap(PRODUCTS[precision])(x, kernel) + bias[:, None]
         x = act(x) if i < len(weights) - 1 else x
     return jnp.moveaxis(x.reshape(count, *lead, x.shape[-1]), 0, 2)
 
@@ -233,12 +236,14 @@ def hyper_team(cfg: Config, shape: TeamSpec, arch: Arch) -> TeamNet:
 
     def actor(w: Any, carry: Any, obs: Array, first: Array) -> tuple[Any, Array]:
         carry, x = mods.actor_torso.apply(w["actor_torso"], carry, obs, first)  # pyright: ignore[reportGeneralTypeIssues]
-        return carry, apply_generated(w["actor"], x, arch.activation)
+        return carry, apply_generated(w["actor"], x, arch.activation, arch.precision)
 
     def critic(w: Any, carry: Any, x: Array, first: Array, return_all_states: bool = False) -> tuple[Any, Array]:
         x = x[:, :, None] if shape.central else x
         carry, x = mods.critic_torso.apply(w["critic_torso"], carry, x, first)  # pyright: ignore[reportGeneralTypeIssues]
-        return states(arch, carry, x, return_all_states), apply_generated(w["critic"], x, arch.activation)[..., 0]
+        return states(arch, carry, x, return_all_states), apply_generated(
+            w["critic"], x, arch.activation, arch.precision
+        )[..., 0]
 
     return _team_net(cfg, shape, arch, materialise, actor, critic)
 

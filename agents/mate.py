@@ -168,7 +168,9 @@ def update(task: Task, s: State) -> tuple[State, Metrics]:
     k_roll, k_mate = jax.random.split(jax.random.fold_in(s.key, s.step))
     act, draw = actor(task, s.params, training=True)
     played = rollout.collect(task.vec, act, k_roll, s.vec, s.carry, cfg.num_steps, draw, finals="cuts")
-    metrics = rollout.statistics(played.steps) | rollout.checks(task.env.spec, played)
+    metrics = rollout.statistics(played.steps, task.env.spec, task.cfg.agent_returns) | rollout.checks(
+        task.env.spec, played
+    )
     metrics |= {
         "rollout/reused_starts": played.reused.astype(jnp.float32),
         "rollout/lost_cuts": played.lost_cuts.astype(jnp.float32),
@@ -361,7 +363,7 @@ def evaluate(task: Task, s: State, key: Key) -> Metrics:
     vec = vector.vectorise(task.env, cfg.eval_episodes)
     act, draw = actor(task._replace(vec=vec), s.params, cfg.eval_greedy)
     steps = task.env.spec.horizon or cfg.eval_steps
-    return rollout.evaluate(vec, act, key, start_carry(task, cfg.eval_episodes), steps, draw)
+    return rollout.evaluate(vec, act, key, start_carry(task, cfg.eval_episodes), steps, draw, cfg.agent_returns)
 
 
 class Recorded(NamedTuple):

@@ -31,8 +31,15 @@ class PPOConfig(RolloutConfig):
     num_epochs: int = 4
     num_minibatches: int = 4
     """Feed-forward: splits of num_steps * num_envs; recurrent: splits of num_envs."""
+    network: str = "mlp"
+    """What reads observations before the layers of `hidden`: mlp (nothing), cnn (on [H, W, C]; sizes as in
+    `cnn={channels: [16, 32], sizes: [8, 4], strides: [4, 2]}`), or `module:attribute` of one's own flax module, with
+    options likewise. It gets a batch of observations and returns a batch of features."""
     cnn: bool = False
-    """Convolutions on [H, W, C] observations instead of flattening them."""
+    """Short for `network=cnn`."""
+    precision: Literal["float32", "bf16"] = "float32"
+    """bf16: dense layers multiply in bfloat16 and add in float32. Parameters, the recurrence, convolutions, losses,
+    statistics and the optimiser stay float32."""
     clip_value: bool = True
     normalise_advantage: bool = True
     advantage_norm: Literal["group", "agent"] = "group"
@@ -55,8 +62,14 @@ class PPOConfig(RolloutConfig):
         samples, what = (
             (self.num_envs, "num_envs") if self.gru else (self.num_envs * self.num_steps, "num_envs*num_steps")
         )
+        require(self, "network", not self.cnn or self.network in ("mlp", "cnn"), "mlp or cnn beside cnn=True")
         require(self, "num_minibatches", samples % self.num_minibatches == 0, f"a divisor of {what}={samples}")
 
     @property
     def arch(self) -> Arch:
-        return Arch(self.hidden, self.activation, self.gru, self.cnn)
+        return Arch(self.hidden, self.activation, self.gru, self.reader, self.precision)
+
+    @property
+    def reader(self) -> str:
+        """`network`, or what `cnn` is short for; empty for mlp."""
+        return "cnn" if self.cnn else "" if self.network == "mlp" else self.network

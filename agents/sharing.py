@@ -34,11 +34,19 @@ class SharingConfig(PPOConfig):
         require_at_least(self, 0, "groups_seed")
         one = self.sharing in ("full", "full+id", "id")
         require(self, "common_torso", one or not self.common_torso, "off unless sharing is full, full+id or id")
-        torso = self.gru or self.cnn
-        require(self, "common_torso", torso or not self.common_torso, "off without gru or cnn, as there is no torso")
+        torso = self.gru or self.reader
+        require(
+            self, "common_torso", torso or not self.common_torso, "off without gru or a network, as there is no torso"
+        )
         used = sorted(set(self.groups))
         require(self, "groups", used == list(range(len(used))), "groups numbered 0, 1, ... without gaps")
-        require(self, "cnn", not (self.cnn and self.sharing in ("full+id", "id")), "off with ids in the input")
+        field, ids = "cnn" if self.cnn else "network", self.sharing in ("full+id", "id")
+        require(
+            self,
+            field,
+            not (self.reader and ids),
+            "off with ids in the input" if self.cnn else "mlp with ids in the input",
+        )
 
 
 def team_network(config: SharingConfig, shape: TeamSpec, env: Environment) -> TeamNet:

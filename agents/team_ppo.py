@@ -25,6 +25,7 @@ from jaxstack.core.groups import Groups
 from jaxstack.core.learner import Key, Learner, Metrics, Policy, as_hypers
 from jaxstack.envs import rollout, vector
 from jaxstack.envs.base import Environment, global_state
+from jaxstack.nn import networks
 from jaxstack.nn.distributions import Actions, TeamDistribution, actions_of
 from jaxstack.nn.minibatches import Samples, minibatch_sgd, sequences, transitions
 from jaxstack.nn.observations import Inputs, inputs_of, joint_state, reading
@@ -120,7 +121,11 @@ def team_shape(env: Environment, cfg: PPOConfig, central: bool) -> TeamSpec:
     spec = env.spec
     inputs = inputs_of(spec, vector.start_shapes(env)[1].obs.dtype)
     seen = inputs.shape
-    require(cfg, "cnn", not cfg.cnn or len(seen) == 3, f"off, as observations of {spec.id} are {spec.observation}")
+    flat = "off" if cfg.cnn else "mlp"
+    image = len(seen) == 3 or cfg.reader.partition("=")[0] != "cnn"
+    require(cfg, "cnn" if cfg.cnn else "network", image, f"{flat}, as observations of {spec.id} are {spec.observation}")
+    if cfg.reader:
+        networks.check(cfg.reader, seen, cfg.activation)
     real = inputs.kind != "categories"
     require(cfg, "normalise_obs", real or not cfg.normalise_obs, f"off, as observations of {spec.id} are {inputs.name}")
     state = (spec.num_agents * math.prod(seen),) if spec.state_shape is None else (spec.state_dim,)
@@ -194,7 +199,11 @@ def make_learner(
         env=task.env,
         unchecked=lambda s: (s.vec.env, s.vec.ts.info),  # what environments emit is checked instead, see rollout.checks
         with_length=lambda s, steps: s._replace(total=jnp.full_like(s.total, steps)),
-        over_envs=lambda s: (s.vec, s.carry, s.norms.reward.ret if cfg.normalise_reward else ()),
+        over_envs=lambda s: (
+            s.vec._replace(parameters=()),
+            s.carry,
+            s.norms.reward.ret if cfg.normalise_reward else (),
+        ),
     )
 
 
@@ -265,7 +274,9 @@ def collect(task: Task, s: State, weights: Any, key: Key) -> tuple[rollout.Rollo
     """Play T steps with the current policy: (the rollout, its metrics)."""
     act, draw = _actor(task, weights, s.norms.obs)
     played = rollout.collect(task.vec, act, key, s.vec, s.carry[0], task.cfg.num_steps, draw, finals="cuts")
-    stats = rollout.statistics(played.steps) | rollout.checks(task.env.spec, played)
+    stats = rollout.statistics(played.steps, task.env.spec, task.cfg.agent_returns) | rollout.checks(
+        task.env.spec, played
+    )
     stats |= {
         "rollout/reused_starts": played.reused.astype(jnp.float32),
         "rollout/lost_cuts": played.lost_cuts.astype(jnp.float32),
@@ -446,7 +457,7 @@ def evaluate(task: Task, s: State, key: Key) -> Metrics:
     vec = vector.vectorise(task.env, cfg.eval_episodes)
     act, draw = _actor(task._replace(vec=vec), weights, s.norms.obs, cfg.eval_greedy)
     steps = task.env.spec.horizon or cfg.eval_steps
-    return rollout.evaluate(vec, act, key, task.team.carry(cfg.eval_episodes)[0], steps, draw)
+    return rollout.evaluate(vec, act, key, task.team.carry(cfg.eval_episodes)[0], steps, draw, cfg.agent_returns)
 
 
 def policy(task: Task) -> Policy:

@@ -15,7 +15,7 @@ from jaxstack.envs import naming
 from jaxstack.envs.base import Box, Discrete, Environment, Image, MultiDiscrete, Spec, TimeStep
 from jaxstack.envs.check import check_env
 from jaxstack.envs.naming import WRAPPERS, Described, entries, wrap
-from jaxstack.envs.vector import VecEnv, VecState, vectorise
+from jaxstack.envs.vector import VecEnv, VecState, parameters_of, vectorise, with_parameters
 
 __all__ = [
     "NATIVE",
@@ -35,8 +35,10 @@ __all__ = [
     "entries",
     "ids",
     "make",
+    "parameters_of",
     "parse_options",
     "vectorise",
+    "with_parameters",
     "wrap",
 ]
 

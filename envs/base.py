@@ -221,6 +221,16 @@ class Environment:
         raise UserError(f"{type(self).__name__} has no step")
 
     @property
+    def parameters(self) -> Any:
+        """Arrays that all copies of the environment share, such as a level of difficulty; `()` where there are none.
+
+        Where there are some, every episode of a rollout begins with `reset(key, parameters)`, and `reset(key)` uses
+        those given here. They are part of the training state, so that a callback can change them without a new
+        program, see `envs.with_parameters`.
+        """
+        return ()
+
+    @property
     def num_tasks(self) -> int:
         """How many named tasks there are, see `envs.tasks`; raises `UserError` where tasks have no names."""
         raise UserError(f"environment {self.spec.id!r} has no sets of tasks")

@@ -42,6 +42,11 @@ def _check(env: Environment) -> None:
     _check_timestep(spec, "step", ts)
     _same(spec, "state", state, after)
     _same(spec, "TimeStep", first, ts)
+    if jax.tree.leaves(env.parameters):
+        given = jax.tree.map(jnp.asarray, env.parameters)
+        again = _traced(env, "reset with its parameters", lambda: jax.eval_shape(env.reset, key, given))  # pyright: ignore
+        _same(spec, "state", state, again[0])
+        _same(spec, "TimeStep", first, again[1])
 
 
 def _name_errors(env: Any) -> None:

@@ -8,8 +8,8 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from jaxstack.core import config
 from jaxstack.core import options as texts
+from jaxstack.core.entries import read
 from jaxstack.core.errors import UserError
 from jaxstack.core.registry import Registry, own
 from jaxstack.envs.base import Environment
@@ -21,6 +21,7 @@ WRAPPERS = Registry(
         "time_limit": "jaxstack.envs.wrappers:TimeLimit",
         "agent_id": "jaxstack.envs.wrappers:AgentId",
         "task_id": "jaxstack.envs.wrappers:TaskId",
+        "task_weights": "jaxstack.envs.wrappers:TaskWeights",
         "frame_stack": "jaxstack.envs.wrappers:FrameStack",
         "reward_scale": "jaxstack.envs.wrappers:RewardScale",
         "reward_clip": "jaxstack.envs.wrappers:RewardClip",
@@ -55,16 +56,8 @@ def wrap(env: Environment, *entries: str) -> Environment:
         wrap(make("dispersion"), "time_limit=50", "reward_clip=[0, 1]")
     """
     for entry in entries:
-        name, eq, text = entry.partition("=")
-        factory, where = WRAPPERS.load(name), f"wrap {entry!r}"
-        known = {n: kind for n, kind in config.options_of(factory).items() if n != "env"}
-        value = texts.load(text, where) if eq else {}
-        if not isinstance(value, dict):
-            values = value if isinstance(value, list) else [value]
-            if len(values) > len(known):
-                raise UserError(f"{where}: found {len(values)} values, expected at most {len(known)}")
-            value = dict(zip(known, values))
-        given = config.check_options({k: texts.as_tuple(v) for k, v in value.items()}, known, f"wrapper {name!r}")
+        where = f"wrap {entry!r}"
+        factory, given = read(WRAPPERS, entry, where, but=("env",))
         try:
             env = factory(env, **given)
         except UserError as e:

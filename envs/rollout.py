@@ -1,5 +1,6 @@
 """Rollouts: T steps of N environments in one scan, and episode statistics."""
 
+import re
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -121,7 +122,7 @@ def collect(
     if finals not in ("every", "cuts"):
         raise UserError(f"finals={finals!r}: expected 'every' or 'cuts'")
     k_act, k_pool, k_env = vector.rollout_keys(vec, key, num_steps)
-    pool = vector.make_pool(vec, k_pool)
+    pool = vector.make_pool(vec, k_pool, vs.parameters)
     every = finals == "every"
 
     def body(c: tuple, x: tuple[Any, Array, Array]) -> tuple[tuple, Step]:
@@ -218,10 +219,17 @@ def _cut_steps(truncated: Array, window: int) -> Array:
     return jnp.where(last < 0, length, last)
 
 
-def statistics(steps: Step) -> Metrics:
+def statistics(steps: Step, spec: Spec | None = None, each_agent: bool = False) -> Metrics:
     """Means over the episodes that ended in the rollout.
 
-    `rollout/return` is the return of an episode averaged over agents; info entries are read at the last step.
+    Args:
+        steps: of the rollout, leaves [T, N, ...].
+        spec: of the environment; returns of its teams are then metrics, too, see `teams`.
+        each_agent: and those of each agent.
+
+    Returns:
+        `rollout/return`, an episode's return averaged over agents, `rollout/length`, `rollout/episodes`, `rollout/NAME`
+        for each entry of `info`, read at the last step, and `rollout/return_TEAM` and `rollout/return_AGENT`.
     """
     done = steps.done
     count = done.sum().astype(jnp.float32)
@@ -230,6 +238,8 @@ def statistics(steps: Step) -> Metrics:
         "rollout/length": Mean(steps.episode_length.sum().astype(jnp.float32), count),
         "rollout/episodes": count,
     }
+    for name, members in _parts(spec, each_agent).items():
+        out[f"rollout/return_{name}"] = Mean(steps.episode_return[..., members].mean(-1).sum(), count)
     for name, value in steps.info.items():
         value = value.astype(jnp.float32)
         value = value.reshape(*done.shape, -1).mean(-1)
@@ -309,15 +319,44 @@ def episodes(
     return Episodes(total, length, ~alive, info)
 
 
-def evaluate(vec: vector.VecEnv, act: Act, key: jax.Array, carry: Any, num_steps: int, *draw: Draw) -> Metrics:
-    """Means over `episodes`: `eval/return` of the agents' mean return, `eval/finished` the share that ended in time."""
-    e = episodes(vec, act, key, carry, num_steps, *draw)
+def evaluate(
+    vec: vector.VecEnv,
+    act: Act,
+    key: jax.Array,
+    carry: Any,
+    num_steps: int,
+    draw: Draw = jax.random.split,
+    each_agent: bool = False,
+) -> Metrics:
+    """Means over `episodes`: `eval/return` of the agents' mean return, `eval/finished` the share that ended in time,
+    and returns of teams and agents as in `statistics`."""
+    e = episodes(vec, act, key, carry, num_steps, draw)
     out = {
         "eval/return": mean(e.returns),
         "eval/length": mean(e.length),
         "eval/finished": mean(e.finished),
     }
+    parts = _parts(vec.env.spec, each_agent)
+    out |= {f"eval/return_{name}": mean(e.returns[:, members]) for name, members in parts.items()}
     return out | {f"eval/{k}": mean(v) for k, v in e.info.items()}
+
+
+def teams(spec: Spec) -> dict[str, list[int]]:
+    """The agents of each team by their names without the number at the end: `adversary_0, adversary_1, agent_0` are the
+    teams `adversary` and `agent`."""
+    found: dict[str, list[int]] = {}
+    for i, name in enumerate(spec.agents):
+        found.setdefault(re.sub(r"_?\d+$", "", name), []).append(i)
+    return found
+
+
+def _parts(spec: Spec | None, each_agent: bool) -> dict[str, np.ndarray]:
+    """Whose returns are metrics of their own: teams where there are several, and agents where they are asked for."""
+    if spec is None:
+        return {}
+    several = teams(spec) if len(teams(spec)) > 1 and not spec.shared_reward else {}
+    agents = {name: [i] for i, name in enumerate(spec.agents)} if each_agent and spec.num_agents > 1 else {}
+    return {name: np.asarray(members) for name, members in (several | agents).items()}
 
 
 def record(env: Environment, policy: Policy, state: Any, seed: int, max_steps: int) -> np.ndarray:

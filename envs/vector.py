@@ -7,6 +7,7 @@ episodes end than the pool holds, which `reused` counts.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -33,6 +34,8 @@ class VecState(NamedTuple):
     """[N, A] return so far of the current episode; `rollout.collect` keeps it, `step` leaves it alone."""
     episode_length: Array
     """[N] int32, likewise its steps."""
+    parameters: Any = ()
+    """What every episode begins with, the same for all N, see `Environment.parameters`."""
 
 
 class Pool(NamedTuple):
@@ -88,9 +91,71 @@ def init(vec: VecEnv, key: jax.Array) -> VecState:
 
 def start(vec: VecEnv, keys: jax.Array) -> VecState:
     """The same from their keys [N]."""
-    env, ts = jax.vmap(vec.env.reset)(keys)
+    shared = jax.tree.map(jnp.asarray, vec.env.parameters)
+    env, ts = jax.vmap(resetter(vec.env, shared))(keys)
     n, a = vec.num_envs, vec.env.spec.num_agents
-    return VecState(env, ts, jnp.ones(n, bool), jnp.zeros((n, a), jnp.float32), jnp.zeros(n, jnp.int32))
+    return VecState(env, ts, jnp.ones(n, bool), jnp.zeros((n, a), jnp.float32), jnp.zeros(n, jnp.int32), shared)
+
+
+def resetter(env: Environment, parameters: Any) -> Callable[[jax.Array], tuple[Any, TimeStep]]:
+    """`reset` with the parameters that its copies share; without any it takes the key alone."""
+    return (lambda key: env.reset(key, parameters)) if jax.tree.leaves(parameters) else env.reset  # pyright: ignore
+
+
+def parameters_of(state: Any) -> Any:
+    """Find what environments share in the state of a learner.
+
+    Args:
+        state: of one seed or of several, [S, ...].
+
+    Returns:
+        The parameters, see `Environment.parameters`, with the same leading axis.
+
+    Raises:
+        UserError: where there are none.
+    """
+    found = [x.parameters for x in jax.tree.leaves(state, is_leaf=_is_vec) if _is_vec(x)]
+    if not found or not jax.tree.leaves(found[0]):
+        raise UserError("state: found no environment with parameters, expected one that defines `parameters`")
+    return found[0]
+
+
+def with_parameters(state: Any, parameters: Any) -> Any:
+    """Change what environments share: episodes that begin from now on are played with it.
+
+    Args:
+        state: of a learner, of one seed or of several, [S, ...].
+        parameters: like `parameters_of(state)`; arrays without the axis of seeds serve for all.
+
+    Returns:
+        The state with them.
+
+    Raises:
+        UserError: where they do not fit.
+
+    Example:
+        def harder(now):
+            return envs.with_parameters(now.state, jnp.float32(now.step / 100))
+
+        jaxstack.train(learner, 100, callbacks=[harder])
+    """
+    old = parameters_of(state)
+    if jax.tree.structure(parameters) != jax.tree.structure(old):
+        raise UserError(f"parameters: found {jax.tree.structure(parameters)}, expected {jax.tree.structure(old)}")
+
+    def fitted(new: Any, old: Array) -> Array:
+        new = jnp.asarray(new, old.dtype)
+        if new.shape != old.shape and new.shape != old.shape[1:]:
+            raise UserError(f"parameters: found an array {new.shape}, expected {old.shape} or {old.shape[1:]}")
+        return jnp.broadcast_to(new, old.shape)
+
+    shared = jax.tree.map(fitted, parameters, old)
+    put = lambda x: x._replace(parameters=shared) if _is_vec(x) else x
+    return jax.tree.map(put, state, is_leaf=_is_vec)
+
+
+def _is_vec(x: Any) -> bool:
+    return isinstance(x, VecState)
 
 
 def rollout_keys(
@@ -107,11 +172,11 @@ def rollout_keys(
     return keys[0], keys[1 : 1 + starts], keys[1 + starts :].reshape(num_steps, vec.num_envs)
 
 
-def make_pool(vec: VecEnv, keys: jax.Array) -> Pool | None:
+def make_pool(vec: VecEnv, keys: jax.Array, parameters: Any = ()) -> Pool | None:
     """Fresh starts from keys [P]; None in exact mode."""
     if vec.auto_reset == "exact":
         return None
-    starts = jax.vmap(vec.env.reset)(keys)
+    starts = jax.vmap(resetter(vec.env, parameters))(keys)
     env, ts = jax.tree.map(lambda x, random: x if random else x[:1], starts, random_parts(vec.env))
     return Pool(env, ts, jnp.int32(0))
 
@@ -119,7 +184,7 @@ def make_pool(vec: VecEnv, keys: jax.Array) -> Pool | None:
 @cached(256)
 def _reset_program(env: Environment) -> tuple[Any, tuple[Any, TimeStep]]:
     """The program of `reset` and the shapes of its outputs (state, TimeStep)."""
-    return jax.make_jaxpr(env.reset, return_shape=True)(jax.random.key(0))
+    return jax.make_jaxpr(resetter(env, env.parameters), return_shape=True)(jax.random.key(0))
 
 
 def start_shapes(env: Environment) -> tuple[Any, TimeStep]:
@@ -166,7 +231,7 @@ def step(
     env, last = jax.vmap(vec.env.step)(keys, vs.env, action)
     done = last.terminated | last.truncated
     if pool is None:
-        fresh_env, fresh_ts = jax.vmap(vec.env.reset)(k_reset)
+        fresh_env, fresh_ts = jax.vmap(resetter(vec.env, vs.parameters))(k_reset)
     else:
         order = pool.used + jnp.cumsum(done, dtype=jnp.int32) - 1
         # past the end of the pool the oldest starts are used again

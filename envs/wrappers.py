@@ -30,6 +30,10 @@ class Wrapper(Config, Environment):
         return self.env.spec
 
     @property
+    def parameters(self) -> Any:
+        return self.env.parameters
+
+    @property
     def num_tasks(self) -> int:
         return self.env.num_tasks
 
@@ -270,3 +274,27 @@ def _tiled(bound: float | tuple, times: int) -> float | tuple:
     if not isinstance(bound, tuple):
         return bound
     return tuple(_tiled(b, times) for b in bound) if isinstance(bound[0], tuple) else bound * times
+
+
+@dataclass(frozen=True)
+class TaskWeights(Wrapper):
+    """Draws the task of each episode from a set with weights that are `parameters`: a curriculum over tasks.
+
+    `among` names the set, as for `Environment.tasks`; the weights [K] begin equal. Raises `UserError` for an
+    environment without sets of tasks.
+    """
+
+    among: str = "train"
+
+    def validate(self) -> None:
+        self.env.tasks(self.among)
+
+    @property
+    def parameters(self) -> Array:
+        count = len(jax.tree.leaves(self.env.tasks(self.among))[0])
+        return jnp.full(count, 1.0 / count, jnp.float32)
+
+    def reset(self, key: jax.Array, *weights: Any) -> tuple[Any, TimeStep]:
+        k_task, key = jax.random.split(key)
+        row = jax.random.categorical(k_task, jnp.log(weights[0] if weights else self.parameters))
+        return self.env.reset(key, jax.tree.map(lambda x: jnp.asarray(x)[row], self.env.tasks(self.among)))

@@ -9,7 +9,7 @@ from jaxstack.core import bundle, distributed, runner
 from jaxstack.core import config as configs
 from jaxstack.core.bundle import LoadedPolicy
 from jaxstack.core.errors import UserError
-from jaxstack.core.job import Result, RunOptions
+from jaxstack.core.job import Callback, Result, RunOptions
 from jaxstack.core.learner import Learner
 from jaxstack.core.registry import Registry, own
 from jaxstack.core.sinks import Sink
@@ -56,6 +56,7 @@ def train(
     run_dir: str | Path | None = None,
     options: RunOptions = RunOptions(),
     sinks: Sequence[Sink] = (),
+    callbacks: Sequence[Callback] = (),
     **changes: Any,
 ) -> Result:
     """Train a learner with all seeds at once, see `core.runner.train`.
@@ -70,6 +71,7 @@ def train(
         run_dir: Where the run is stored, with the policy of its first seed; default: nowhere.
         options: Chunks, checkpoints, evaluation, devices.
         sinks: Where metrics go as they come.
+        callbacks: Called with a `core.job.Moment` after each chunk; one may return a changed state.
         **changes: Fields of `options` by name; with the name of a learner, of its config too, but for one that is
             called like an argument above (PPO's `num_steps`), which `make` takes.
 
@@ -86,7 +88,8 @@ def train(
     run = {k: v for k, v in changes.items() if k in own_options or not isinstance(learner, str)}
     if isinstance(learner, str):
         learner = make(learner, **{k: v for k, v in changes.items() if k not in run})
-    given: dict[str, Any] = dict(total_samples=total_samples, hypers=hypers, data=data, run_dir=run_dir, sinks=sinks)
+    given: dict[str, Any] = dict(total_samples=total_samples, hypers=hypers, data=data, run_dir=run_dir)
+    given |= dict(sinks=sinks, callbacks=callbacks)
     result = runner.train(learner, num_steps, seeds, options=options, **given, **run)
     if run_dir is not None:
         state = distributed.fetch(result.state)

@@ -1,7 +1,7 @@
 """What a run is: its options, its validated specification, its result, and the checks of what it is asked for."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -52,6 +52,8 @@ class RunOptions(config.Config):
     progress: bool = True
     memory_limit_mb: int | None = None
     """Refuse a run that needs more; default: what is free."""
+    profile: str = ""
+    """Directory for a trace of one dispatch, the second of the run, for TensorBoard's profiler or Perfetto."""
 
     def validate(self) -> None:
         config.require_at_least(self, 0, "chunk", "checkpoint_every", "keep_best")
@@ -79,6 +81,22 @@ class Result(NamedTuple):
         return f"Result({steps} steps, {count}, run_dir={self.run_dir}; metrics: {columns})"
 
 
+class Moment(NamedTuple):
+    """What a callback is told after a chunk of steps."""
+
+    step: int
+    """Steps done."""
+    num_steps: int
+    state: Any
+    """States of all seeds [S, ...]. Its buffers are donated to the next chunk: copy what is to be kept."""
+    rows: list[dict[str, Any]]
+    """Metrics of the chunk, one row per step and seed."""
+
+
+Callback = Callable[[Moment], Any]
+"""Returns None, or a state like the one it was given, with which the run goes on."""
+
+
 class Job(NamedTuple):
     """Validated run specification."""
 
@@ -100,6 +118,7 @@ class Job(NamedTuple):
     """Number of each row's setting: rows are then (setting, seed) pairs."""
     length: int | None = None
     """Steps after which schedules end, where a resumed run does not keep its own."""
+    callbacks: Sequence[Callback] = ()
 
 
 def plain_config(learner: Any) -> dict[str, Any]:

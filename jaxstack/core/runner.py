@@ -14,11 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxstack.core import cache, config, distributed, guard, ledger, program, signals
+from jaxstack.core import cache, config, distributed, guard, ledger, profiler, program, signals
 from jaxstack.core.checkpoint import Checkpoints, NoCheckpoint, Retention, from_table, to_table
 from jaxstack.core.errors import UserError
 from jaxstack.core.job import (
+    Callback,
     Job,
+    Moment,
     Result,
     RunOptions,
     check_rows,
@@ -39,7 +41,9 @@ from jaxstack.core.source import Feed, Source
 from jaxstack.core.states import evaluate, load_state, save, side_by_side, start_from, stored, stored_hypers
 
 __all__ = [
+    "Callback",
     "Interrupted",
+    "Moment",
     "Result",
     "RunOptions",
     "check_seeds",
@@ -69,6 +73,7 @@ def train(
     plan: dict[str, Any] | None = None,
     options: RunOptions = RunOptions(),
     sinks: Sequence[Sink] = (),
+    callbacks: Sequence[Callback] = (),
     **changes: Any,
 ) -> Result:
     """Train a learner with all seeds at once.
@@ -86,6 +91,8 @@ def train(
         plan: What is stored there beside what `resume` needs.
         options: Chunks, checkpoints, evaluation, devices, see `RunOptions`.
         sinks: Where metrics go as they come.
+        callbacks: Called with a `Moment` after each chunk (of `chunk` steps), before it is stored. One that returns a
+            state of the same shapes changes the run, without a new program: a curriculum.
         **changes: Fields of `options` by name.
 
     Returns:
@@ -115,7 +122,23 @@ def train(
     distributed.on_first(lambda: path and RunDir.check(path))
     cache.enable()
     book = ledger.Ledger(options.max_compiles)
-    job = Job(learner, num_steps, seeds, hypers, data, path, plan, options, sinks, book, [], [], settings, num_steps)
+    job = Job(
+        learner,
+        num_steps,
+        seeds,
+        hypers,
+        data,
+        path,
+        plan,
+        options,
+        sinks,
+        book,
+        [],
+        [],
+        settings,
+        num_steps,
+        callbacks,
+    )
     at_once = options.split_seeds if isinstance(options.split_seeds, int) else len(seeds)
     with contextlib.ExitStack() as stack:
         stack.enter_context(signals.collected(job.stop))
@@ -143,6 +166,7 @@ def resume(
     plan: dict[str, Any] | None = None,
     options: RunOptions = RunOptions(),
     sinks: Sequence[Sink] = (),
+    callbacks: Sequence[Callback] = (),
     **changes: Any,
 ) -> Result:
     """Continue a run from its newest undamaged checkpoint, bitwise identical to one that had not stopped.
@@ -163,6 +187,7 @@ def resume(
         plan: Whose config is compared with the run's; default: the learner's.
         options: As in `train`.
         sinks: As in `train`.
+        callbacks: As in `train`.
         **changes: Fields of `options` by name.
 
     Returns:
@@ -189,7 +214,9 @@ def resume(
     book = ledger.Ledger(options.max_compiles)
     hypers = stored_hypers(learner, old) if hypers is None else hypers
     run, settings = Path(run_dir), old.get("settings")
-    job = Job(learner, num_steps, seeds, hypers, data, run, old, options, sinks, book, [], [], settings, length)
+    job = Job(
+        learner, num_steps, seeds, hypers, data, run, old, options, sinks, book, [], [], settings, length, callbacks
+    )
     with contextlib.ExitStack() as stack:
         stack.enter_context(signals.collected(job.stop))
         for sink in sinks:
@@ -356,7 +383,7 @@ def _loop(
 ) -> Result:
     """Run chunks until the last step, a signal or all seeds have diverged. `table` has the rows before `step`."""
     options, total = job.options, job.num_steps
-    table, stop = list(table), _agreed(job)
+    table, stop, dispatched = list(table), _agreed(job), 0
     if run is not None:
         run.write_json("ledger.json", job.book.rows())
     failed = np.asarray(distributed.fetch(alive.failed_step))
@@ -367,7 +394,9 @@ def _loop(
             count = _until(step, total, programs.chunk, options)
             begun = time.perf_counter()
             items = () if feed is None else feed.take(step, count, _until(step + count, total, programs.chunk, options))
-            state, alive, metrics = programs.advance(state, alive, step, count, items)
+            with profiler.trace(options.profile, dispatched == 1 or (dispatched == 0 and step + count == total)):
+                state, alive, metrics = programs.advance(state, alive, step, count, items)
+            dispatched += 1
             seconds = time.perf_counter() - begun
             evaluate = programs.evaluate is not None and _due(step + count, total, options.eval_every)
             extra = programs.evaluate(state) if evaluate and programs.evaluate else {}
@@ -377,6 +406,7 @@ def _loop(
             table += rows
             distributed.on_first(lambda rows=rows: _write(job, run, rows))
             progress.update(step, rows, count, seconds)
+            state = _called(job, programs, Moment(step, total, state, rows), alive)
             for s in np.flatnonzero((failed > 0) & (before == 0)):
                 row = "" if job.settings is None else f"setting {job.settings[s]}, "
                 why = f"{programs.causes[np.asarray(distributed.fetch(alive.cause))[s]]} not finite"
@@ -390,6 +420,20 @@ def _loop(
     import pandas as pd
 
     return Result(state, pd.DataFrame(table), failed == 0, job.book, job.run_dir)
+
+
+def _called(job: Job, programs: program.Programs, now: Moment, alive: guard.Alive) -> Any:
+    """The state after the callbacks. Raises `UserError` where one returns something else than such a state."""
+    for callback in job.callbacks:
+        new = callback(now)
+        if new is None:
+            continue
+        old, found = (jax.tree.map(lambda x: (jnp.shape(x), jnp.result_type(x)), s) for s in (now.state, new))
+        if old != found:
+            name = getattr(callback, "__name__", type(callback).__name__)
+            raise UserError(f"callback {name}: returned another structure, shapes or types than the state it was given")
+        now = now._replace(state=programs.place((new, alive))[0])
+    return now.state
 
 
 def _agreed(job: Job) -> bool:

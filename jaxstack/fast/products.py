@@ -2,12 +2,15 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
+
+Precision = Literal["float32", "bf16"]
+"""Of matrix products; sums, and what is stored, are float32."""
 
 NARROW = 16
 """Outputs up to which a layer's weight gradient is computed transposed."""
@@ -42,6 +45,30 @@ _narrow.defvjp(_narrow_forward, _narrow_backward)
 def _turned(a: Array, b: Array, axis: int) -> Array:
     """The transpose of the product of a and b over `axis` of both, in this order."""
     return jax.lax.optimization_barrier(jax.lax.dot_general(a, b, (((axis,), (axis,)), ((), ())))).T
+
+
+def half_product(x: Array, kernel: Array, *_: Any, **__: Any) -> Array:
+    """x [B, D] @ kernel [D, n] with factors rounded to bfloat16 and sums in float32, in the gradients, too."""
+    return _halved(x, kernel)
+
+
+@jax.custom_vjp
+def _halved(x: Array, kernel: Array) -> Array:
+    return _half(x, kernel, 1, 0)
+
+
+def _half(a: Array, b: Array, i: int, j: int) -> Array:
+    """The product of a and b over axis i of a and j of b."""
+    a, b = a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)
+    return jax.lax.dot_general(a, b, (((i,), (j,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+_halved.defvjp(
+    lambda x, kernel: (_half(x, kernel, 1, 0), (x, kernel)),
+    lambda saved, g: (_half(g, saved[1], 1, 1), _half(saved[0], g, 0, 0)),
+)
+
+PRODUCTS: dict[Precision, Callable[..., Array]] = {"float32": product, "bf16": half_product}
 
 
 FEW = 32

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from jaxstack.fast.products import Precision
 from jaxstack.nn.distributions import Actions
 from jaxstack.nn.networks import MLP, Activation, Torso, initial_carry
 
@@ -33,7 +34,9 @@ class Arch(NamedTuple):
     hidden: tuple[int, ...] = (64, 64)
     activation: Activation = "tanh"
     gru: int = 0
-    cnn: bool = False
+    network: str = ""
+    """What reads observations, see `networks.NETWORKS`; empty: they are flattened."""
+    precision: Precision = "float32"
 
 
 class TeamNet(NamedTuple):
@@ -78,10 +81,10 @@ def modules(shape: TeamSpec, arch: Arch) -> Modules:
     """Actor head with gain 0.01, critic head with gain 1, as is usual for PPO."""
     ndim = len(shape.critic_shape)
     return Modules(
-        Torso(len(shape.obs_shape), arch.gru, arch.cnn, activation=arch.activation),
-        MLP(arch.hidden, shape.actions.params, arch.activation, 0.01),
-        Torso(ndim, arch.gru, arch.cnn and not shape.central, activation=arch.activation),
-        MLP(arch.hidden, 1, arch.activation, 1.0),
+        Torso(len(shape.obs_shape), arch.gru, arch.network, arch.activation, arch.precision),
+        MLP(arch.hidden, shape.actions.params, arch.activation, 0.01, arch.precision),
+        Torso(ndim, arch.gru, "" if shape.central else arch.network, arch.activation, arch.precision),
+        MLP(arch.hidden, 1, arch.activation, 1.0, arch.precision),
     )
 
 

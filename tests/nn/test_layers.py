@@ -137,7 +137,7 @@ def test_plain_torso_flattens_and_has_no_weights():
 
 
 def test_cnn_torso_sees_each_image_alone():
-    torso = Torso(3, cnn=True, channels=4)
+    torso = Torso(3, network="cnn={channels: [4, 4, 4]}")
     x = jax.random.uniform(jax.random.key(1), (2, 3, 2, 5, 5, 3))
     first = jnp.zeros((2, 3), bool)
     (_, y), params = torso.init_with_output(jax.random.key(0), (), x, first)
@@ -147,7 +147,7 @@ def test_cnn_torso_sees_each_image_alone():
 
 
 def test_cnn_and_gru_stack():
-    torso = Torso(3, gru=6, cnn=True, channels=2)
+    torso = Torso(3, gru=6, network="cnn={channels: [2]}")
     x = jnp.ones((4, 3, 5, 5, 1))
     (h, y), _ = torso.init_with_output(jax.random.key(0), jnp.zeros((3, 6)), x, jnp.zeros((4, 3), bool))
     assert h.shape == (3, 6)

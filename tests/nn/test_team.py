@@ -156,7 +156,7 @@ def test_a_central_critic_without_ids_is_evaluated_once_for_all():
 @pytest.mark.parametrize("mode", ["full", "none"])
 def test_convolutions_read_images(mode):
     s = shape(obs=(5, 4, 2))
-    net = MODES[mode](s, Arch((7,), cnn=True))
+    net = MODES[mode](s, Arch((7,), network="cnn"))
     params = net.init(jax.random.key(0))
     obs, x, first = data(s)
     _, raw, value = jax.jit(lambda p: outputs(net, p, obs, x, first))(params)
@@ -167,7 +167,7 @@ def test_convolutions_read_images(mode):
 
 def test_convolutions_of_the_actor_go_with_a_flat_central_state():
     s = shape(central=True, obs=(5, 4, 2))
-    net = team.shared(s, Arch((7,), cnn=True), with_id=False)
+    net = team.shared(s, Arch((7,), network="cnn"), with_id=False)
     params = net.init(jax.random.key(0))
     obs, x, first = data(s)
     assert outputs(net, params, obs, x, first)[2].shape == (T, B, A)
