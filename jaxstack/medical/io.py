@@ -4,10 +4,9 @@ Where the size of a pixel comes from is told with it: nothing is guessed. Files 
 of one line that begins with the path.
 """
 
-import contextlib
 import csv
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,8 +14,8 @@ import numpy as np
 from PIL import Image
 
 from jaxstack.core.errors import UserError
+from jaxstack.data.pictures import opened
 
-MOST_PIXELS = 30_000_000
 LEAST_SIDE = 32
 PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 UM_RANGE = (0.1, 500.0)
@@ -34,33 +33,6 @@ class Scan(NamedTuple):
     """"L" or "R" where the file tells, else empty."""
     source: str
     """What was read, e.g. "PNG, 16 bit"."""
-
-
-@contextlib.contextmanager
-def opened(path: str | Path) -> Iterator[Image.Image]:
-    """A picture of one frame, with every fault of the file as a `UserError` that begins with the path."""
-    path, size = Path(path), 0
-    try:
-        size = path.stat().st_size
-        if not size:
-            raise UserError(f"{path}: empty file")
-        with Image.open(path) as image:
-            if image.width * image.height > MOST_PIXELS:
-                raise UserError(
-                    f"{path}: found {image.width} x {image.height} pixels, expected at most {MOST_PIXELS:,} in all"
-                )
-            frames = getattr(image, "n_frames", 1)
-            if frames > 1:
-                raise UserError(f"{path}: found {frames} frames, expected one image")
-            yield image
-    except UserError:
-        raise
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as e:
-        if "truncated" in str(e).lower():
-            raise UserError(f"{path}: truncated, the file ends after {size / 1000:.1f} kB") from e
-        reason = e.strerror if isinstance(e, OSError) and e.strerror else str(e)
-        reason = "not a picture of a known kind" if isinstance(e, Image.UnidentifiedImageError) else reason
-        raise UserError(f"{path}: cannot be read as an image ({reason})") from e
 
 
 def read_scan(path: str | Path) -> Scan:
