@@ -5,10 +5,10 @@ the largest size; `obs_sizes` and `action_sizes` say what is real. An environmen
 `jaxstack.envs.vector`, so that the true last observation exists and is kept.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial, wraps
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -186,6 +186,15 @@ class Spec:
         return int(np.prod(self.state_shape)) if self.state_shape is not None else self.num_agents * self.obs_dim
 
 
+class Kind(NamedTuple):
+    """A kind of things that pictures show: what a legend says of it."""
+
+    name: str
+    colour: int | None = None
+    """Number of the colour in `render2d.COLOURS`; None: dark, or no colour for a `note`."""
+    shape: Literal["disc", "ring", "box", "note"] = "disc"
+
+
 class Environment:
     """Base of all environments. Subclasses are frozen dataclasses (hashable: static under jit) and set `spec`.
 
@@ -267,6 +276,17 @@ class Environment:
             UserError: Where the environment cannot be drawn.
         """
         raise UserError(f"environment {self.spec.id!r} cannot be drawn")
+
+    def legend(self) -> Sequence[Kind]:
+        """Name what `frame` draws, in the order of a legend; empty where nothing needs a name."""
+        return ()
+
+
+def agent_kinds(spec: Spec) -> tuple[Kind, ...]:
+    """The agents, each a disc in the colour of its number, for legends; of many agents one note."""
+    if spec.num_agents > 8:
+        return (Kind(f"discs: {spec.num_agents} agents", shape="note"),)
+    return tuple(Kind(name, i) for i, name in enumerate(spec.agents))
 
 
 def first_step(spec: Spec, obs: Array, **fields: Any) -> TimeStep:

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxstack.core.config import Config, require, require_at_least
-from jaxstack.envs.base import Discrete, Environment, Spec, TimeStep, first_step
+from jaxstack.envs.base import Discrete, Environment, Kind, Spec, TimeStep, first_step
 from jaxstack.envs.particles import moves
 
 VERSIONS = {
@@ -113,3 +113,6 @@ class BlindParticleSpread(Config, Environment):
             groups=self.group_of,
             landmark_groups=np.arange(len(self.sizes)),
         )
+
+    def legend(self) -> tuple[Kind, ...]:
+        return Kind("agents, coloured by group", 0), Kind("their landmarks", 0, "ring")

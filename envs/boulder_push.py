@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxstack.core.config import Config, require, require_at_least
-from jaxstack.envs.base import Discrete, Spec, TimeStep, first_step
+from jaxstack.envs.base import Discrete, Kind, Spec, TimeStep, agent_kinds, first_step
 from jaxstack.envs.tasks import VariantTasks, one_of
 
 SIZES = {"tiny": 5, "small": 8, "medium": 12, "large": 20}
@@ -177,6 +177,9 @@ class BoulderPush(Config, VariantTasks):
             [(*c, DIRECTIONS[direction][0].upper(), 7) for c in np.asarray(cells).tolist()],
             [(*g, "", 2) for g in goals],
         )
+
+    def legend(self) -> tuple[Kind, ...]:
+        return *agent_kinds(self.spec), Kind("boulder, way to push", 7, "box"), Kind("goal", 2, "ring")
 
 
 def _on(cells: Array, first: Array, direction: Array, count: int) -> Array:

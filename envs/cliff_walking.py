@@ -9,6 +9,7 @@ from functools import cache
 
 import numpy as np
 
+from jaxstack.envs.base import Kind
 from jaxstack.envs.tabular import State, TableEnv, Tables
 
 ROWS, COLS = 4, 12
@@ -66,3 +67,6 @@ class CliffWalking(TableEnv):
         layers[GOAL][0] = layers[ROWS - 1, 1 : COLS - 1, 1] = True
         layers[divmod(int(state.place), COLS)][2] = True
         return render2d.grid(layers)
+
+    def legend(self) -> tuple[Kind, ...]:
+        return tuple(Kind(name, i, "box") for i, name in enumerate(("goal", "cliff", "walker")))

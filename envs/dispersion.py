@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxstack.core.config import Config, require_at_least
-from jaxstack.envs.base import Box, Discrete, Environment, Spec, TimeStep, first_step
+from jaxstack.envs.base import Box, Discrete, Environment, Kind, Spec, TimeStep, agent_kinds, first_step
 from jaxstack.envs.particles import distances
 
 AGENT_RADIUS, FOOD_RADIUS = 0.035, 0.05
@@ -101,3 +101,6 @@ class Dispersion(Config, Environment):
 
         food = np.asarray(state.food)[~np.asarray(state.eaten)]
         return render2d.particles(np.asarray(state.pos), AGENT_RADIUS, food, FOOD_RADIUS)
+
+    def legend(self) -> tuple[Kind, ...]:
+        return *agent_kinds(self.spec), Kind("food", shape="ring")

@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxstack.core.config import Config, require, require_at_least
-from jaxstack.envs.base import Discrete, Environment, Spec, TimeStep, first_step
+from jaxstack.envs.base import Discrete, Environment, Kind, Spec, TimeStep, first_step
 
 
 class State(NamedTuple):
@@ -128,3 +128,6 @@ class FollowPartner(Config, Environment):
         from jaxstack.envs import render2d
 
         return render2d.choices(np.asarray(state.last), self.symbols)
+
+    def legend(self) -> tuple[Kind, ...]:
+        return (Kind("rows: agents, columns: their last actions", shape="note"),)

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxstack.core.config import Config, require_at_least
-from jaxstack.envs.base import Discrete, Spec, TimeStep, first_step
+from jaxstack.envs.base import Discrete, Kind, Spec, TimeStep, agent_kinds, first_step
 from jaxstack.envs.tasks import TaskEnvironment
 
 CORNERS = ("nw", "ne", "sw", "se")
@@ -108,6 +108,9 @@ class HiddenCorner(Config, TaskEnvironment):
         corner = np.asarray(state.theta.corner) * (self.size - 1)
         agents = [(*p, str(i), i) for i, p in enumerate(state.pos.tolist())]
         return render2d.board(self.size, self.size, agents, marks=[(*corner.tolist(), "", 2)])
+
+    def legend(self) -> tuple[Kind, ...]:
+        return *agent_kinds(self.spec), Kind("hidden corner", 2, "ring")
 
 
 def moved(pos: Array, turned: Array, action: Array, size: int) -> Array:

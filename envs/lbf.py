@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxstack.core.config import Config, require, require_at_least
-from jaxstack.envs.base import Discrete, Spec, TimeStep, first_step
+from jaxstack.envs.base import Discrete, Kind, Spec, TimeStep, agent_kinds, first_step
 from jaxstack.envs.tasks import VariantTasks, one_of
 
 LOAD = 5
@@ -198,6 +198,9 @@ class Lbf(Config, VariantTasks):
         foods = [(*p, str(n), 2) for p, n in zip(state.food.tolist(), state.food_level.tolist()) if n]
         agents = [(*p, str(n), i) for i, (p, n) in enumerate(zip(state.pos.tolist(), state.level.tolist()))]
         return render2d.board(height, width, agents, foods)
+
+    def legend(self) -> tuple[Kind, ...]:
+        return *agent_kinds(self.spec), Kind("food", 2, "box"), Kind("numbers: levels", shape="note")
 
 
 def stop_collisions(pos: Array, want: Array) -> Array:

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxstack.core.config import Config, require_at_least
-from jaxstack.envs.base import Discrete, Environment, Spec, TimeStep, first_step
+from jaxstack.envs.base import Discrete, Environment, Kind, Spec, TimeStep, first_step
 
 
 class State(NamedTuple):
@@ -79,3 +79,6 @@ class MatrixGame(Config, Environment):
         from jaxstack.envs import render2d
 
         return render2d.choices(np.asarray(state.last), self.actions)
+
+    def legend(self) -> tuple[Kind, ...]:
+        return (Kind("rows: agents, columns: their last actions", shape="note"),)

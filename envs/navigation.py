@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxstack.core.config import Config, require, require_at_least
-from jaxstack.envs.base import Box, Environment, Spec, TimeStep, first_step
+from jaxstack.envs.base import Box, Environment, Kind, Spec, TimeStep, first_step
 from jaxstack.envs.particles import contact_force, distances
 
 AGENT_RADIUS, GOAL_RADIUS = 0.1, 0.05
@@ -126,6 +126,9 @@ class Navigation(Config, Environment):
             groups=self.goal_of,
             landmark_groups=self.goal_of,
         )
+
+    def legend(self) -> tuple[Kind, ...]:
+        return Kind("agents, coloured by goal", 0), Kind("their goals", 0, "ring")
 
 
 def lidar(pos: Array) -> Array:

@@ -3,12 +3,59 @@
 from collections.abc import Iterable, Sequence
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
+
+from jaxstack.envs.base import Kind
 
 SIZE = 320
 # Okabe and Ito's colours, told apart with any colour vision
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000"]
 PAPER, INK, SOFT = "#FFFFFF", "#333333", "#BBBBBB"
+
+
+def captioned(frames: np.ndarray, lines: Sequence[str], kinds: Sequence[Kind] = ()) -> np.ndarray:
+    """Add a line above each picture and a legend below it.
+
+    Args:
+        frames: [T, H, W, 3] uint8.
+        lines: T texts, above.
+        kinds: of the legend; none where it is empty.
+
+    Returns:
+        [T, H', W', 3] uint8, as wide as the longest line needs.
+    """
+    font, high, mark = ImageFont.load_default(12), 18, 16
+    wide = lambda text: int(font.getlength(text)) + 12
+    count, height, width, _ = frames.shape
+    width = max(width, *map(wide, lines), *(wide(k.name) + mark for k in kinds))
+    rows: list[list[tuple[int, Kind]]] = []
+    at = width + 1
+    for kind in kinds:
+        room = wide(kind.name) + mark * (kind.shape != "note")
+        if at + room > width:
+            rows.append([])
+            at = 4
+        rows[-1].append((at, kind))
+        at += room
+    legend, draw = _canvas(width, high * len(rows))
+    for i, row in enumerate(rows):
+        for x, kind in row:
+            y, colour = i * high, INK if kind.colour is None else COLOURS[kind.colour % len(COLOURS)]
+            box = (x, y + 4, x + 10, y + 14)
+            if kind.shape == "ring":
+                draw.ellipse(box, outline=colour, width=3)
+            elif kind.shape != "note":
+                (draw.ellipse if kind.shape == "disc" else draw.rectangle)(box, fill=colour)
+            draw.text((x + mark * (kind.shape != "note"), y + high // 2), kind.name, INK, font, anchor="lm")
+    out = np.full((count, high + height + legend.height, width, 3), 255, np.uint8)
+    left = (width - frames.shape[2]) // 2
+    out[:, high : high + height, left : left + frames.shape[2]] = frames
+    out[:, high + height :] = np.asarray(legend).reshape(legend.height, width, 3)
+    for picture, text in zip(out, lines, strict=True):
+        line, draw = _canvas(width, high)
+        draw.text((6, high // 2), text, INK, font, anchor="lm")
+        picture[:high] = np.asarray(line)
+    return out
 
 
 def particles(
@@ -131,8 +178,8 @@ def side_view(links: np.ndarray) -> np.ndarray:
     return np.asarray(image)
 
 
-def _canvas() -> tuple[Image.Image, ImageDraw.ImageDraw]:
-    image = Image.new("RGB", (SIZE, SIZE), PAPER)
+def _canvas(width: int = SIZE, height: int = SIZE) -> tuple[Image.Image, ImageDraw.ImageDraw]:
+    image = Image.new("RGB", (width, height), PAPER)
     return image, ImageDraw.Draw(image)
 
 

@@ -359,13 +359,31 @@ def _parts(spec: Spec | None, each_agent: bool) -> dict[str, np.ndarray]:
     return {name: np.asarray(members) for name, members in (several | agents).items()}
 
 
-def record(env: Environment, policy: Policy, state: Any, seed: int, max_steps: int) -> np.ndarray:
-    """One greedy episode drawn on the host: frames [T, H, W, 3] uint8. Raises `UserError` if `env` has no picture."""
+class Recording(NamedTuple):
+    """One episode, drawn: its start and up to T steps."""
+
+    frames: np.ndarray
+    """[1 + T, H, W, 3] uint8"""
+    returns: np.ndarray
+    """[1 + T] rewards so far, mean over agents."""
+    end: str
+    """terminated, truncated, or empty where the recording ended before the episode."""
+    agents: int
+
+    def captions(self) -> list[str]:
+        """A line for each frame: step, return so far and, in the last one, how the episode ended."""
+        of = "" if self.agents == 1 else f", mean of {self.agents} agents"
+        lines = [f"step {t}   return so far {value:.4g}{of}" for t, value in enumerate(self.returns.tolist())]
+        return [*lines[:-1], lines[-1] + (f"   {self.end}" if self.end else "")]
+
+
+def record(env: Environment, policy: Policy, state: Any, seed: int, max_steps: int) -> Recording:
+    """Draw one greedy episode on the host. Raises `UserError` if `env` has no picture."""
     k_reset, k_step = jax.random.split(jax.random.key(seed))
     params = policy.params(state)
     carry = policy.init_carry(params, 1)
     env_state, ts = jax.jit(env.reset)(k_reset)
-    frames = [env.frame(env_state)]
+    frames, returns, end = [env.frame(env_state)], [0.0], ""
 
     @jax.jit
     def advance(carry: Any, env_state: Any, ts: TimeStep, t: Array) -> tuple[Any, Any, TimeStep]:
@@ -378,9 +396,11 @@ def record(env: Environment, policy: Policy, state: Any, seed: int, max_steps: i
     for t in range(max_steps):
         carry, env_state, ts = advance(carry, env_state, ts, jnp.int32(t))
         frames.append(env.frame(env_state))
+        returns.append(returns[-1] + float(np.asarray(ts.reward).mean()))
         if bool(ts.terminated | ts.truncated):
+            end = "terminated" if ts.terminated else "truncated"
             break
-    return np.stack(frames)
+    return Recording(np.stack(frames), np.asarray(returns), end, env.spec.num_agents)
 
 
 def _like(mask: Array, x: Array) -> Array:

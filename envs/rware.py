@@ -16,7 +16,7 @@ from jaxtyping import Array
 
 from jaxstack.core.config import Config, require, require_at_least
 from jaxstack.core.errors import UserError
-from jaxstack.envs.base import Discrete, Spec, TimeStep, first_step
+from jaxstack.envs.base import Discrete, Kind, Spec, TimeStep, first_step
 from jaxstack.envs.tasks import VariantTasks
 
 FORWARD, LEFT, RIGHT, TOGGLE = 1, 2, 3, 4
@@ -238,6 +238,10 @@ class Rware(Config, VariantTasks):
         robots = [(*p, "^v<>"[d], 0) for p, d in zip(state.pos.tolist(), state.direction.tolist())]
         goals = [(*g, "", 2) for g in state.theta.goals.tolist() if g[0] >= 0]
         return render2d.board(height, width, robots, boxes + carried, goals)
+
+    def legend(self) -> tuple[Kind, ...]:
+        shelves = Kind("shelf asked for", 1, "box"), Kind("other shelf", 5, "box")
+        return Kind("robot", 0), *shelves, Kind("goal", 2, "ring")
 
 
 def drive(pos: Array, want: Array) -> Array:

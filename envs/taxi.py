@@ -10,6 +10,7 @@ from functools import cache
 
 import numpy as np
 
+from jaxstack.envs.base import Kind
 from jaxstack.envs.tabular import State, TableEnv, Tables
 
 SIZE, STATIONS = 5, ((0, 0), (0, 4), (4, 0), (4, 3))  # red, green, yellow, blue
@@ -93,3 +94,7 @@ class Taxi(TableEnv):
         layers[row, col, 2] = True
         layers[(row, col) if passenger == ABOARD else STATIONS[passenger]][3] = True
         return render2d.grid(layers, WALLS)
+
+    def legend(self) -> tuple[Kind, ...]:
+        kinds = ("station", "destination", "taxi", "passenger")
+        return tuple(Kind(name, i, "box") for i, name in enumerate(kinds))

@@ -6,6 +6,7 @@ Statistics of observations and rewards are no wrappers: learners hold them in th
 that they are saved, exported with the policy and the same for all environments.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from jaxtyping import Array
 
 from jaxstack.core.config import Config, require, require_at_least
 from jaxstack.core.errors import UserError
-from jaxstack.envs.base import Box, Discrete, Environment, Image, MultiDiscrete, ObsSpace, Spec, TimeStep
+from jaxstack.envs.base import Box, Discrete, Environment, Image, Kind, MultiDiscrete, ObsSpace, Spec, TimeStep
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,9 @@ class Wrapper(Config, Environment):
 
     def frame(self, state: Any) -> np.ndarray:
         return self.env.frame(state)
+
+    def legend(self) -> Sequence[Kind]:
+        return self.env.legend()
 
 
 class Timed(NamedTuple):

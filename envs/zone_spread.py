@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxstack.core.config import Config, require_at_least
-from jaxstack.envs.base import Discrete, Spec, TimeStep, first_step
+from jaxstack.envs.base import Discrete, Kind, Spec, TimeStep, agent_kinds, first_step
 from jaxstack.envs.particles import contact_force, distances, moves
 from jaxstack.envs.tasks import VariantTasks
 
@@ -111,3 +111,6 @@ class ZoneSpread(Config, VariantTasks):
         from jaxstack.envs import render2d
 
         return render2d.particles(np.asarray(state.pos), RADIUS, np.asarray(state.landmarks), 0.05, extent=2.3)
+
+    def legend(self) -> tuple[Kind, ...]:
+        return *agent_kinds(self.spec), Kind("landmark", shape="ring")

@@ -22,6 +22,7 @@ from jaxstack.core import options as texts
 from jaxstack.core import space as spaces
 from jaxstack.core.errors import UserError, unknown
 from jaxstack.core.learner import Learner, better, require_one
+from jaxstack.core.sinks import Sink
 from jaxstack.core.source import Source
 from jaxstack.core.space import choice, grid, log_uniform, uniform
 from jaxstack.report import plots, stats
@@ -92,6 +93,31 @@ class Sweep(NamedTuple):
         order = np.lexsort((key.fillna(np.inf), table.failed > 0))
         return table.iloc[order].reset_index(drop=True)
 
+    def verdicts(self, metric: str | None = None, largest: bool | None = None) -> list[str]:
+        """Say of each setting of the ranking, in its order, whether these seeds tell it from the best one.
+
+        Args:
+            metric: Default: the objective.
+            largest: Whether larger is better.
+
+        Returns:
+            "best"; "tie" where the 95% interval of the probability that a seed of the best setting beats one of this
+            setting includes 1/2; "behind"; "one seed" where nothing tells how runs vary; "failed" with a failed seed.
+        """
+        metric, largest = self.goal(metric, largest)
+        scores, ranked = self._scores(metric), self.ranking(metric, largest)
+        sign, order = 1.0 if largest else -1.0, ranked.setting.tolist()
+        best, out = sign * scores[order[0]], []
+        for place, (i, failed) in enumerate(zip(order, ranked.failed)):
+            if failed:
+                out.append("failed")
+            elif place == 0:
+                out.append("best")
+            else:
+                beats = stats.estimate(stats.improvement, best, sign * scores[i], resamples=RESAMPLES)
+                out.append("one seed" if math.isnan(beats.low) else "tie" if beats.low <= 0.5 else "behind")
+        return out
+
     def best(self, metric: str | None = None, largest: bool | None = None) -> dict[str, Any]:
         """The values of the first setting of the ranking: `make_learner(**best)`. Raises `UserError` if all failed."""
         metric, largest = self.goal(metric, largest)
@@ -103,11 +129,12 @@ class Sweep(NamedTuple):
     def report(self, metric: str | None = None, largest: bool | None = None) -> str:
         """The ranking as text."""
         metric, largest = self.goal(metric, largest)
-        rows: list[tuple[str, ...]] = [("", *self.space, f"IQM of {metric}", "mean", "runs", "failed")]
+        rows: list[tuple[str, ...]] = [("", *self.space, f"IQM of {metric}", "mean", "runs", "failed", "")]
+        verdicts = self.verdicts(metric, largest)
         for i, r in enumerate(self.ranking(metric, largest).to_dict("records"), 1):
             values = [_text(r[name]) for name in self.space]
             estimates = [str(_estimate(r, name)) if r["runs"] else "failed" for name in ("iqm", "mean")]
-            rows.append((str(i), *values, *estimates, str(r["runs"]), str(r["failed"])))
+            rows.append((str(i), *values, *estimates, str(r["runs"]), str(r["failed"]), verdicts[i - 1]))
         widths = [max(map(len, column)) for column in zip(*rows)]
         return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths)).rstrip() for row in rows)
 
@@ -226,7 +253,9 @@ def sweep(
     search_seed: int = 0,
     data: Source | None = None,
     run_dir: str | Path | None = None,
+    plan: dict[str, Any] | None = None,
     options: runner.RunOptions = runner.RunOptions(),
+    sinks: Callable[[str, dict[int, dict[str, Any]], Learner], Sequence[Sink]] | None = None,
     **changes: Any,
 ) -> Sweep:
     """Train every setting of `space` with every seed.
@@ -244,8 +273,11 @@ def sweep(
         search_seed: Of the draws.
         data: Source of batches; default: the learner's.
         run_dir: Where each combination of static options is a run of its own, `static_0`, ...; default: nowhere.
+        plan: What is stored in each run beside what `resume` needs.
         options: Of the runner. A sweep that does not fit into memory is refused or, with `split_seeds`, run in groups
             of rows.
+        sinks: Makes those of each program, called with its name (`static_0`, ...), the values of its settings by their
+            number, and its learner. Rows have a column `setting`, which tells them apart.
         **changes: Fields of `options` by name.
 
     Returns:
@@ -268,6 +300,7 @@ def sweep(
     position = None if data is None else data.state()
     runs, programs, labels = [], [], []
     for k, (learner, static) in enumerate(zip(learners, combinations)):
+        own = {k * len(settings) + i: static | setting for i, setting in enumerate(settings)}
         if data is not None:
             data.restore(position)
         run = runner.train(
@@ -278,12 +311,13 @@ def sweep(
             settings=[k * len(settings) + i for i, _ in rows],
             data=data,
             run_dir=None if run_dir is None else Path(run_dir) / f"static_{k}",
-            plan={"options": config.to_dict(options)},
+            plan={"options": config.to_dict(options)} | (plan or {}),
             options=options,
+            sinks=() if sinks is None else sinks(f"static_{k}", own, learner),
         )
         runs.append(run)
         programs += [{"static": {n: _json(v) for n, v in static.items()}} | row for row in run.ledger.rows()]
-        labels += [static | setting for setting in settings]
+        labels += own.values()
     table, curves = _tables(list(space), labels, seeds, runs)
     return Sweep(dict(space), seeds, table, curves, programs, tuple(runs), learners[0].objective)
 

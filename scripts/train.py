@@ -20,6 +20,7 @@ from jaxstack.agents.team_ppo import make_env
 from jaxstack.core import bundle, config, runner
 from jaxstack.core import options as texts
 from jaxstack.core.errors import UserError
+from jaxstack.envs import render2d
 from jaxstack.envs.rollout import record
 from jaxstack.report import plots, stats
 
@@ -76,7 +77,8 @@ def main(options: Options) -> None:
     learner, state = results[best]
     try:
         episode = record(make_env(learner.config), learner.policy, state, seed=0, max_steps=100)
-        print(plots.animation(episode, options.out / "episode.gif"))
+        frames = render2d.captioned(episode.frames, episode.captions(), learner.env.legend())
+        print(plots.animation(frames, options.out / "episode.gif"))
     except UserError as e:
         print(f"no picture: {e}")
 

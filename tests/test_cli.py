@@ -197,6 +197,15 @@ def test_plot_draws_runs(run, tmp_path, capsys):
     assert cli.main(["plot", str(run), "--metric", "eval/return", "--out", str(out)]) == 0
     assert out.read_bytes().startswith(b"\x89PNG")
     assert "no_such_metric" in fails(capsys, "plot", str(run), "--metric", "no_such_metric", "--out", str(out))
+    assert "a.jpg: found .jpg, expected a file that ends in .png" in fails(capsys, "plot", str(run), "--out", "a.jpg")
+    assert "--smooth 0: expected at least 1" in fails(capsys, "plot", str(run), "--smooth", "0")
+    capsys.readouterr()
+    assert cli.main(["info", str(run)]) == 0
+    text = capsys.readouterr().out
+    assert f"{run}: ippo on dispersion" in text
+    assert "status finished" in text
+    assert "run: eval/return " in text
+    assert "no run found" in fails(capsys, "info", str(tmp_path))
 
 
 def test_runs_of_one_name_are_told_apart(run, tmp_path, monkeypatch):
@@ -204,7 +213,7 @@ def test_runs_of_one_name_are_told_apart(run, tmp_path, monkeypatch):
         shutil.copytree(run, tmp_path / folder / "a")
     shutil.copytree(run, tmp_path / "y" / "b")
     drawn = []
-    monkeypatch.setattr(plots, "learning_curves", lambda runs, *_: drawn.append(list(runs)))
+    monkeypatch.setattr(plots, "learning_curves", lambda runs, *_, **__: drawn.append(list(runs)))
     monkeypatch.chdir(tmp_path)
     for argv in (["x/a", "y/a"], ["x/a", "y/b", "y/a/"], ["y/b", "./y/b"], ["y/b"]):
         assert cli.main(["plot", *argv]) == 0

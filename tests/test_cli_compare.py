@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from jaxstack import cli
+from jaxstack.cli.runs import last_scores
 from jaxstack.core.rundir import RunDir
 
 
@@ -92,3 +93,10 @@ def test_wrong_input_is_one_line(tmp_path, capsys):
         "note: these runs are of different environments: one: dispersion, other: navigation" in capsys.readouterr().out
     )
     assert json.loads(compared(tmp_path / "out").to_json())["verdict"]["other"].startswith("tie with one")
+
+
+def test_scores_of_a_method_in_stages_are_those_of_the_last_stage_that_has_them():
+    rows = [{"stage": "a", "step": t, "seed": 0, "eval/return": 100.0 + t} for t in range(1, 9)]
+    rows += [{"stage": "b", "step": t, "seed": 0, "eval/return": float(t)} for t in (1, 2)]
+    rows += [{"stage": "c", "step": 1, "seed": 0, "loss/total": 0.5}]
+    assert last_scores(pd.DataFrame(rows), "eval/return") == [2.0]

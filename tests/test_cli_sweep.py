@@ -27,7 +27,7 @@ SMALL = (
 def swept(tmp_path_factory):
     out = tmp_path_factory.mktemp("sweeps") / "s"
     argv = ["sweep", "ippo", *SMALL, "--sweep", "lr=1e-4,3e-3", "--sweep", "ent-coef=0,0.05", "--seeds", "0", "3"]
-    argv += ["--hidden", "5"]
+    argv += ["--hidden", "5", "--tensorboard"]
     assert cli.main([*argv, "--out", str(out)]) == 0
     return out
 
@@ -64,6 +64,48 @@ def test_a_sweep_writes_its_table_figure_and_config(swept):
     config = yaml.safe_load((swept / "config.yaml").read_text())
     assert config["hidden"] == [5]
     assert {"command", "versions", "git_commit"} <= set(json.loads((swept / "sweep.json").read_text()))
+
+
+def test_a_sweeps_directory_stands_for_its_runs(swept, tmp_path, capsys):
+    """Also of several programs: here the second is the first with other settings and another static option."""
+    several = tmp_path / "several"
+    for k in (0, 1):
+        shutil.copytree(swept / "runs" / "static_0", several / "runs" / f"static_{k}")
+    folder = several / "runs" / "static_1"
+    text = (folder / "run.yaml").read_text().partition("\n")[2].replace("eval_episodes: 2", "eval_episodes: 3")
+    plan = yaml.safe_load(text)
+    text = yaml.safe_dump(plan | {"settings": [s + 4 for s in plan["settings"]]}, sort_keys=False)
+    (folder / "run.yaml").write_text(text)
+    shutil.rmtree(folder / "checksums")
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r | {"setting": r["setting"] + 4}) + "\n" for r in rows))
+    assert cli.main(["plot", str(several), "--out", str(tmp_path / "c.svg")]) == 0
+    svg = (tmp_path / "c.svg").read_text()
+    assert "setting 7 (lr=0.003, ent_coef=0.05, eval_episodes=3)" in svg
+    assert "ippo on matrix_game" in svg
+    assert cli.main(["compare", str(several), "--out", str(tmp_path / "cmp")]) == 0
+    capsys.readouterr()
+    assert cli.main(["info", str(several)]) == 0
+    assert capsys.readouterr().out.count("status finished") == 2
+    one = str(swept)
+    assert cli.main(["evaluate", one, "--episodes", "2"]) == 0
+    assert f"{SETTINGS[3]}  eval/return" in capsys.readouterr().out
+    assert cli.main(["export", one, str(tmp_path / "p"), "--setting", "3"]) == 0
+    assert cli.main(["render", one, "--setting", "0", "--out", str(tmp_path / "e.gif"), "--max-steps", "2"]) == 0
+    for argv, message in (
+        (["render", str(several)], "--setting: expected one of 0, 1, 2, 3, 4, 5, 6, 7, as it is a sweep"),
+        (["export", str(several), "p", "--setting", "8"], "--setting 8: expected one of"),
+        (["resume", one], f"{one}: found a sweep, expected a run: {one}/runs/static_0"),
+        (["crossplay", one, "--out", "x.bmp"], "x.bmp: found .bmp, expected a file that ends in .png, .svg or .pdf"),
+    ):
+        assert message in fails(capsys, *argv)
+
+
+def test_sinks_of_a_sweep_hold_each_setting_and_seed(swept):
+    folders = sorted((swept / "runs" / "static_0-tensorboard").glob("*/*"))
+    assert [f"{f.parent.name}/{f.name}" for f in folders] == [f"setting_{i}/seed_{s}" for i in range(4) for s in (0, 3)]
+    plan = rundir.read_plan(swept / "runs" / "static_0")
+    assert plan["sinks"] == {"tensorboard": {}}
 
 
 def test_a_random_sweep_prints_the_ranking(tmp_path, capsys):
@@ -159,7 +201,7 @@ def test_members_of_a_sweep_are_named_by_setting(swept, tmp_path, capsys):
 def test_a_sweeps_settings_are_drawn_and_exported_apart(swept, tmp_path, monkeypatch, capsys):
     run = str(swept / "runs" / "static_0")
     drawn = []
-    monkeypatch.setattr(plots, "learning_curves", lambda frames, *_: drawn.append(frames))
+    monkeypatch.setattr(plots, "learning_curves", lambda frames, *_, **__: drawn.append(frames))
     assert cli.main(["plot", run]) == 0
     assert list(drawn[0]) == SETTINGS
     assert all(frame.setting.unique().tolist() == [i] for i, frame in enumerate(drawn[0].values()))

@@ -15,7 +15,19 @@ from jaxtyping import Array
 
 from jaxstack.core.config import check_options, options_of
 from jaxstack.core.errors import UserError, unknown
-from jaxstack.envs.base import Box, Discrete, Environment, Spec, TimeStep, box_like, cached, first_step, like, runs
+from jaxstack.envs.base import (
+    Box,
+    Discrete,
+    Environment,
+    Kind,
+    Spec,
+    TimeStep,
+    box_like,
+    cached,
+    first_step,
+    like,
+    runs,
+)
 from jaxstack.envs.libraries import importing
 
 IDS: tuple[str, ...] = (
@@ -45,6 +57,13 @@ IDS: tuple[str, ...] = (
     "Pong-misc",
     "FrozenLake-misc",
 )
+LAYERS = {
+    "Asterix-MinAtar": ("player", "enemy", "trail", "gold"),
+    "Breakout-MinAtar": ("paddle", "ball", "where the ball was", "brick"),
+    "Freeway-MinAtar": ("chicken", "car"),
+    "SpaceInvaders-MinAtar": ("cannon", "alien", "alien, moving left", "alien, moving right", "shot", "alien's shot"),
+}
+"""What the layers of observations show, in order."""
 """All of gymnax but MNISTBandit-bsuite, which downloads its data when made."""
 
 
@@ -95,6 +114,10 @@ class Gymnax(Environment):
             lib, _ = _library(self.name, self.options)
             return render2d.grid(np.asarray(lib.get_obs(state.lib)))
         return super().frame(state)
+
+    def legend(self) -> tuple[Kind, ...]:
+        kinds = tuple(Kind(name, i, "box") for i, name in enumerate(LAYERS.get(self.name, ())))
+        return (*kinds, Kind("others: trails, by speed", shape="note")) if self.name.startswith("Freeway") else kinds
 
 
 def make(rest: str, **options: Any) -> Gymnax:

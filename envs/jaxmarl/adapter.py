@@ -21,6 +21,7 @@ from jaxstack.envs.base import (
     Box,
     Discrete,
     Environment,
+    Kind,
     MultiDiscrete,
     ObsSpace,
     Spec,
@@ -123,6 +124,9 @@ class JaxMARL(Environment):
         if self.family.frame is not None:
             return self.family.frame(self.lib, state.lib, self.spec.num_agents)
         return super().frame(state)
+
+    def legend(self) -> tuple[Kind, ...]:
+        return self.family.legend(self.spec)
 
     def _obs(self, obs: Any) -> Array:
         rows = _stack(_per_agent(obs, self.spec.agents), self.spec.obs_shape)

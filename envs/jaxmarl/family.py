@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Array
 
+from jaxstack.envs.base import Kind, Spec
+
 
 def registered(name: str, options: dict[str, Any]) -> Any:
     """Return a new environment of the library under its registered name."""
@@ -38,6 +40,8 @@ class Family(NamedTuple):
     """(lib, the options it was made with) -> the same with methods in a form that runs faster"""
     frame: Callable[[Any, Any, int], np.ndarray] | None = None
     """(lib, state, number of agents) -> picture [H, W, 3]"""
+    legend: Callable[[Spec], tuple[Kind, ...]] = lambda spec: ()
+    """What the picture shows."""
     shared_reward: bool = False
     options: dict[str, Any] = {}  # noqa: RUF012
     """Types of options that no signature of the library names."""

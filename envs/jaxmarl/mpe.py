@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxstack.envs.base import Kind, agent_kinds
 from jaxstack.envs.jaxmarl import mpe_fast
 from jaxstack.envs.jaxmarl.family import Family
 
@@ -41,6 +42,7 @@ FAMILY = Family(
     terminal=None,
     fast=mpe_fast.faster,
     frame=_frame,
+    legend=lambda spec: (*agent_kinds(spec), Kind("landmark", shape="ring")),
     options=dict.fromkeys(PHYSICS, Any),
     notes=(
         "episodes have max_steps steps; the library tests its counter late and runs one more",

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from jaxstack.envs.base import Kind
 from jaxstack.envs.jaxmarl import smax_fast
 from jaxstack.envs.jaxmarl.family import Family, registered
 
@@ -70,6 +71,7 @@ FAMILY = Family(
     info=_won,
     fast=smax_fast.faster,
     frame=_frame,
+    legend=lambda spec: (Kind("ally", 0), Kind("enemy", 1), Kind("health", 2, "box")),
     shared_reward=True,
     notes=("a decided battle terminates, the time limit truncates", "dead agents leave agent_mask"),
 )

@@ -85,7 +85,9 @@ def _conventions(args: argparse.Namespace, _: list[str]) -> None:
     from jaxstack.envs.base import Discrete
     from jaxstack.envs.follow_partner import FollowPartner
     from jaxstack.measures import conventions, partners
+    from jaxstack.report import plots
 
+    plots.figure_path(args.out)
     groups = runs.groups(args.run_dirs)
     if len(groups) > 1:
         raise UserError(f"conventions: expected runs of one agent and config, found {len(groups)} different ones")

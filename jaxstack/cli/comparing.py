@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from jaxstack.cli import runs
 from jaxstack.cli.parsing import Commands
 
 
@@ -17,12 +18,6 @@ def add_commands(commands: Commands) -> None:
     p.add_argument("--out", metavar="DIR", default="comparison", help="of comparison.csv and comparison.png")
 
 
-def last_scores(frame: Any, metric: str) -> list[float]:
-    """A run's score for each seed, of the last step at which any seed has the metric; NaN where it is not finite."""
-    rows = frame[frame.step == frame.step[frame[metric].notna()].max()]
-    return rows.sort_values("seed")[metric].astype(float).tolist()
-
-
 def _compare(args: argparse.Namespace, _: list[str]) -> None:
     import numpy as np
     import pandas as pd
@@ -30,7 +25,7 @@ def _compare(args: argparse.Namespace, _: list[str]) -> None:
     from jaxstack.core.errors import UserError
     from jaxstack.report import plots, stats
 
-    found = _frames(args.run_dirs)
+    found = runs.frames(args.run_dirs, by_stage=False)
     if len(found) < 2:
         raise UserError(f"compare: found {len(found)} run, expected two or more, or a sweep of several settings")
     plan = next(iter(found.values()))[1]
@@ -41,11 +36,11 @@ def _compare(args: argparse.Namespace, _: list[str]) -> None:
         if metric not in frame or not frame[metric].notna().any():
             has = ", ".join(c for c in frame.columns if "/" in c and frame[c].notna().any())
             raise UserError(f"--metric {metric}: {label} has no such values; it has {has}")
-    where = {label: own["config"].get("env", "") for label, (_frame, own) in found.items()}
+    where = {label: runs.place(own) for label, (_frame, own) in found.items()}
     if len({*where.values()}) > 1:
         print("note: these runs are of different environments: " + ", ".join(f"{k}: {v}" for k, v in where.items()))
     sign = -1.0 if smallest else 1.0
-    scores = {label: np.asarray(last_scores(frame, metric)) for label, (frame, _plan) in found.items()}
+    scores = {label: np.asarray(runs.last_scores(frame, metric)) for label, (frame, _plan) in found.items()}
     good = {label: s[np.isfinite(s)] for label, s in scores.items()}
     if dead := [label for label, s in good.items() if not len(s)]:
         raise UserError(f"{dead[0]}: every seed failed, expected at least one with a finite {metric}")
@@ -79,26 +74,6 @@ def _verdict(best: str, better: Any, failed: int) -> str:
     if better.low != better.low:  # NaN: one seed
         return "one seed tells nothing"
     return f"tie with {best}" if better.low <= 0.5 else f"behind {best}"
-
-
-def _frames(run_dirs: list[str]) -> dict[str, tuple[Any, dict[str, Any]]]:
-    """Label -> (metrics, plan) of each run, or of each setting of a sweep's run."""
-    from jaxstack.core import rundir
-
-    folders: list[str] = []
-    for name in run_dirs:
-        inner = Path(name) / "runs"
-        swept = not (Path(name) / "run.yaml").exists() and inner.is_dir()
-        folders += [str(p) for p in sorted(inner.iterdir()) if (p / "run.yaml").exists()] if swept else [name]
-    found: dict[str, tuple[Any, dict[str, Any]]] = {}
-    for label, folder in zip(rundir.labels(folders), folders):
-        frame, plan = rundir.read_metrics(folder), rundir.read_plan(folder)
-        if "setting" not in frame:
-            found[label] = frame, plan
-            continue
-        for setting, name in dict(zip(plan["settings"], rundir.setting_names(plan))).items():
-            found[f"{label}, {name}" if len(folders) > 1 else name] = frame[frame.setting == setting], plan
-    return found
 
 
 def _text(rows: list[dict[str, Any]], metric: str, best: str) -> str:

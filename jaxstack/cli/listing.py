@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from jaxstack.cli.parsing import Commands
@@ -18,8 +19,8 @@ def add_commands(commands: Commands) -> None:
     p = commands.add(
         "info",
         _info,
-        "Describe a method, a learner (options and defaults), an environment (shapes, horizon, notes) or a data set "
-        "(its file, folder or id).",
+        "Describe a method, a learner (options and defaults), an environment (shapes, horizon, notes), a data set (its "
+        "file, folder or id), a run or a sweep.",
     )
     p.add_argument("name", metavar="NAME", nargs="?")
     p.add_argument("--determinism", action="store_true", help="what repeats bitwise, and what to rounding only")
@@ -71,9 +72,12 @@ def _info(args: argparse.Namespace, _: list[str]) -> None:
         print(determinism.report())
         return
     if args.name is None:
-        raise UserError("info: expected the NAME of a method, learner, environment or data set, or --determinism")
+        raise UserError("info: expected the NAME of a method, learner, environment, data set or run, or --determinism")
     if files.is_dataset(args.name):
         print("\n".join(files.load_dataset(args.name).describe()))
+        return
+    if Path(args.name).is_dir() and args.name not in (*METHOD, *LEARNERS, *envs.NATIVE):
+        _print_stored(args.name)
         return
     if args.name in METHOD:
         _print_method(METHOD[args.name])
@@ -99,6 +103,44 @@ def _print_method(m: Any) -> None:
         if names:
             print(f"{kind}: {', '.join(names)}")
     print()
+
+
+def _print_stored(path: str) -> None:
+    """What a run, or each run of a sweep, is, how far it came and what it scored last."""
+    import json
+
+    import numpy as np
+
+    from jaxstack.cli import runs
+    from jaxstack.core import rundir
+    from jaxstack.core.errors import UserError
+
+    for part in rundir.parts(path):
+        plan = rundir.read_plan(part)
+        own = {k: v for k, v in plan["config"].items() if k != "hypers"}
+        print(f"{part}: {plan['agent']}" + (f" on {place}" if (place := runs.place(plan)) else ""))
+        settings = plan.get("settings")
+        count = f", {len({*settings})} settings" if settings is not None else ""
+        print(f"  seeds {', '.join(map(str, dict.fromkeys(plan['seeds'])))}{count}, {plan['num_steps']} steps")
+        try:
+            status = json.loads((part / "run.json").read_bytes())
+        except (OSError, ValueError):
+            status = {}
+        said = [f"{k} {status[k]}" for k in ("status", "step", "started") if k in status]
+        print(f"  {', '.join(said) or 'run.json is missing or damaged'}")
+        print(f"  config: {', '.join(f'{k}={v}' for k, v in own.items())}")
+        if "settings" not in plan:
+            print(f"  hypers: {', '.join(f'{k}={v}' for k, v in plan['config'].get('hypers', {}).items())}")
+    try:
+        found = runs.frames([path], by_stage=False)
+    except UserError as e:
+        print(f"  {e}")
+        return
+    for label, (frame, plan) in found.items():
+        metric = plan.get("objective", ["rollout/return"])[0]
+        if metric in frame and frame[metric].notna().any():
+            scores = np.asarray(runs.last_scores(frame, metric))
+            print(f"  {label}: {metric} {np.nanmean(scores):.4g}, by seed {np.round(scores, 4).tolist()}")
 
 
 def _print_config(cls: Any) -> None:

@@ -93,11 +93,41 @@ def started(learner: Any, run_dir: str, seeds: Sequence[int]) -> Any:
         raise UserError(f"{where}: {e}") from None
 
 
-def members(run_dir: str, plan: dict[str, Any]) -> list[Member]:
-    """The rows of a run."""
+def programs(run_dir: str) -> dict[str, list[Member]]:
+    """Folder -> rows of each run of a directory: one, or those of a sweep's programs."""
     from jaxstack.core import rundir
 
-    return [Member(run_dir, name, seed) for name, seed in zip(rundir.setting_names(plan), plan["seeds"])]
+    plans = {str(part): rundir.read_plan(part) for part in rundir.parts(run_dir)}
+    names = {part: rundir.setting_names(plan, list(plans.values())) for part, plan in plans.items()}
+    return {p: [Member(run_dir, *row) for row in zip(names[p], plan["seeds"])] for p, plan in plans.items()}
+
+
+def place(plan: dict[str, Any]) -> str:
+    """The environment, task or data of a run, empty where its config names none."""
+    config = plan["config"]
+    return str(next((config[k] for k in ("env", "task", "data") if config.get(k)), ""))
+
+
+def frames(run_dirs: Sequence[str], by_stage: bool = True) -> dict[str, tuple[Any, dict[str, Any]]]:
+    """Label -> (metrics, plan) of each run, of each setting of a sweep and, by default, of each stage of a run."""
+    from jaxstack.core import rundir
+
+    found: dict[str, tuple[Any, dict[str, Any]]] = {}
+    for label, run_dir in dict(zip(rundir.labels(run_dirs), run_dirs)).items():
+        prefix = f"{label}, " if len(run_dirs) > 1 else ""
+        rows = {} if not rundir.is_sweep(run_dir) else programs(run_dir)
+        for part in rundir.parts(run_dir):
+            frame, plan = rundir.read_metrics(part), rundir.read_plan(part)
+            if by_stage and "stage" in frame:
+                stages = {f"{label}, {name}": frame[frame.stage == name] for name in frame.stage.unique()}
+                found |= {name: (own, plan) for name, own in stages.items()}
+            elif "setting" not in frame:
+                found[label] = frame, plan
+            else:
+                names = [m.setting for m in rows[str(part)]] if rows else rundir.setting_names(plan)
+                for setting, name in dict(zip(plan["settings"], names)).items():
+                    found[prefix + name] = frame[frame.setting == setting], plan
+    return found
 
 
 def groups(run_dirs: Sequence[str]) -> list[tuple[Any, list[Member], Any]]:
@@ -107,13 +137,23 @@ def groups(run_dirs: Sequence[str]) -> list[tuple[Any, list[Member], Any]]:
 
     found: dict[str, list[tuple[Any, list[Member], Any]]] = {}
     for run_dir in {Path(r).absolute(): r for r in run_dirs}.values():
-        learner, plan = load(run_dir)
-        key = repr((plan["agent"], config.to_dict(learner.config) | {"hypers": None}))
-        found.setdefault(key, []).append((learner, members(run_dir, plan), runner.load_state(learner, run_dir)))
+        for part, own in programs(run_dir).items():
+            learner, plan = load(part)
+            key = repr((plan["agent"], config.to_dict(learner.config) | {"hypers": None}))
+            found.setdefault(key, []).append((learner, own, runner.load_state(learner, part)))
     return [
         (g[0][0], [m for _, own, _ in g for m in own], states.side_by_side([state for _, _, state in g]))
         for g in found.values()
     ]
+
+
+def last_scores(frame: Any, metric: str) -> list[float]:
+    """A run's score for each seed, of the last step at which any seed has the metric, in a method in stages of the last
+    stage that has it; NaN where it is not finite."""
+    if "stage" in frame:
+        frame = frame[frame.stage == frame.stage[frame[metric].notna()].iloc[-1]]
+    rows = frame[frame.step == frame.step[frame[metric].notna()].max()]
+    return rows.sort_values("seed")[metric].astype(float).tolist()
 
 
 def one_row(args: argparse.Namespace, acts: bool = True) -> tuple[Any, Any]:
@@ -124,7 +164,8 @@ def one_row(args: argparse.Namespace, acts: bool = True) -> tuple[Any, Any]:
     from jaxstack.core import runner
     from jaxstack.core.errors import UserError
 
-    learner, plan = load(args.run_dir)
+    run_dir = _program(args)
+    learner, plan = load(run_dir)
     if acts:
         needs_policy(learner, args.command)
     seeds, settings = plan["seeds"], plan.get("settings")
@@ -140,7 +181,22 @@ def one_row(args: argparse.Namespace, acts: bool = True) -> tuple[Any, Any]:
     if seed not in (own := [seeds[i] for i in rows]):
         raise UserError(f"--train-seed {seed}: expected one of the run's seeds {own}")
     row = rows[own.index(seed)]
-    return learner, jax.tree.map(lambda x: x[row], runner.load_state(learner, args.run_dir))
+    return learner, jax.tree.map(lambda x: x[row], runner.load_state(learner, run_dir))
+
+
+def _program(args: argparse.Namespace) -> str:
+    """The run of `args.run_dir`: itself, or that of a sweep's programs which has the chosen setting."""
+    from jaxstack.core import rundir
+    from jaxstack.core.errors import UserError
+
+    parts = [str(part) for part in rundir.parts(args.run_dir)]
+    if len(parts) == 1:
+        return parts[0]
+    settings = {s: part for part in parts for s in rundir.read_plan(part)["settings"]}
+    if args.setting not in settings:
+        given = "" if args.setting is None else f" {args.setting}"
+        raise UserError(f"--setting{given}: expected one of {', '.join(map(str, settings))}, as it is a sweep")
+    return settings[args.setting]
 
 
 def needs_policy(learner: Any, what: str) -> None:

@@ -79,7 +79,9 @@ def _print_scores(scores: Mapping[str, Any], members: Sequence[runs.Member], sho
         owner = "".join(f"{text}  " for text in (run * show_run, setting) if text)
         for name, values in scores.items():
             own = np.asarray(values)[rows]
-            print(f"{owner}{name}: {stats.estimate(stats.mean, own)}  by seed: {np.round(own, 3).tolist()}")
+            print(
+                f"{owner}{name}: {stats.estimate(stats.mean, own)}  by seed: {np.round(own.astype(float), 3).tolist()}"
+            )
 
 
 def _crossplay(args: argparse.Namespace, _: list[str]) -> None:
@@ -88,7 +90,9 @@ def _crossplay(args: argparse.Namespace, _: list[str]) -> None:
     from jaxstack.core import config, rundir
     from jaxstack.core.errors import UserError
     from jaxstack.measures.crossplay import cross_play
+    from jaxstack.report import plots
 
+    plots.figure_path(args.out)
     groups = runs.groups(args.run_dirs)
     if len(groups) > 1:
         raise UserError(f"crossplay: expected runs of one agent and config, found {len(groups)} different ones")

@@ -120,16 +120,19 @@ def _wanted_sinks(job: Any, run_dir: Path) -> dict[str, Any]:
     return out
 
 
-def _sinks(plan: dict[str, Any], run_dir: Path) -> list[Any]:
-    """The sinks of a run, from what it stores."""
+def _sinks(plan: dict[str, Any], run_dir: Path, settings: dict[int, dict[str, Any]] | None = None) -> list[Any]:
+    """The sinks of a run, from what it stores; `settings` are the values of a sweep's, by number."""
     from jaxstack.core import sinks
 
+    if settings is None and "settings" in plan:
+        values = {k.lstrip("."): v for k, v in plan.get("hypers", {}).items() if isinstance(v, list)}
+        settings = {s: {k: v[row] for k, v in values.items()} for row, s in enumerate(plan["settings"])}
     wanted = plan.get("sinks", {})
     out: list[Any] = []
     if "tensorboard" in wanted:
         out.append(sinks.TensorBoard(run_dir.with_name(run_dir.name + "-tensorboard")))
     if "wandb" in wanted:
-        out.append(sinks.Wandb(config=plan["config"], **wanted["wandb"]))
+        out.append(sinks.Wandb(config=plan["config"], settings=settings, **wanted["wandb"]))
     return out
 
 
@@ -217,13 +220,19 @@ def _sweep(args: argparse.Namespace, rest: list[str]) -> None:
     if not dimensions:
         raise UserError("--sweep: expected at least one NAME=VALUES, see `jaxstack sweep --help`")
     _, job = plan(args.learner, rest)
-    for option in ("run_dir", "start_from", "tensorboard", "wandb"):
+    for option in ("run_dir", "start_from"):
         if getattr(job, option):
             why = "starts anew" if option == "start_from" else "writes to --out"
             raise UserError(f"--{option.replace('_', '-')}: expected without; a sweep {why}")
     out = rundir.RunDir.check(args.out or f"runs/sweep-{_file_name(args.learner)}-{_now()}")
     make = lambda **changes: learners.make(args.learner, job.config, **changes)
+    stored = {"sinks": wanted} if (wanted := _wanted_sinks(job, out)) else {}
+
+    def sinks_of(name: str, settings: dict[int, dict[str, Any]], learner: Any) -> list[Any]:
+        return _sinks(stored | {"config": config.to_dict(learner.config)}, out / "runs" / name, settings)
+
     options = dict(num=args.num, search_seed=args.search_seed, run_dir=out / "runs", options=job.run)
+    options |= dict(plan=stored, sinks=sinks_of)
     result = sweeps.sweep(make, dimensions, job.seeds, **options)
     result.save(out)
     (out / "config.yaml").write_text(config.to_yaml(job.config), encoding="utf-8")
@@ -231,7 +240,9 @@ def _sweep(args: argparse.Namespace, rest: list[str]) -> None:
     goal = result.goal(args.metric, False if args.smallest else None)
     print(result.report(*goal))
     best = result.best(*goal)
-    print(f"best: {' '.join(f'{name}={value}' for name, value in best.items())}")
+    ties = result.verdicts(*goal).count("tie")
+    told = f" (a tie with {ties} other{'s' * (ties > 1)}: these seeds do not tell them apart)" if ties else ""
+    print(f"best: {' '.join(f'{name}={value}' for name, value in best.items())}{told}")
     print(f"figure: {result.figure(out / 'figure.png', *goal)}")
     print(f"sweep: {out}")
 

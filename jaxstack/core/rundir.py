@@ -189,6 +189,8 @@ def read_plan(path: str | Path) -> dict[str, Any]:
     """
     file, copy = Path(path) / "run.yaml", Path(path) / "checksums" / "run.yaml"
     cure = f"; restore it with `cp {copy} {file}`" if copy.exists() else ""
+    if not file.exists() and is_sweep(path):
+        raise UserError(f"{path}: found a sweep, expected a run: {', '.join(map(str, parts(path)))}")
     if not file.exists():
         raise UserError(f"run directory {path}: no run found (run.yaml is missing){cure}")
     try:
@@ -252,15 +254,33 @@ def labels(paths: Sequence[str | Path]) -> list[str]:
     return out
 
 
-def setting_names(plan: dict[str, Any]) -> list[str]:
+def is_sweep(path: str | Path) -> bool:
+    """Whether a directory is that of `jaxstack sweep`: no run itself, with a run for each of its programs."""
+    path = Path(path)
+    return not (path / "run.yaml").exists() and any(path.glob("runs/*/run.yaml"))
+
+
+def parts(path: str | Path) -> list[Path]:
+    """The runs of a directory: those of a sweep's programs in order, else the directory itself."""
+    path = Path(path)
+    found = [file.parent for file in path.glob("runs/*/run.yaml")] if is_sweep(path) else [path]
+    number = lambda p: int(tail) if (tail := p.name.rpartition("_")[2]).isdigit() else -1
+    return sorted(found, key=lambda p: (number(p), p.name))
+
+
+def setting_names(plan: dict[str, Any], others: Sequence[dict[str, Any]] = ()) -> list[str]:
     """For each row of a run, its setting as `setting 0 (lr=0.001)`; empty texts for a run of one setting.
 
-    A sweep's run has a row for each pair (setting, seed); its plan has the hyperparameters that differ.
+    A sweep's run has a row for each pair (setting, seed); its plan has the hyperparameters that differ. `others` are
+    the plans of the sweep's other programs, whose configs differ in static options.
     """
     if "settings" not in plan:
         return [""] * len(plan["seeds"])
     values = {k.lstrip("."): v for k, v in plan.get("hypers", {}).items() if isinstance(v, list) and len({*v}) > 1}
-    names = [", ".join(f"{k}={v[row]:.4g}" for k, v in values.items()) for row in range(len(plan["seeds"]))]
+    own = {k: v for k, v in plan["config"].items() if k != "hypers"}
+    static = [f"{k}={v}" for k, v in own.items() if any(other["config"].get(k) != v for other in others)]
+    numbers = [[f"{k}={v[row]:.4g}" for k, v in values.items()] for row in range(len(plan["seeds"]))]
+    names = [", ".join([*one, *static]) for one in numbers]
     return [f"setting {i}" + (f" ({text})" if text else "") for i, text in zip(plan["settings"], names)]
 
 

@@ -13,13 +13,42 @@ from jaxstack.report import stats
 
 # Okabe and Ito's colours, told apart with any colour vision
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999933")
+DASHES = ("-", "--", ":", "-.")
+"""Of the first eight curves, of the next eight, ..."""
+FIGURES, ANIMATIONS = (".png", ".svg", ".pdf"), (".gif", ".html", ".mp4")
+"""Endings of files that can be written."""
+UNITS = {
+    "return": "return per episode, mean over agents",
+    "length": "length of an episode in steps",
+    "finished": "share of episodes that ended in time",
+    "accuracy": "share of right answers",
+    "loss": "loss",
+    "perplexity": "perplexity",
+}
+"""What a metric's name, behind its group, stands for; others are shown by their name alone."""
 
 
-def curves(frame: Any, metric: str, x: str = "samples", points: int = 60) -> tuple[np.ndarray, np.ndarray]:
-    """(positions [K], scores [S, K]) of one run's metrics frame: each seed averaged over K equal spans of `x`.
+def curves(
+    frame: Any, metric: str, x: str = "samples", points: int = 60, smooth: int = 1
+) -> tuple[np.ndarray, np.ndarray]:
+    """Average each seed of one run's metrics over equal spans.
 
-    Raises `UserError` when the metric is missing, or for a sweep's rows of several settings, which have no mean.
+    Args:
+        frame: of the run, a row per step and seed.
+        metric: its name.
+        x: column whose range is split into spans.
+        points: how many spans, K; fewer where there are fewer values.
+        smooth: each value is replaced by the mean of its seed's last `smooth` values before spans are averaged.
+
+    Returns:
+        (ends of the spans [K], scores [S, K]); spans in which a seed has no value are left out.
+
+    Raises:
+        UserError: when the metric is missing or has no values, for `smooth` < 1, or for a sweep's rows of several
+            settings, which have no mean.
     """
+    if smooth < 1:
+        raise UserError(f"smooth={smooth}: expected at least 1")
     if "setting" in frame and frame.setting.nunique() > 1:
         raise UserError(f"metrics of {frame.setting.nunique()} settings: expected one, frame[frame.setting == 0]")
     if metric not in frame:
@@ -33,26 +62,66 @@ def curves(frame: Any, metric: str, x: str = "samples", points: int = 60) -> tup
     spans = [(e[0], e[-1]) for e in edges]
     columns = []
     for _, one in data.groupby("seed"):
-        columns.append([one[metric][(one[x] >= lo) & (one[x] <= hi)].mean() for lo, hi in spans])
+        one = one.sort_values(x)
+        values = one[metric] if smooth == 1 else one[metric].rolling(smooth, min_periods=1).mean()
+        columns.append([values[(one[x] >= lo) & (one[x] <= hi)].mean() for lo, hi in spans])
     scores = np.asarray(columns, np.float64)
     good = np.isfinite(scores).all(0)
+    if not good.any():
+        raise UserError(f"metric {metric!r} has no span in which every seed has a finite value")
     return np.asarray([hi for _, hi in spans])[good], scores[:, good]
 
 
 def learning_curves(
-    runs: Mapping[str, Any], path: str | Path, metric: str = "rollout/return", x: str = "samples", title: str = ""
+    runs: Mapping[str, Any],
+    path: str | Path,
+    metric: str = "rollout/return",
+    x: str = "samples",
+    title: str = "",
+    *,
+    smooth: int = 1,
+    unit: str = "",
 ) -> Path:
-    """Mean over seeds with 95% bootstrap bands; `runs` maps labels to metrics frames."""
-    figure, axes = _figure()
-    for (label, frame), colour in zip(runs.items(), _cycle()):
-        at, scores = curves(frame, metric, x)
-        axes.plot(at, scores.mean(0), color=colour, label=f"{label} ({len(scores)} seeds)", linewidth=2)
+    """Draw the mean over seeds with 95% bootstrap bands.
+
+    Args:
+        runs: label -> metrics frame of a run.
+        path: the file to write, .png, .svg or .pdf.
+        metric: what is drawn.
+        x: "samples" or "step".
+        title: above the figure.
+        smooth: as of `curves`.
+        unit: of `x`; default: environment steps, or updates, of each seed.
+
+    Returns:
+        `path`.
+
+    Raises:
+        UserError: another ending, or as `curves`.
+    """
+    figure_path(path)
+    labels = {}
+    for name, frame in runs.items():
+        seeds, end = frame.groupby("seed").step.max(), frame.step.max()
+        lost = f", {(seeds < end).sum()} failed" if (seeds < end).any() else ""
+        labels[name] = f"{name} ({len(seeds)} seed{'s' * (len(seeds) > 1)}{lost})"
+    columns = max(1, min(3, 100 // max(map(len, labels.values()))))
+    figure, axes = _figure(height=4.1 + 0.19 * -(-len(runs) // columns))
+    for i, (name, frame) in enumerate(runs.items()):
+        at, scores = curves(frame, metric, x, smooth=smooth)
+        style: dict[str, Any] = dict(color=COLOURS[i % len(COLOURS)], linestyle=DASHES[i // len(COLOURS) % len(DASHES)])
+        lone: dict[str, Any] = dict(marker="o") if len(at) == 1 else {}
+        axes.plot(at, scores.mean(0), label=_text(labels[name]), linewidth=2, **style, **lone)
         if len(scores) > 1:
             _, low, high = stats.bootstrap(_column_mean, scores, resamples=2000)
-            axes.fill_between(at, np.asarray(low), np.asarray(high), color=colour, alpha=0.2, linewidth=0)
-    axes.set_xlabel({"samples": "samples (environment steps)", "step": "updates"}.get(x, x))
-    axes.set_ylabel(metric)
-    return _save(figure, axes, path, title)
+            low, high = np.asarray(low), np.asarray(high)
+            axes.fill_between(at, low, high, color=style["color"], alpha=0.2, linewidth=0)
+    axes.set_xlabel(unit or {"samples": "environment steps of each seed", "step": "updates of each seed"}.get(x, x))
+    known = UNITS.get(metric.rpartition("/")[2])
+    shown = f"{known}\n({metric})" if known else metric
+    axes.set_ylabel(shown + (f"\nmean of the last {smooth} values" if smooth > 1 else ""))
+    axes.set_title("mean over seeds, 95% interval", fontsize=8, loc="right", color="#555555")
+    return _save(figure, axes, path, title, columns=columns)
 
 
 def estimates(table: Mapping[str, stats.Estimate], path: str | Path, label: str, title: str = "") -> Path:
@@ -330,9 +399,7 @@ def animation(frames: np.ndarray, path: str | Path, fps: int = 10) -> Path:
     """
     from PIL import Image
 
-    path = Path(path)
-    if path.suffix not in (".gif", ".html", ".mp4"):
-        raise UserError(f"{path}: expected a file ending in .gif, .html or .mp4")
+    path = _checked(path, ANIMATIONS)
     path.parent.mkdir(parents=True, exist_ok=True)
     frames = np.asarray(frames, np.uint8)
     if path.suffix == ".mp4":
@@ -361,6 +428,26 @@ def _mp4(frames: np.ndarray, path: Path, fps: int) -> Path:
     for frame in frames:
         writer.send(np.ascontiguousarray(frame))
     writer.close()
+    return path
+
+
+def figure_path(path: str | Path) -> Path:
+    """Return `path` if a figure can be written there; raises `UserError` naming it otherwise."""
+    return _checked(path, FIGURES)
+
+
+def animation_path(path: str | Path) -> Path:
+    """Likewise of an animation."""
+    return _checked(path, ANIMATIONS)
+
+
+def _checked(path: str | Path, endings: Sequence[str]) -> Path:
+    path = Path(path)
+    if path.suffix not in endings:
+        found = f"found {path.suffix}" if path.suffix else "found none"
+        raise UserError(f"{path}: {found}, expected a file that ends in {', '.join(endings[:-1])} or {endings[-1]}")
+    if path.is_dir():
+        raise UserError(f"{path}: found a directory, expected a file")
     return path
 
 
@@ -401,16 +488,24 @@ def _figure(width: float = 7.0, height: float = 4.2) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _save(figure: Any, axes: Any, path: str | Path, title: str, legend: bool = True) -> Path:
+def _text(label: str) -> str:
+    """A label as matplotlib shows it: one that begins with _ would be left out, and dollars would be read as TeX."""
+    return (" " * label.startswith("_") + label).replace("$", r"\$")
+
+
+def _save(figure: Any, axes: Any, path: str | Path, title: str, legend: bool = True, columns: int = 3) -> Path:
     if legend:
-        axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, fontsize=9)
+        axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=columns, fontsize=9)
     if title:
-        axes.set_title(title, fontsize=11, loc="left")
+        axes.set_title(_text(title), fontsize=11, loc="left")
     return _write(figure, path)
 
 
 def _write(figure: Any, path: str | Path) -> Path:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    path = figure_path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path)
+    except OSError as e:
+        raise UserError(f"{path}: cannot be written ({e.strerror})") from e
     return path

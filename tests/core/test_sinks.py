@@ -69,6 +69,24 @@ def test_wandb_has_one_run_a_seed_in_one_group(monkeypatch):
     assert run.finished == 1
 
 
+def test_wandb_has_one_run_a_setting_and_seed_of_a_sweep(monkeypatch):
+    made = {}
+
+    class Fake:
+        @staticmethod
+        def init(name, **options):
+            made[name] = options
+            return FakeRun()
+
+    monkeypatch.setitem(sys.modules, "wandb", Fake)
+    sink = sinks.Wandb("project", "group", {"lr": 1.0}, settings={0: {"lr": 0.1}, 1: {"lr": 0.2}}, id="ab")
+    rows = [{"step": 1, "samples": 8, "seed": s, "setting": i, "loss/total": 1.0} for i in (0, 1) for s in (0, 4)]
+    sink.write(rows * 2)
+    assert list(made) == ["setting_0/seed_0", "setting_0/seed_4", "setting_1/seed_0", "setting_1/seed_4"]
+    assert made["setting_1/seed_4"]["config"] == {"lr": 0.2}
+    assert made["setting_1/seed_4"]["id"] == "ab-setting-1-seed-4"
+
+
 @pytest.mark.parametrize(
     ("module", "make", "extra"),
     [

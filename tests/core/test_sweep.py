@@ -217,6 +217,16 @@ def test_a_setting_with_a_failed_run_ranks_after_all_others_and_averages_the_res
         got.summary("eval/retrn")
 
 
+def test_ties_are_reported_as_ties():
+    scores = [[1.0, 2.0, 3.0, 4.0], [11.0, 12.0, 13.0, 14.0], [10.5, 12.0, 13.0, 14.5], [90.0, np.nan, 90.0, 90.0]]
+    got = by_hand(scores, [[True] * 4] * 3 + [[True, False, True, True]])
+    assert got.ranking().setting.tolist() == [1, 2, 0, 3]
+    assert got.verdicts() == ["best", "tie", "behind", "failed"]
+    assert got.verdicts(largest=False) == ["best", "behind", "behind", "failed"]
+    assert [line.split()[-1] for line in got.report().splitlines()[1:]] == got.verdicts()
+    assert by_hand([[1.0], [2.0]]).verdicts() == ["best", "one seed"]
+
+
 def draws(space, num, seed=0):
     spaces.check(space, Hypers._fields, (), num, "toy")
     return pd.DataFrame(spaces.numeric_settings(space, Hypers._fields, num, seed))

@@ -10,6 +10,7 @@ from scipy import stats
 
 from jaxstack import envs
 from jaxstack.core.errors import UserError
+from jaxstack.envs import render2d
 from jaxstack.envs.base import sample_action
 from jaxstack.envs.blind_particle_spread import VERSIONS, BlindParticleSpread
 from jaxstack.envs.dispersion import Dispersion
@@ -263,3 +264,20 @@ def test_pictures_show_what_moved(env):
 def test_wrong_options_are_named(id, options, named):
     with pytest.raises(UserError, match=named):
         envs.make(id, **options)
+
+
+@pytest.mark.parametrize("id", ["lbf", "rware", "boulder_push", "navigation", "taxi", "cliff_walking"])
+def test_what_a_legend_names_is_in_the_picture(id):
+    env = envs.make(id)
+    state, _ = jax.jit(env.reset)(jax.random.key(0))
+    picture = env.frame(state)
+    kinds = envs.wrap(env, "time_limit=9").legend()
+    assert kinds == env.legend() != ()
+    drawn = {"#{:02X}{:02X}{:02X}".format(*pixel) for pixel in np.unique(picture.reshape(-1, 3), axis=0)}
+    assert {render2d.COLOURS[k.colour] for k in kinds if k.colour is not None} <= drawn
+    whole = render2d.captioned(np.stack([picture] * 2), ["step 0", "step 1"], kinds)
+    assert whole.shape[0] == 2
+    assert (whole[0] != whole[1]).any(axis=(1, 2)).nonzero()[0].max() < 18  # only the line above differs
+    bare = render2d.captioned(np.stack([picture]), ["step 0"])
+    np.testing.assert_array_equal(bare[0, 18:], picture)
+    assert len(np.unique(whole[0, 18 + len(picture) :].reshape(-1, 3), axis=0)) > 2

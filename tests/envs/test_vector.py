@@ -356,9 +356,15 @@ def test_recordings_end_with_the_episode():
         init_carry=lambda p, b: jnp.zeros(b, jnp.int32),
         act=lambda p, c, obs, mask, first, key: (c + 1, jnp.full((1, 2), 4, jnp.int32)),
     )
-    frames = rollout.record(env, hold, (), seed=0, max_steps=50)
-    assert frames.shape == (8, 320, 320, 3)
-    assert (frames[0] != frames[-1]).any()
-    assert len(rollout.record(env, hold, (), seed=0, max_steps=3)) == 4
+    whole = rollout.record(env, hold, (), seed=0, max_steps=50)
+    assert whole.frames.shape == (8, 320, 320, 3)
+    assert (whole.frames[0] != whole.frames[-1]).any()
+    lines = whole.captions()
+    assert lines[0] == "step 0   return so far 0, mean of 2 agents"
+    assert [line.split()[1] for line in lines] == list("01234567")
+    assert lines[-1] == f"step 7   return so far {whole.returns[-1]:.4g}, mean of 2 agents   truncated"
+    short = rollout.record(env, hold, (), seed=0, max_steps=3)
+    assert len(short.frames) == 4
+    assert short.captions() == lines[:4]
     with pytest.raises(UserError, match="cannot be drawn"):
         rollout.record(Clock(), hold, (), seed=0, max_steps=3)

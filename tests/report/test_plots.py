@@ -32,6 +32,40 @@ def test_curves_skip_missing_values_and_name_missing_metrics():
         plots.curves(data, "rollout/retrn")
 
 
+def test_smoothing_is_a_mean_of_the_last_values():
+    _, scores = plots.curves(frame(seeds=1), "rollout/return", points=20, smooth=4)
+    np.testing.assert_allclose(scores[0, :4], [1.0, 1.5, 2.0, 2.5])
+    np.testing.assert_allclose(scores[0, 4:], np.arange(5, 21) - 1.5)
+    with pytest.raises(UserError, match="smooth=0"):
+        plots.curves(frame(), "rollout/return", smooth=0)
+
+
+def test_curves_are_labelled_and_told_apart(tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(plots, "_write", lambda figure, path: drawn.setdefault(str(path), figure) and path)
+    lost = frame()
+    runs = {f"run {i}": frame(i, seeds=1) for i in range(9)} | {"_own $x$": lost[(lost.seed > 0) | (lost.step < 9)]}
+    plots.learning_curves(runs, "a.svg", title="ippo on lbf", smooth=2)
+    (axes,) = drawn["a.svg"].axes
+    assert axes.get_title(loc="left") == "ippo on lbf"
+    assert axes.get_xlabel() == "environment steps of each seed"
+    assert axes.get_ylabel() == "return per episode, mean over agents\n(rollout/return)\nmean of the last 2 values"
+    assert len({(line.get_color(), line.get_linestyle()) for line in axes.lines}) == 10
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert labels[0] == "run 0 (1 seed)"
+    assert labels[-1] == r" _own \$x\$ (3 seeds, 1 failed)"
+
+
+def test_endings_of_figures(tmp_path):
+    for name, start in (("a.png", b"\x89PNG"), ("a.svg", b"<?xml"), ("a.pdf", b"%PDF")):
+        path = plots.learning_curves({"a": frame(seeds=1)}, tmp_path / "new" / name)
+        assert path.read_bytes().startswith(start)
+    (tmp_path / "b.png").mkdir()
+    for name, found in (("a.jpg", "found .jpg"), ("a", "found none"), ("b.png", "found a directory")):
+        with pytest.raises(UserError, match=found):
+            plots.learning_curves({"a": frame(seeds=1)}, tmp_path / name)
+
+
 def test_figures_are_drawn(tmp_path):
     runs = {"a": frame(), "b": frame(5.0)}
     scores = {"a": np.arange(5.0), "b": np.arange(5.0) + 1}
