@@ -542,6 +542,14 @@ METHODS: tuple[Method, ...] = (
         extras=("data",),
         tests="tests/nn/test_supervised.py",
     ),
+    Method(
+        "detector",
+        "learner",
+        "A detector of objects: FCOS or ATSS on a small network, ResNet or MobileNet",
+        2026,
+        factory="jaxstack.nn.detector:detector",
+        tests="tests/nn/test_detector.py",
+    ),
 )
 
 METHOD = {m.slug: m for m in METHODS}

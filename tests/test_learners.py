@@ -113,6 +113,9 @@ TINY["reachnet"] = dict(
     batch_size=4,
     num_updates=3,
 )
+TINY["detector"] = dict(
+    size=32, width=2, channels=4, towers=1, train_images=8, eval_images=6, batch_size=4, num_updates=3, detections=4
+)
 TINY["deepgpet"] = dict(
     size=(32, 32),
     num_train=6,

@@ -25,6 +25,23 @@ def shift(key: Array, images: Array, most: int, edge: Edge = "zeros") -> Array:
     return jax.vmap(cut)(padded, starts)
 
 
+def flip_boxes(key: Array, images: Array, boxes: Array) -> tuple[Array, Array]:
+    """Images of which every other one, at random, is mirrored left to right with its boxes.
+
+    Args:
+        key: a random key.
+        images: [N, H, W, C] of any type.
+        boxes: [N, G, 4] x1, y1, x2, y2 in pixels.
+    """
+    turn, width = jax.random.bernoulli(key, 0.5, (len(images),)), images.shape[2]
+    x1, y1, x2, y2 = jnp.moveaxis(boxes, -1, 0)
+    mirrored = jnp.stack([width - x2, y1, width - x1, y2], -1)
+    return (
+        jnp.where(turn[:, None, None, None], images[:, :, ::-1], images),
+        jnp.where(turn[:, None, None], mirrored, boxes),
+    )
+
+
 def flip(key: Array, images: Array) -> Array:
     """Images of which every other one, at random, is mirrored left to right."""
     turn = jax.random.bernoulli(key, 0.5, (len(images), 1, 1, 1))

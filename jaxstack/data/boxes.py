@@ -95,7 +95,7 @@ def classes(name: str) -> tuple[str, ...]:
     return scenes.CLASSES if kind == "scenes" else _coco(path, "train").names
 
 
-def part(name: str, which: Split, size: int, seed: int = 0) -> Part:
+def part(name: str, which: Split, size: int, seed: int = 0, most: int = 0) -> Part:
     """Images of a set, and the boxes in them.
 
     Args:
@@ -105,6 +105,7 @@ def part(name: str, which: Split, size: int, seed: int = 0) -> Part:
         size: pixels of a side. Scenes are drawn in that size; pictures are shrunk or grown to it by their longer side,
             and zeros fill what is below or to the right of them.
         seed: of which pictures are for validation.
+        most: the first images of the part alone, so many or as many as there are; 0: all.
 
     Raises:
         UserError: for an unknown set or part, or files that are missing or broken.
@@ -113,7 +114,7 @@ def part(name: str, which: Split, size: int, seed: int = 0) -> Part:
     if which not in SEEDS:
         raise UserError(f"split={which!r}: expected 'train', 'valid' or 'test'")
     if kind == "scenes":
-        found = scenes.scenes(SEEDS[which], COUNTS[which], size)
+        found = scenes.scenes(SEEDS[which], min(most or COUNTS[which], COUNTS[which]), size)
         return Drawn(found.image, Truth(found.boxes, found.labels, found.valid))
     whole = _coco(path, "val" if which == "test" else "train")
     if which == "test" and (first := _coco(path, "train")).names != whole.names:
@@ -128,7 +129,7 @@ def part(name: str, which: Split, size: int, seed: int = 0) -> Part:
         held = -(-len(pictures) // 10)
         rows = order[:held] if which == "valid" else order[held:]
         pictures = tuple(pictures[i] for i in sorted(rows))
-    return Files(pictures, size, max(1, *(len(p.labels) for p in whole.pictures)))
+    return Files(pictures[: most or None], size, max(1, *(len(p.labels) for p in whole.pictures)))
 
 
 def _split(name: str) -> tuple[str, str]:

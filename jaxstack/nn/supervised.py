@@ -195,6 +195,7 @@ def supervised(
     ema_from: float = 0.0,
     teacher: Callable[[Any, Any], Any] | None = None,
     teachers: Any = None,
+    start: Callable[[Any, Any], Any] | None = None,
     data_parallel: int = 1,
     config: Any = None,
     name: str = "supervised",
@@ -217,6 +218,8 @@ def supervised(
         ema_from: share of the run's steps before which the average is the last weights.
         teacher: (variables, inputs) -> outputs, e.g. `Model.apply`, for a loss of distillation.
         teachers: the teacher's variables, leaves [S, ...], one for each seed; they are part of the state.
+        start: (fresh variables, the teacher's variables) -> those that training begins with, e.g. with parts that the
+            student inherits; without a teacher it is given ().
         data_parallel: devices that share the rows of a batch.
         config: the method's config, given to the sources.
         name: of the method.
@@ -237,9 +240,10 @@ def supervised(
     def init(key: Key, given: Any, taught: Any = ()) -> State:
         given = as_hypers(given)
         k_params, key = jax.random.split(key)
-        start = model.init(k_params)
-        params = start["params"]
-        stats = {k: v for k, v in start.items() if k != "params"}
+        fresh = model.init(k_params)
+        fresh = fresh if start is None else start(fresh, taught)
+        params = fresh["params"]
+        stats = {k: v for k, v in fresh.items() if k != "params"}
         # copies: buffers of a state are donated one by one
         kept = jax.tree.map(jnp.copy, {"params": params, **stats}) if ema else {}
         opt_state = optimiser.make(given, num_steps).init(params)
