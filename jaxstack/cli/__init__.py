@@ -24,9 +24,10 @@ from jaxstack.cli import (
     exporting,
     figures,
     forecasting,
+    fundus,
     listing,
-    medical,
     oct,
+    phantoms,
     scores,
     screening,
     segmenting,
@@ -34,6 +35,7 @@ from jaxstack.cli import (
     strokes,
     training,
     tuning,
+    weights,
 )
 from jaxstack.cli.parsing import Commands
 from jaxstack.cli.training import plan
@@ -64,6 +66,7 @@ Train agents and sequence models in JAX, whole runs and all seeds in one program
   jaxstack segment-oct PATH --model RUN --out DIR    masks of the choroid in OCT B-scans
   jaxstack analyse-oct PATH --model RUN --out DIR    thickness, area and vessels of the choroid, as a table
   jaxstack detect-stroke PATH --model RUN --out DIR  strokes on CT scans and their sides, as a table
+  jaxstack weights uwf-diseases FILE --check      released weights of a medical method give what is published
   jaxstack score-forecasts F G --observed O --training T   forecasts of whole trajectories, and of their tails
   jaxstack compare RUN RUN ...                    which is better: IQM, probability of improvement, intervals
   jaxstack plot RUN RUN ...                       learning curves with intervals
@@ -188,13 +191,15 @@ def parser() -> argparse.ArgumentParser:
         stacking,
         distilling,
         forecasting,
-        medical,
+        phantoms,
+        fundus,
         oct,
         segmenting,
         strokes,
         counterfactuals,
         screening,
         explaining,
+        weights,
         claims,
     ):
         group.add_commands(commands)

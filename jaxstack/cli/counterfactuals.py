@@ -28,35 +28,26 @@ def add_commands(commands: Commands) -> None:
 
 
 def _run(args: argparse.Namespace, _: list[str]) -> int:
-    import yaml
-
     from jaxstack.cli import folders, runs
-    from jaxstack.core import rundir
     from jaxstack.core.errors import UserError
-    from jaxstack.core.files import write_whole
-    from jaxstack.medical.io import image_files
+    from jaxstack.medical.io import scan_items
     from jaxstack.medical.volumes import scan_paths
     from jaxstack.nn.supervised import variables
 
     if args.threshold is not None and not 0.0 < args.threshold < 1.0:
         raise UserError(f"--threshold {args.threshold:g}: expected more than 0 and less than 1")
-    out = Path(args.out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not args.resume:
-        raise UserError(f"--out {args.out}: exists and is not an empty folder; --resume continues in it")
+    folders.check_out(Path(args.out), args.out, args.resume)
     name, learner, state = _model(args.model, runs)
-    files = (scan_paths if name == "acat" else image_files)(args.paths)
+    files = (scan_paths if name == "acat" else scan_items)(args.paths)
     threshold = args.threshold or THRESHOLDS[name]
     facts = folders.model_facts("run", Path(args.model), variables(state), learner.config.widths, len(state.step))
     options = {"threshold": threshold, "method": name, "model": facts}
-    known = folders.done(out, options, "counterfactual") if args.resume else {}
-    for folder in FOLDERS:
-        (out / folder).mkdir(parents=True, exist_ok=True)
-    about = {"options": options, "environment": rundir.environment()}
-    write_whole(out / "run.yaml", yaml.safe_dump(about, sort_keys=False))
-    measure = (_scans if name == "acat" else _slices)(
-        learner, state, threshold, out, dict(zip(files, folders.names(files)))
+    session = folders.begun(args.out, options, "counterfactual", args.resume, FOLDERS)
+    explain = (_scans if name == "acat" else _slices)(
+        learner, state, threshold, session.out, dict(zip(files, folders.names(files)))
     )
-    return folders.write_table(files, out, measure, "; healthy/, anomaly/, overlays/", known)
+    measure = lambda path: explain(path) | {"model": facts["sha256"]}
+    return folders.write_table(files, session, measure, "; healthy/, anomaly/, overlays/")
 
 
 def _model(run: str, runs: Any) -> tuple[str, Any, Any]:

@@ -46,7 +46,10 @@ def add_commands(commands: Commands) -> None:
     p.add_argument("--random", type=whole, default=5, metavar="N", help="random rankings, the control (default: 5)")
     p.add_argument("--seed", type=whole, default=0, help="of the halves, ties and random rankings")
     p.add_argument(
-        "--out", metavar="DIR", required=True, help="maps.npz, maps.png, curves.csv, curves.png, summary.csv"
+        "--out",
+        metavar="DIR",
+        required=True,
+        help="maps.npz, maps.png, curves.csv, curves.png, summary.csv, results.csv (what each image was for), run.yaml",
     )
 
 
@@ -56,6 +59,7 @@ def _run(args: argparse.Namespace, _: list[str]) -> int:
     import numpy as np
     import pandas as pd
 
+    from jaxstack.cli import folders
     from jaxstack.cli.screening import networks
     from jaxstack.core.errors import UserError
     from jaxstack.medical import global_maps, peppr, uwf, uwf_data
@@ -66,8 +70,9 @@ def _run(args: argparse.Namespace, _: list[str]) -> int:
 
     if args.random < 1:
         raise UserError(f"--random {args.random}: expected at least 1")
+    folders.check_out(Path(args.out), args.out, False)
     try:
-        network, weights, size, _ = networks(args.model)
+        network, weights, size, _, facts = networks(args.model)
     except UserError as e:
         raise UserError(str(e).removeprefix("--model ")) from None
     rows, skipped, found = uwf_data.read_labels(args.labels), [], []
@@ -76,7 +81,7 @@ def _run(args: argparse.Namespace, _: list[str]) -> int:
             found.append((row, uwf_data.read_uwf(row.path, size)))
         except UserError as e:
             print(f"{e}, skipped")
-            skipped.append(row.path)
+            skipped.append((row.path, str(e).removeprefix(f"{row.path}: ")))
     if len({row.patient for row, _ in found}) < 2:
         raise UserError(f"--labels {args.labels}: found images of less than 2 patients, expected both halves")
     labels = np.array([row.labels for row, _ in found], bool)
@@ -111,8 +116,14 @@ def _run(args: argparse.Namespace, _: list[str]) -> int:
         logits = [peppr.logits_at(predict, weights, tested, r, QS, fill) for r in several]
         for metric, f in metrics.items():
             curves[name, metric] = peppr.mean_curves([peppr.curves_of(z, truth, f, QS) for z in logits])
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
+    chosen = {k: getattr(args, k) for k in ("kind", "mode", "overall", "fill", "random", "seed")}
+    options = chosen | {"labels": Path(args.labels).name, "model": facts}
+    session = folders.begun(args.out, options, "explain", False, ("",))
+    out = session.out
+    part = {row.path: "curves" if late else "maps" for (row, _), late in zip(found, second)}
+    files = [{"file": str(p), "status": "ok", "reason": "", "part": name} for p, name in part.items()]
+    files += [{"file": str(p), "status": "skipped", "reason": why, "part": ""} for p, why in skipped]
+    pd.DataFrame(files).to_csv(out / "results.csv", index=False)
     lines = [
         {"ranking": name, "metric": metric, "share": q, "erased": e, "restored": r}
         for (name, metric), c in curves.items()
@@ -141,4 +152,5 @@ def _run(args: argparse.Namespace, _: list[str]) -> int:
         f"{len(x)} images for maps ({none} zero maps skipped), {len(truth)} for curves, {len(skipped)} skipped; PEPPR "
         f"of macro-auc {first['peppr']:.3f}, {first['above_random']:+.3f} to random: {out}"
     )
+    session.store(status="finished", files=len(files), measured=len(found))
     return 0

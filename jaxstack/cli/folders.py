@@ -1,21 +1,31 @@
-"""What commands on folders of images share: names for their pictures, and a table with a row for each file."""
+"""What commands on folders of images share: names for their pictures, a table with a row for each file, run.yaml."""
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxstack.core.errors import UserError
 
+SAVE_SECONDS = 5.0
+"""Between two saves of a table that is being filled."""
+
 
 def names(files: Sequence[Path]) -> list[str]:
-    """A name for each file's pictures: its stem, numbered where several files would have the same."""
+    """A name for each file's pictures: its stem, numbered where several would have the same; of "eye.vol#3" it is
+    "eye-3"."""
+    from jaxstack.medical.io import frame_of
+
     taken: set[str] = set()
     found = []
     for path in files:
-        name, number = path.stem, 1
+        file, frame = frame_of(path)
+        stem = file.stem if frame is None else f"{file.stem}-{frame}"
+        name, number = stem, 1
         while name in taken:
             number += 1
-            name = f"{path.stem}-{number}"
+            name = f"{stem}-{number}"
         taken.add(name)
         found.append(name)
     return found
@@ -55,6 +65,74 @@ def done(
     return {row["file"]: row for row in frame.to_dict("records") if row["status"] == "ok"}
 
 
+class Session(NamedTuple):
+    """A call of a command on a folder: what its folder of results is told, and what it has already."""
+
+    out: Path
+    options: dict[str, Any]
+    known: dict[str, dict[str, Any]]
+    """Rows by file that an earlier call wrote."""
+
+    def store(self, **more: Any) -> None:
+        """Write run.yaml with the options, the environment and `more`."""
+        import yaml
+
+        from jaxstack.core import rundir
+        from jaxstack.core.files import write_whole
+
+        about = {"options": self.options, "environment": rundir.environment()} | more
+        write_whole(self.out / "run.yaml", yaml.safe_dump(about, sort_keys=False))
+
+
+def check_out(out: Path, given: str, resume: bool) -> None:
+    """Raise `UserError` where --out is there already, holds something and is not continued."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not resume:
+        raise UserError(f"--out {given}: exists and is not an empty folder; --resume continues in it")
+
+
+def begun(
+    given: str,
+    options: dict[str, Any],
+    command: str,
+    resume: bool,
+    folders: Sequence[str] = ("overlays",),
+    columns: Sequence[str] | None = None,
+) -> Session:
+    """Open the folder of a command's results: make it, read what it has, write run.yaml.
+
+    Args:
+        given: --out, as the user typed it.
+        options: what results depend on; a call that resumes must have the same.
+        command: its name, for messages.
+        resume: whether the call continues an earlier one.
+        folders: of pictures, that are made.
+        columns: of its table; None: any.
+
+    Raises:
+        UserError: for a folder that holds something and is not continued, or of other options.
+    """
+    out = Path(given)
+    check_out(out, given, resume)
+    session = Session(out, options, done(out, options, command, columns) if resume else {})
+    for folder in folders:
+        (out / folder).mkdir(parents=True, exist_ok=True)
+    session.store(status="running")
+    return session
+
+
+@contextlib.contextmanager
+def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar on a terminal; gives what moves it on."""
+    import sys
+
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda count: bar.advance(task, count)
+
+
 def parquet(out: Path) -> None:
     """The table out/results.csv once more as results.parquet, where pyarrow is installed."""
     import importlib.util
@@ -67,43 +145,60 @@ def parquet(out: Path) -> None:
 
 def write_table(
     files: Sequence[Path],
-    out: Path,
+    session: Session,
     measure: Callable[[Path], dict[str, Any]],
     beside: str = "",
-    known: Mapping[str, dict[str, Any]] | None = None,
 ) -> int:
-    """Write out/results.csv, one row per file with its status, and print how many files were measured.
+    """Write results.csv, one row per file with its status, and print how many files were measured.
+
+    The table is saved every few seconds, so that a call that is killed can be continued.
 
     Args:
         files: what is measured, in this order.
-        out: a folder, made where it is missing.
+        session: of the call; rows that it knows are not measured again.
         measure: file -> its columns. A `UserError` makes the file a skipped row with its reason.
         beside: what else the folder holds, for the printed line.
-        known: rows by file that are not measured again, as `done` gives them.
 
     Returns:
         Exit code: 0 unless no file could be measured.
     """
     import pandas as pd
 
-    out.mkdir(parents=True, exist_ok=True)
+    from jaxstack.core.files import write_whole
+
+    out, saved = session.out, time.monotonic()
     rows: list[dict[str, Any]] = []
-    try:
-        for path in files:
-            row: dict[str, Any] = {"file": str(path), "status": "ok", "reason": ""}
-            try:
-                row |= known[str(path)] if known and str(path) in known else measure(path)
-            except UserError as e:
-                row |= {"status": "skipped", "reason": str(e).removeprefix(f"{path}: ")}
-                print(f"{path}: {row['reason']}, skipped")
-            rows.append(row)
-    finally:
-        # also of a call that is interrupted
-        pd.DataFrame(rows).to_csv(out / "results.csv", index=False)
+    # objects, so that whole numbers stay whole beside rows without any
+    save = lambda: write_whole(out / "results.csv", pd.DataFrame(rows, dtype=object).to_csv(index=False))
+    with progress("files", len(files)) as advance:
+        try:
+            for path in files:
+                row: dict[str, Any] = {"file": str(path), "status": "ok", "reason": ""}
+                try:
+                    row |= session.known[str(path)] if str(path) in session.known else measure(path)
+                except UserError as e:
+                    row |= {"status": "skipped", "reason": str(e).removeprefix(f"{path}: ")}
+                    print(f"{path}: {row['reason']}, skipped")
+                rows.append(row)
+                advance(1)
+                if time.monotonic() - saved > SAVE_SECONDS:
+                    save()
+                    saved = time.monotonic()
+        finally:
+            # also of a call that is interrupted
+            save()
     parquet(out)
     good = sum(row["status"] == "ok" for row in rows)
+    session.store(status="finished", files=len(files), measured=good)
     print(f"{good} of {len(files)} files: {out / 'results.csv'}{beside}")
     return 0 if good else 2
+
+
+def lost_rows(table: str | None, missing: Sequence[str]) -> None:
+    """Print the rows of a table that have no file among those that are given."""
+    if missing:
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        print(f"{table}: {len(missing)} rows without a file: {', '.join(sorted(missing)[:5])}{more}")
 
 
 def model_facts(kind: str, path: Path, variables: Any, channels: Sequence[int], seeds: int) -> dict[str, Any]:

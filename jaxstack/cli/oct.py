@@ -25,7 +25,12 @@ def add_commands(commands: Commands) -> None:
     p = commands.add(
         "analyse-oct", _analyse, "Measure the choroid in OCT B-scans: thickness, area, vascularity index, a row each."
     )
-    p.add_argument("paths", metavar="PATH", nargs="+", help="B-scans (PNG, JPEG, TIFF, BMP, DICOM), or folders of them")
+    p.add_argument(
+        "paths",
+        metavar="PATH",
+        nargs="+",
+        help="B-scans (PNG, JPEG, TIFF, BMP, DICOM, Heidelberg's .vol and .e2e), or folders of them",
+    )
     p.add_argument(
         "--model",
         metavar="RUN|WEIGHTS",
@@ -91,9 +96,7 @@ def _net(given: str) -> Net:
 
 def _analyse(args: argparse.Namespace, _: list[str]) -> int:
     import pandas as pd
-    import yaml
 
-    from jaxstack.core import rundir
     from jaxstack.core.errors import UserError
     from jaxstack.core.files import write_whole
     from jaxstack.medical import io
@@ -106,26 +109,19 @@ def _analyse(args: argparse.Namespace, _: list[str]) -> int:
     if args.batch < 1:
         raise UserError(f"--batch {args.batch}: expected at least 1")
     out = Path(args.out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not args.resume:
-        raise UserError(f"--out {args.out}: exists and is not an empty folder; --resume continues in it")
+    folders.check_out(out, args.out, args.resume)
     table = {} if args.scales is None else io.read_scales(args.scales)
-    files = io.image_files(args.paths)
+    files = io.scan_items(args.paths)
     net = _net(args.model)
     options = {"roi_um": args.roi_um, "scale_um": flag and list(flag), "fovea": args.fovea}
     options |= {"scales": args.scales and Path(args.scales).name, "require_scale": args.require_scale}
     options |= {"model": net.facts}
-    done = folders.done(out, options, "analyse-oct", COLUMNS) if args.resume else {}
-    (out / "overlays").mkdir(parents=True, exist_ok=True)
-    about = {"options": options, "environment": rundir.environment()}
-    store = lambda **more: write_whole(out / "run.yaml", yaml.safe_dump(about | more, sort_keys=False))
-    store(status="running")
+    session = folders.begun(args.out, options, "analyse-oct", args.resume, columns=COLUMNS)
     places = {str(p): name for p, name in zip(files, folders.names(files))}
     known = {str(p): _row_of(p, table, args.scales) for p in files}
-    if lost := sorted(set(table) - {key for key, _ in known.values()}):
-        more = f" and {len(lost) - 5} more" if len(lost) > 5 else ""
-        print(f"{args.scales}: {len(lost)} rows without a file: {', '.join(lost[:5])}{more}")
-    rows = dict(done)
-    left = [p for p in files if str(p) not in done]
+    folders.lost_rows(args.scales, sorted(set(table) - {key for key, _ in known.values()}))
+    rows = dict(session.known)
+    left = [p for p in files if str(p) not in rows]
     work = _Work(net, args, flag, {p: row for p, (_, row) in known.items()}, out, places)
 
     def save() -> None:
@@ -137,20 +133,26 @@ def _analyse(args: argparse.Namespace, _: list[str]) -> int:
         save()
     save()
     good = sum(rows[str(p)]["status"] == "ok" for p in files)
-    store(status="finished", scans=len(files), measured=good)
+    session.store(status="finished", scans=len(files), measured=good)
     folders.parquet(out)
     print(f"{good} of {len(files)} files: {out / 'results.csv'}")
     return 0 if good else 2
 
 
 def _row_of(path: Path, table: dict[str, Any], where: str | None) -> tuple[str | None, Any]:
-    """(name in the table, its row) of a file: by the path from the table's folder, else by the name alone."""
+    """(name in the table, its row) of a file: by the path from the table's folder, else by the name alone; of an image
+    of a file with several by its own name, else by the file's."""
+    from jaxstack.medical import io
+
     if where is None:
         return None, None
     folder = Path(where).resolve().parent
-    full = path.resolve()
-    names = [full.relative_to(folder).as_posix()] if full.is_relative_to(folder) else []
-    return next(((name, table[name]) for name in (*names, path.name) if name in table), (None, None))
+    names = []
+    for each in dict.fromkeys((path, io.frame_of(path)[0])):
+        full = each.resolve()
+        names += [full.relative_to(folder).as_posix()] if full.is_relative_to(folder) else []
+        names.append(each.name)
+    return next(((name, table[name]) for name in names if name in table), (None, None))
 
 
 class _Work(NamedTuple):
@@ -164,26 +166,16 @@ class _Work(NamedTuple):
 
 def _windows(work: _Work, files: Sequence[Path]) -> Iterator[dict[str, dict[str, Any]]]:
     """Rows by file, a few batches at a time; the next scans are read while the network works on the last."""
-    import sys
-
-    from rich.console import Console
-    from rich.progress import Progress
-
     step = WINDOW * work.args.batch
     parts = [files[i : i + step] for i in range(0, len(files), step)]
     run = _program(work.net)
-    console = Console(stderr=True)
-    with (
-        ThreadPoolExecutor(READERS) as pool,
-        Progress(console=console, transient=True, disable=not sys.stderr.isatty()) as bar,
-    ):
-        task = bar.add_task("scans", total=len(files))
+    with ThreadPoolExecutor(READERS) as pool, folders.progress("scans", len(files)) as advance:
         submit = lambda part: [(p, pool.submit(_read, p, work)) for p in part]
         waiting = submit(parts[0]) if parts else []
         for i in range(len(parts)):
             now, waiting = waiting, submit(parts[i + 1]) if i + 1 < len(parts) else []
             yield _window(work, run, now, pool)
-            bar.advance(task, len(now))
+            advance(len(now))
 
 
 def _read(path: Path, work: _Work) -> Any:

@@ -15,7 +15,7 @@ def add_commands(commands: Commands) -> None:
     p = commands.add(
         "screen-uwf", _run, "Screen ultra-widefield images for seven diseases: probabilities, flags, maps, a row each."
     )
-    p.add_argument("paths", metavar="PATH", nargs="+", help="images, or folders of images")
+    p.add_argument("paths", metavar="PATH", nargs="+", help="images (PNG, JPEG, TIFF, BMP, DICOM), or folders of them")
     p.add_argument("--model", metavar="RUN|WEIGHTS", required=True, help="of `train uwf-diseases`, or a state dict")
     p.add_argument(
         "--table",
@@ -31,7 +31,10 @@ def add_commands(commands: Commands) -> None:
         "healthy (default)",
     )
     p.add_argument("--threshold", type=real, metavar="T", help="flag probabilities of at least T instead")
-    p.add_argument("--out", metavar="DIR", required=True, help="results.csv, overlays/, thresholds.csv, auc.csv")
+    p.add_argument(
+        "--out", metavar="DIR", required=True, help="results.csv, overlays/, thresholds.csv, auc.csv, run.yaml"
+    )
+    p.add_argument("--resume", action="store_true", help="continue in DIR; files that have a row are not read again")
 
 
 class Screener(NamedTuple):
@@ -44,17 +47,20 @@ class Screener(NamedTuple):
     size: tuple[int, int]
     config: Any
     """Of the run; None for weights."""
+    facts: dict[str, Any]
+    """For run.yaml."""
 
 
-def networks(given: str) -> tuple[Any, Any, tuple[int, int], Any]:
-    """The network that `--model` names, variables [S, ...] of its seeds, rows and columns, and the config of a run.
+def networks(given: str) -> tuple[Any, Any, tuple[int, int], Any, dict[str, Any]]:
+    """The network that `--model` names, variables [S, ...] of its seeds, rows and columns, the config of a run, and
+    what run.yaml says about them.
 
     Raises:
         UserError: for what is neither a run of uwf-diseases nor weights that fit.
     """
     import jax
 
-    from jaxstack.cli import runs
+    from jaxstack.cli import folders, runs
     from jaxstack.core.errors import UserError
     from jaxstack.medical import uwf
     from jaxstack.nn.supervised import variables
@@ -64,9 +70,12 @@ def networks(given: str) -> tuple[Any, Any, tuple[int, int], Any]:
         raise UserError(f"--model {given}: not found, expected a run of `jaxstack train uwf-diseases` or weights")
     if path.is_file():
         network, single = uwf.load_weights(path)
-        return network, jax.tree.map(lambda x: x[None], single), uwf.RELEASED_SIZE, None
+        facts = folders.model_facts("weights", path, single, network.backbone.widths, 1)
+        return network, jax.tree.map(lambda x: x[None], single), uwf.RELEASED_SIZE, None, facts
     learner, state = runs.trained(given, "uwf-diseases", uwf.Config)
-    return uwf.network_of(learner.config), variables(state), learner.config.size, learner.config
+    config, weights = learner.config, variables(state)
+    facts = folders.model_facts("run", path, weights, config.widths, len(state.step))
+    return uwf.network_of(config), weights, config.size, config, facts
 
 
 def screener(given: str) -> Screener:
@@ -76,7 +85,7 @@ def screener(given: str) -> Screener:
     from jaxstack.medical import uwf
     from jaxstack.medical.explain import grad_cam, normalised
 
-    network, weights, size, config = networks(given)
+    network, weights, size, config, facts = networks(given)
     explain = grad_cam(uwf.parts_of(network))
 
     def cam(own: Any, image: Any, label: Any) -> Any:
@@ -86,7 +95,7 @@ def screener(given: str) -> Screener:
     seeds = lambda f, *axes: jax.jit(lambda own, *args: jax.vmap(f, in_axes=(0, *axes))(own, *args).mean(0))
     predict = seeds(lambda own, x: uwf.probabilities(network, own, x), None)
     maps = seeds(cam, None, None)
-    return Screener(lambda x: predict(weights, x), lambda x, label: maps(weights, x, label), size, config)
+    return Screener(lambda x: predict(weights, x), lambda x, label: maps(weights, x, label), size, config, facts)
 
 
 def thresholds(net: Screener, args: argparse.Namespace) -> Any:
@@ -135,19 +144,24 @@ def _run(args: argparse.Namespace, _: list[str]) -> int:
     from jaxstack.core.errors import UserError
     from jaxstack.medical import uwf, uwf_data
     from jaxstack.medical.io import image_files
-    from jaxstack.medical.multilabel import auc_table
     from jaxstack.medical.phantoms_uwf import LABELS
 
+    folders.check_out(Path(args.out), args.out, args.resume)
     table = uwf_data.read_labels(args.table, need_labels=False) if args.table else []
-    known = {row.path.resolve(): row for row in table}
-    files, out, net = image_files(args.paths), Path(args.out), screener(args.model)
+    rows = {row.path.resolve(): row for row in table}
+    files = image_files(args.paths)
+    given = {path.resolve() for path in files}
+    folders.lost_rows(args.table, [row.path.name for path, row in rows.items() if path not in given])
+    net = screener(args.model)
     points = thresholds(net, args)
-    (out / "overlays").mkdir(parents=True, exist_ok=True)
+    options: dict[str, Any] = {"thresholds": [None if np.isnan(t) else round(float(t), 6) for t in points]}
+    options |= {"table": args.table and Path(args.table).name, "model": net.facts}
+    session = folders.begun(args.out, options, "screen-uwf", args.resume)
+    out, names = session.out, dict(zip(files, folders.names(files)))
     pd.DataFrame({"label": LABELS, "threshold": points}).to_csv(out / "thresholds.csv", index=False)
-    names, seen = dict(zip(files, folders.names(files))), []
 
     def measure(path: Path) -> dict[str, Any]:
-        image, row = uwf_data.read_uwf(path, net.size), known.get(path.resolve())
+        image, row = uwf_data.read_uwf(path, net.size), rows.get(path.resolve())
         if args.table and row is None:
             raise UserError(f"{path}: no row in {args.table}")
         right = row is not None and row.right
@@ -158,30 +172,44 @@ def _run(args: argparse.Namespace, _: list[str]) -> int:
         # the disease that is farthest above its threshold
         first = int(np.nan_to_num(p[:-1] / points[:-1], nan=0.0).argmax())
         picture(pixels, np.asarray(net.cam(x, first)), right).save(out / "overlays" / f"{names[path]}.png")
-        if row is not None and row.labels is not None:
-            seen.append((p, row.labels, row.patient))
         side = "assumed L" if row is None else "R" if right else "L"
         found: dict[str, Any] = {"laterality": side, "flags": " ".join(n for n, f in zip(LABELS, flagged) if f)}
         found |= {f"p_{name}": f"{value:.6f}" for name, value in zip(LABELS, p)}
         found["inconsistent"] = int(uwf.inconsistent(p[None], points)[0])
-        return found | {"overlay": f"overlays/{names[path]}.png", "overlay_of": LABELS[first]}
+        found |= {"overlay": f"overlays/{names[path]}.png", "overlay_of": LABELS[first]}
+        return found | {"model": net.facts["sha256"]}
 
-    code = folders.write_table(files, out, measure, "; overlays/, thresholds.csv")
-    if seen:
-        p, labels, patients = (np.array(x) for x in zip(*seen))
-        areas = auc_table(p, labels, LABELS, patients)
-        rows = [
-            {
-                "label": name,
-                "images": len(p),
-                "ill": int(labels[:, i].sum()),
-                "auc": e.value,
-                "low": e.low,
-                "high": e.high,
-            }
-            for i, (name, e) in enumerate(areas.items())
-        ]
-        pd.DataFrame(rows).to_csv(out / "auc.csv", index=False)
-        shown = ", ".join(f"{r['label']} {r['auc']:.3f}" for r in rows if r["auc"] == r["auc"])
-        print(f"AUC of {len(p)} images with labels: {shown}: {out / 'auc.csv'}")
+    code = folders.write_table(files, session, measure, "; overlays/, thresholds.csv")
+    _areas(out, rows)
     return code
+
+
+def _areas(out: Path, rows: Any) -> None:
+    """Write auc.csv of the images that have labels in the table."""
+    import numpy as np
+    import pandas as pd
+
+    from jaxstack.medical.multilabel import auc_table
+    from jaxstack.medical.phantoms_uwf import LABELS
+
+    results = pd.read_csv(out / "results.csv", dtype={"file": str})
+    good = results[results.status == "ok"]
+    seen = [row for file in good.file if (row := rows.get(Path(file).resolve())) and row.labels is not None]
+    if not seen:
+        return
+    p = np.asarray(good[[f"p_{name}" for name in LABELS]], float)
+    labels, patients = np.array([row.labels for row in seen]), np.array([row.patient for row in seen])
+    lines = [
+        {
+            "label": name,
+            "images": len(p),
+            "ill": int(labels[:, i].sum()),
+            "auc": e.value,
+            "low": e.low,
+            "high": e.high,
+        }
+        for i, (name, e) in enumerate(auc_table(p, labels, LABELS, patients).items())
+    ]
+    pd.DataFrame(lines).to_csv(out / "auc.csv", index=False)
+    shown = ", ".join(f"{r['label']} {r['auc']:.3f}" for r in lines if r["auc"] == r["auc"])
+    print(f"AUC of {len(p)} images with labels: {shown}: {out / 'auc.csv'}")

@@ -10,7 +10,7 @@ from jaxstack.cli.parsing import Commands, whole
 def add_commands(commands: Commands) -> None:
     """Add the commands of this file."""
     p = commands.add("segment-oct", _segment, "Outline the choroid in OCT B-scans: a mask and a row for each.")
-    p.add_argument("paths", metavar="PATH", nargs="+", help="images, or folders of images")
+    p.add_argument("paths", metavar="PATH", nargs="+", help="B-scans, as of analyse-oct, or folders of them")
     p.add_argument(
         "--model", metavar="RUN|WEIGHTS", required=True, help="of `jaxstack train deepgpet`, or a state dict"
     )
@@ -18,11 +18,13 @@ def add_commands(commands: Commands) -> None:
     p.add_argument(
         "--extra-cols", type=whole, default=0, help="more columns on both sides (scans of the optic nerve: 256)"
     )
-    p.add_argument("--out", metavar="DIR", required=True, help="masks/ and results.csv")
+    p.add_argument("--out", metavar="DIR", required=True, help="results.csv, masks/, overlays/, run.yaml")
+    p.add_argument("--resume", action="store_true", help="continue in DIR; files that have a row are not read again")
 
 
-def segmenter(model: str, pad_mode: Any = "zero", extra_cols: int = 0) -> Callable[[Any], Any]:
-    """A function from a B-scan [H, W] (uint8, or float in 0..1) to the choroid's probabilities [H, W].
+def segmenter(model: str, pad_mode: Any = "zero", extra_cols: int = 0) -> tuple[Callable[[Any], Any], dict[str, Any]]:
+    """A function from a B-scan [H, W] (uint8, or float in 0..1) to the choroid's probabilities [H, W], and what
+    run.yaml says about its networks.
 
     Args:
         model: a run of deepgpet, whose seeds are averaged, or a file of weights of the released network.
@@ -36,40 +38,51 @@ def segmenter(model: str, pad_mode: Any = "zero", extra_cols: int = 0) -> Callab
     import jax
     import numpy as np
 
-    from jaxstack.cli import runs
+    from jaxstack.cli import folders, runs
     from jaxstack.medical import deepgpet
     from jaxstack.nn.supervised import variables
     from jaxstack.nn.vision.unet_mobilenet import UNetMobileNetV3
 
     if Path(model).is_file():
         net, given = deepgpet.load_weights(model)
-        members = [given]
+        members, kind = [given], "weights"
     else:
         learner, states = runs.trained(model, "deepgpet", deepgpet.Config)
         net = UNetMobileNetV3(1, learner.config.width, learner.config.decoder, learner.config.most_blocks)
         given, count = variables(states), len(states.step)
-        members = [jax.tree.map(lambda x, i=i: x[i], given) for i in range(count)]
-    return lambda image: np.mean([deepgpet.segment(net, m, image, pad_mode, extra_cols) for m in members], 0)
+        members, kind = [jax.tree.map(lambda x, i=i: x[i], given) for i in range(count)], "run"
+    facts = folders.model_facts(kind, Path(model), given, net.decoder, len(members))
+    return lambda image: np.mean([deepgpet.segment(net, m, image, pad_mode, extra_cols) for m in members], 0), facts
 
 
 def _segment(args: argparse.Namespace, _: list[str]) -> int:
     from pathlib import Path
 
+    import numpy as np
     from PIL import Image
 
     from jaxstack.cli import folders
-    from jaxstack.medical import deepgpet, io
+    from jaxstack.core.errors import UserError
+    from jaxstack.medical import deepgpet, io, overlays
 
-    predict = segmenter(args.model, args.pad, args.extra_cols)
-    files, out = io.image_files(args.paths), Path(args.out)
-    (out / "masks").mkdir(parents=True, exist_ok=True)
+    if args.extra_cols < 0:
+        raise UserError(f"--extra-cols {args.extra_cols}: expected at least 0")
+    if not Path(args.model).exists():
+        raise UserError(f"--model {args.model}: not found, expected a run of `jaxstack train deepgpet` or weights")
+    folders.check_out(Path(args.out), args.out, args.resume)
+    files = io.scan_items(args.paths)
+    predict, facts = segmenter(args.model, args.pad, args.extra_cols)
+    options = {"pad": args.pad, "extra_cols": args.extra_cols, "model": facts}
+    session = folders.begun(args.out, options, "segment-oct", args.resume, ("masks", "overlays"))
     names = dict(zip(files, folders.names(files)))
 
     def measure(path: Path) -> dict[str, str]:
-        mask = deepgpet.outlined(predict(io.read_scan(path).image))
-        Image.fromarray(mask).save(out / "masks" / f"{names[path]}.png")
+        image = io.read_scan(path).image
+        mask = deepgpet.outlined(predict(image))
+        Image.fromarray(mask).save(session.out / "masks" / f"{names[path]}.png")
+        overlays.overlay(image, mask, np.zeros_like(mask)).save(session.out / "overlays" / f"{names[path]}.png")
         columns, pixels = int(mask.any(0).sum()), int(mask.sum())
         mean = {"mean_rows": f"{pixels / columns:.3f}"} if columns else {"mean_rows": "", "reason": "no choroid found"}
-        return {"columns": str(columns), "pixels": str(pixels)} | mean
+        return {"columns": str(columns), "pixels": str(pixels), "model": facts["sha256"]} | mean
 
-    return folders.write_table(files, out, measure, ", masks/")
+    return folders.write_table(files, session, measure, ", masks/, overlays/")

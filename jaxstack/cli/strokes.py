@@ -29,12 +29,9 @@ def _detect(args: argparse.Namespace, _: list[str]) -> int:
 
     import jax
     import numpy as np
-    import yaml
 
     from jaxstack.cli import folders, runs
-    from jaxstack.core import rundir
     from jaxstack.core.errors import UserError
-    from jaxstack.core.files import write_whole
     from jaxstack.medical import stroke_ct, stroke_data
     from jaxstack.medical.head_ct import prepare
     from jaxstack.medical.phantoms_ct import SIDES
@@ -43,20 +40,18 @@ def _detect(args: argparse.Namespace, _: list[str]) -> int:
 
     if not 0.0 < args.threshold < 1.0:
         raise UserError(f"--threshold {args.threshold:g}: expected more than 0 and less than 1")
+    folders.check_out(Path(args.out), args.out, args.resume)
     truth = None if args.labels is None else stroke_data.read_scans_table(Path(args.labels))
     learner, state = runs.trained(args.model, "stroke-ct", stroke_ct.Config)
     config = learner.config
     predict = jax.jit(jax.vmap(learner.predict, in_axes=(0, None)))
-    files, out = scan_paths(args.paths), Path(args.out)
+    files = scan_paths(args.paths)
     facts = folders.model_facts("run", Path(args.model), variables(state), config.widths, len(state.step))
     options = {"threshold": args.threshold, "model": facts}
-    known = folders.done(out, options, "detect-stroke") if args.resume else {}
-    (out / "overlays").mkdir(parents=True, exist_ok=True)
+    session = folders.begun(args.out, options, "detect-stroke", args.resume)
+    known, out = session.known, session.out
     names = dict(zip(files, folders.names(files)))
     decisions = {path: SIDES.index(known[str(path)]["decision"]) for path in files if str(path) in known}
-    about = {"options": options, "environment": rundir.environment()}
-    store = lambda **more: write_whole(out / "run.yaml", yaml.safe_dump(about | more, sort_keys=False))
-    store(status="running")
 
     def measure(path: Path) -> dict[str, Any]:
         volume = read_volume(path)
@@ -78,8 +73,7 @@ def _detect(args: argparse.Namespace, _: list[str]) -> int:
         row |= {"brain_cm3": f"{_litres(found.mask, volume.spacing, found.slices):.0f}", "source": volume.source}
         return row | {"model": facts["sha256"]}
 
-    code = folders.write_table(files, out, measure, "; overlays/, run.yaml", known)
-    store(status="finished", scans=len(files), measured=len(decisions))
+    code = folders.write_table(files, session, measure, "; overlays/, run.yaml")
     if truth is not None:
         _audit(decisions, truth, Path(str(args.labels)), out)
     return code

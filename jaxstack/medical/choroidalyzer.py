@@ -83,6 +83,14 @@ SCALE = (11.49, 3.87)
 """Micrometres per pixel across and down of the common scanner that the paper measures with."""
 
 
+EXAMPLES = (
+    ((174, 263, 112), 1.356311, 0.46774, 0.634401),
+    ((116, 155, 43), 0.771846, 0.45472, None),
+    ((313, 317, 298), 2.023217, 0.49248, None),
+)
+"""What the released weights measure in the release's three example scans: thickness, area, index, vessels' area."""
+
+
 class Measures(NamedTuple):
     """What is measured in the window around the fovea; all zero, and `ok` False, where it does not fit."""
 

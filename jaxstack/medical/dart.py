@@ -25,11 +25,16 @@ from jaxstack.core.learner import Key, Learner
 from jaxstack.core.source import Source
 from jaxstack.data.sources import ArrayData, SplitData
 from jaxstack.medical import phantoms
-from jaxstack.medical.fundus import Blocks, degraded, read_photograph, read_table, turned
+from jaxstack.medical.fundus import IMAGE_MEAN, IMAGE_STD, Blocks, degraded, read_photograph, read_table, turned
 from jaxstack.nn.supervised import Optimiser, State, linen, squared_error, supervised, variables
+from jaxstack.nn.torch_weights import from_torch, read_weights, to_torch
+from jaxstack.nn.vision.resnet import ResNet
 
 RELEASED = (1.485399946403277, 0.0326135335465513)
 """Mean and deviation of the released model's fractal dimensions."""
+RELEASED_SIZE = 224
+RELEASED_ZEROS = -1.3943004608154297
+"""What the released network gives for normalised zeros, before it is a dimension."""
 BOXES = (2, 4, 8, 16, 32)
 
 
@@ -167,6 +172,55 @@ class Network(nn.Module):
         self.variable("trait", "mean", lambda: jnp.float32(self.moments()[0]))
         self.variable("trait", "std", lambda: jnp.float32(self.moments()[1]))
         return Head(self.hidden)(Blocks(self.widths)(x, train))
+
+
+class ReleasedNetwork(nn.Module):
+    """ResNet and head. With ResNet-18, what the paper trains, it has 11,209,537 parameters."""
+
+    backbone: ResNet
+    hidden: int = 64
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w 3"]) -> Float[Array, " b"]:
+        """Images normalised by ImageNet's moments -> the standardised trait."""
+        return Head(self.hidden, name="head")(self.backbone(x).mean((1, 2)))
+
+    def torch_name(self, modules: tuple[str, ...]) -> str:
+        """timm's names of the backbone; those of the head are fc.0 (linear), fc.1 (norm), fc.2 (linear)."""
+        if modules[0] == "backbone":
+            return self.backbone.torch_name(modules[1:])
+        return {"Dense_0": "fc.0", "LayerNorm_0": "fc.1", "Dense_1": "fc.2"}[modules[1]]
+
+
+def load_weights(path: str | Path) -> tuple[ReleasedNetwork, Any]:
+    """ResNet-18 and the head with the weights of a state dict (.pt, .pth, .safetensors, .npz).
+
+    The backbone has timm's names, with any prefix. What the release calls its head is not public: the other tensors are
+    taken in the order of the file, as weight and bias of a linear layer, of a norm, and of a linear layer.
+
+    Raises:
+        UserError: for a broken file, or other names or shapes: the first ones that differ are listed.
+    """
+    weights = {k: v for k, v in read_weights(path).items() if not k.endswith("num_batches_tracked")}
+    network = ReleasedNetwork(ResNet(18, 0, "imagenet"))
+    shapes = jax.eval_shape(lambda key: network.init(key, jnp.zeros((1, 64, 64, 3))), jax.random.key(0))
+    trunk = {c: {"backbone": shapes[c]["backbone"]} for c in shapes}
+    names = set(to_torch(jax.tree.map(lambda x: np.broadcast_to(np.float32(0), x.shape), trunk), network.torch_name))
+    stem = next((k for k in weights if k.endswith("conv1.weight") and k.count("layer") == 0), "conv1.weight")
+    prefix = stem.removesuffix("conv1.weight")
+    own = lambda k: k.removeprefix(prefix)
+    head = [k for k in weights if own(k) not in names]
+    parts = [f"fc.{i}.{part}" for i in range(3) for part in ("weight", "bias")]
+    renamed = dict(zip(head, parts)) if len(head) == len(parts) else {}
+    given = {renamed[k] if k in renamed else own(k): v for k, v in weights.items()}
+    return network, jax.tree.map(jnp.asarray, from_torch(shapes, given, network.torch_name, str(path)))
+
+
+def predict_fd(network: ReleasedNetwork, variables: Any, images: Float[Any, "b h w 3"]) -> Float[Array, " b"]:
+    """Fractal dimensions of photographs in 0..1, of `RELEASED_SIZE` pixels, by released weights."""
+    x = (jnp.asarray(images) - jnp.asarray(IMAGE_MEAN)) / jnp.asarray(IMAGE_STD)
+    found: Any = network.apply(variables, x)
+    return to_trait(found, *RELEASED)
 
 
 class Hypers(NamedTuple):

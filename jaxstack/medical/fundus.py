@@ -13,7 +13,7 @@ from PIL import Image
 
 from jaxstack.core.errors import UserError
 from jaxstack.core.learner import Key
-from jaxstack.medical.io import opened
+from jaxstack.medical.io import read_colour
 from jaxstack.nn.conv import Conv
 
 HAZE = (0.85, 0.65, 0.5)
@@ -22,8 +22,8 @@ IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Of ImageNet, per channel."""
 
 
-def crop_black_borders(image: np.ndarray, threshold: float = 20.0, margin: int = 5) -> np.ndarray:
-    """Cut away the black around a photograph and make it square where the image allows.
+def border_box(image: np.ndarray, threshold: float = 20.0, margin: int = 5) -> tuple[slice, slice]:
+    """Rows and columns of a photograph without the black around it, square where the image allows.
 
     The box of pixels whose mean over colours is above `threshold` grows by `margin` on each side; the shorter side is
     then extended by half of the difference on each side, as far as there are pixels.
@@ -49,30 +49,36 @@ def crop_black_borders(image: np.ndarray, threshold: float = 20.0, margin: int =
     more = (bottom - top) - (right - left)
     side, length = (edges[1], image.shape[1]) if more > 0 else (edges[0], image.shape[0])
     side[0], side[1] = max(side[0] - abs(more) // 2, 0), min(side[1] + abs(more) // 2, length)
-    (top, bottom), (left, right) = edges
-    return image[top:bottom, left:right]
+    return slice(*map(int, edges[0])), slice(*map(int, edges[1]))
+
+
+def crop_black_borders(image: np.ndarray, threshold: float = 20.0, margin: int = 5) -> np.ndarray:
+    """What `border_box` keeps of a photograph [H, W, 3] uint8. Raises `UserError` as it does."""
+    return image[border_box(image, threshold, margin)]
 
 
 def read_pixels(path: str | Path) -> np.ndarray:
-    """An image file as [H, W, 3] uint8: any mode of 8 bits becomes RGB; 16 bits and several frames are refused.
+    """An image file (PNG, JPEG, TIFF, BMP, DICOM; 8 or 16 bits) as RGB [H, W, 3] uint8.
 
     Raises:
-        UserError: for a file that is no image, is broken, or is of another kind; the message names it.
+        UserError: for a file that is no image, is broken, or has several frames; the message names it.
     """
-    with opened(path) as image:
-        if image.mode.startswith(("I", "F")):
-            raise UserError(f"{path}: found mode {image.mode}, expected 8 bits per channel")
-        return np.asarray(image.convert("RGB"))
+    return read_colour(path)
+
+
+def photograph(pixels: np.ndarray, size: int) -> np.ndarray:
+    """A photograph [H, W, 3] uint8 without its black borders, [size, size, 3] (bilinear). Raises `UserError` where all
+    of it is black."""
+    cropped = crop_black_borders(pixels)
+    return np.asarray(Image.fromarray(cropped).resize((size, size), Image.Resampling.BILINEAR))
 
 
 def read_photograph(path: str | Path, size: int) -> np.ndarray:
-    """A photograph without its black borders, [size, size, 3] uint8 (bilinear). Raises `UserError` as `read_pixels`,
-    and where all of it is black."""
+    """`photograph` of a file. Raises `UserError` as `read_pixels`, and where all of it is black."""
     try:
-        cropped = crop_black_borders(read_pixels(path))
+        return photograph(read_pixels(path), size)
     except UserError as e:
         raise UserError(str(e) if str(e).startswith(f"{path}: ") else f"{path}: {e}") from e
-    return np.asarray(Image.fromarray(cropped).resize((size, size), Image.Resampling.BILINEAR))
 
 
 def read_table(folder: str | Path, name: str, column: str) -> list[tuple[int, Path, str]]:

@@ -27,10 +27,31 @@ CLASSES = ("Good", "Usable", "Bad")
 MEME_INDICES = (71, 109, 121, 53, 55, 123, 29, 133, 84)
 MEME_WEIGHTS = (-1411.32, 517.09, 342.41, -707.9, 1442.09, -23.25, -541.64, -8.44, 5.44)
 MEME_BIAS = 5.18
+MEME_EXAMPLE = 0.9386
+"""The score of EyePACS's photograph 10036_left, as published."""
+
+
+def bright_box(image: np.ndarray, threshold: float = 15.0, margin: int = 20) -> tuple[slice, slice] | None:
+    """Rows and columns of the pixels brighter than `threshold` (mean over colours, of 255), with a margin as far as
+    there are pixels; None where there are none.
+
+    Args:
+        image: [H, W, 3] uint8.
+        threshold: grey level.
+        margin: pixels.
+    """
+    bright = image.mean(2) > threshold
+    if not bright.any():
+        return None
+    spans = []
+    for axis, length in ((1, image.shape[0]), (0, image.shape[1])):
+        at = np.flatnonzero(bright.any(axis))
+        spans.append(slice(int(max(at[0] - margin, 0)), int(min(at[-1] + 1 + margin, length))))
+    return spans[0], spans[1]
 
 
 def preprocess_fundus(image: np.ndarray, size: int = 1024, threshold: float = 15.0, margin: int = 20) -> np.ndarray:
-    """The release's crop: the box of pixels brighter than `threshold`, a margin, black bars to a square, Lanczos.
+    """The release's crop: `bright_box`, black bars to a square, Lanczos.
 
     A photograph without such pixels is resized as it is.
 
@@ -40,13 +61,8 @@ def preprocess_fundus(image: np.ndarray, size: int = 1024, threshold: float = 15
         threshold: mean over colours, of 255.
         margin: pixels around the box, as far as there are any.
     """
-    bright = image.mean(2) > threshold
-    if bright.any():
-        spans = []
-        for axis, length in ((1, image.shape[0]), (0, image.shape[1])):
-            at = np.flatnonzero(bright.any(axis))
-            spans.append(slice(max(at[0] - margin, 0), min(at[-1] + 1 + margin, length)))
-        image = image[spans[0], spans[1]]
+    box = bright_box(image, threshold, margin)
+    image = image if box is None else image[box]
     h, w = image.shape[:2]
     side = max(h, w)
     top, left = (side - h) // 2, (side - w) // 2

@@ -196,11 +196,12 @@ def bootstrap(
         raise UserError(f"scores: expected the same tasks in each table, found shapes {[t.shape for t in tables]}")
     if paired and len({t.shape[0] for t in tables}) != 1:
         raise UserError(f"scores: expected the same runs in each table, found {[t.shape[0] for t in tables]} runs")
-    key = jax.random.key(0) if key is None else key
-    value, low, high = _interval(statistic, resamples, paired, key, jnp.float32((1.0 - confidence) / 2.0), *tables)
     if min(t.shape[0] for t in tables) == 1:
-        low = high = jnp.full_like(value, jnp.nan)
-    return value, low, high
+        value = _once(statistic, *tables)
+        unknown = jnp.full_like(value, jnp.nan)
+        return value, unknown, unknown
+    key = jax.random.key(0) if key is None else key
+    return _interval(statistic, resamples, paired, key, jnp.float32((1.0 - confidence) / 2.0), *tables)
 
 
 def estimate(statistic: Callable[..., Array], *scores: Any, **options: Any) -> Estimate:
@@ -222,6 +223,11 @@ def summary(scores: Any, target: float = 1.0, **options: Any) -> dict[str, Estim
 def _middle(x: Array) -> Array:
     cut = x.shape[0] // 4
     return jnp.sort(x, 0)[cut : x.shape[0] - cut].mean(0)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _once(statistic: Callable, *tables: Array) -> Array:
+    return statistic(*tables)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

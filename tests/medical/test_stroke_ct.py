@@ -238,7 +238,7 @@ def test_from_phantoms_to_a_table(tmp_path, capsys):
     for argv, message in (
         ((*command, "--threshold", 0.4, "--out", out, "--resume"), "--resume: threshold: found 0.4, expected 0.5"),
         ((*command, "--threshold", 1, "--out", tmp_path / "x"), "--threshold 1: expected more than 0"),
-        (("detect-stroke", tmp_path / "none", "--model", model, "--out", out), "not found"),
+        (("detect-stroke", tmp_path / "none", "--model", model, "--out", tmp_path / "x"), "not found"),
     ):
         assert run(*argv) == 2
         assert message in capsys.readouterr().err

@@ -237,10 +237,12 @@ def test_a_folder_trains_and_is_screened(tmp_path, capsys):
     assert set(aucs) == set(LABELS)
     assert all(r["images"] == "40" for r in aucs.values())
     capsys.readouterr()
-    assert run("screen-uwf", folder, "--model", folder, "--out", out) == 2
+    assert run("screen-uwf", folder, "--model", folder, "--out", tmp_path / "none") == 2
     # without a table the side is not known, and said
-    assert run("screen-uwf", folder / "eye0003.png", "--model", tmp_path / "run", "--threshold", 0.5, "--out", out) == 0
-    row = next(csv.DictReader((out / "results.csv").read_text().splitlines()))
+    other = tmp_path / "other"
+    argv = ("screen-uwf", folder / "eye0003.png", "--model", tmp_path / "run", "--threshold", 0.5, "--out", other)
+    assert run(*argv) == 0
+    row = next(csv.DictReader((other / "results.csv").read_text().splitlines()))
     assert row["laterality"] == "assumed L"
     # maps of half of the patients, curves of the others; the broken file is named
     table.write_text(table.read_text() + f"broken.png,p9,L{',0' * 8}\n")

@@ -1,7 +1,6 @@
-"""`jaxstack phantoms`, `fit-quality` and `grade-fundus`: folders of images in, tables out. Not a medical device."""
+"""`jaxstack phantoms`: images with known truth, to try the medical methods without data."""
 
 import argparse
-from collections.abc import Callable
 from typing import Any
 
 from jaxstack.cli.parsing import Commands, real, whole
@@ -25,20 +24,6 @@ def add_commands(commands: Commands) -> None:
     p.add_argument("--device", choices=("A", "B", "C"), help="oct: the scanner, of three (A)")
     p.add_argument("--seed", type=whole, default=0)
     p.add_argument("--out", metavar="DIR", required=True, help="images, masks in folders, tables of the truth")
-    p = commands.add("fit-quality", _fit, "Learn three classes of quality from a folder of photographs (QuickQual).")
-    p.add_argument(
-        "--data", metavar="DIR", required=True, help="with labels.csv: columns file, label (Good, Usable, Bad)"
-    )
-    p.add_argument("--backbone", default="efficientnet-lite0", metavar="NAME[=FILE]", help="or densenet121=FILE")
-    p.add_argument("--size", type=whole, default=512, help="pixels of a side that the network is given (default: 512)")
-    p.add_argument("--out", metavar="FILE", required=True, help="an NPZ file, for grade-fundus --quality")
-    p = commands.add(
-        "grade-fundus", _grade, "Grade photographs of the fundus: quality and a retinal trait, a row each."
-    )
-    p.add_argument("paths", metavar="PATH", nargs="+", help="images, or folders of images")
-    p.add_argument("--model", metavar="RUN", help="a run of `jaxstack train dart`: the trait")
-    p.add_argument("--quality", metavar="FILE", help="of `jaxstack fit-quality`: three probabilities")
-    p.add_argument("--out", metavar="DIR", required=True, help="where results.csv is written")
 
 
 def _phantoms(args: argparse.Namespace, _: list[str]) -> None:
@@ -191,83 +176,3 @@ def _fundus(args: argparse.Namespace, out: Any) -> None:
         with open(out / table, "w", newline="") as file:
             csv.writer(file).writerows(rows)
     print(f"{args.num} phantoms: {out}; vessels/, traits.csv (fractal dimensions of the vessels), labels.csv (quality)")
-
-
-def _fit(args: argparse.Namespace, _: list[str]) -> None:
-    from pathlib import Path
-
-    import jax.numpy as jnp
-    import numpy as np
-
-    from jaxstack.core.errors import UserError
-    from jaxstack.medical import quickqual
-
-    if Path(args.out).suffix != ".npz":
-        raise UserError(f"--out {args.out}: expected a name ending in .npz")
-    if args.size < 32:
-        raise UserError(f"--size {args.size}: expected at least 32 pixels")
-    images, labels = quickqual.read_folder(args.data, args.size)
-    features = quickqual.features_of(quickqual.backbone(args.backbone), images)
-    scorer = quickqual.fit_quality(features, labels)
-    quickqual.save_scorer(args.out, scorer, backbone=args.backbone, size=str(args.size))
-    of_class = ", ".join(f"{n} {c}" for n, c in zip(np.bincount(labels, minlength=3), quickqual.CLASSES))
-    found = quickqual.metrics(np.asarray(scorer.probabilities(jnp.asarray(features))), labels)
-    print(f"{len(labels)} photographs ({of_class}); accuracy on these {found['accuracy']:.3f}: {args.out}")
-
-
-def _trait(run: str) -> Callable[[Any], dict[str, Any]]:
-    """path -> columns of the trait, by a run of dart."""
-    import jax
-    import numpy as np
-
-    from jaxstack.cli import runs
-    from jaxstack.medical import dart
-    from jaxstack.medical.fundus import read_photograph
-
-    learner, state = runs.trained(run, "dart", dart.Config)
-    predict = jax.jit(jax.vmap(learner.predict, in_axes=(0, None)))
-
-    def columns(path: Any) -> dict[str, Any]:
-        image = read_photograph(path, learner.config.size)[None].astype(np.float32) / 255.0
-        found = np.asarray(predict(state, image))[:, 0]
-        return {"trait": f"{found.mean():.6f}", "deviation_over_seeds": f"{found.std():.6f}", "seeds": len(found)}
-
-    return columns
-
-
-def _quality(file: str) -> Callable[[Any], dict[str, Any]]:
-    """path -> columns of quality, by a file of fit-quality."""
-    import jax.numpy as jnp
-    import numpy as np
-
-    from jaxstack.medical import quickqual
-    from jaxstack.medical.fundus import read_pixels
-
-    scorer, facts = quickqual.load_scorer(file)
-    net, size = quickqual.backbone(facts["backbone"]), int(facts["size"])
-
-    def columns(path: Any) -> dict[str, Any]:
-        image = quickqual.preprocess_fundus(read_pixels(path), size)
-        features = quickqual.features_of(net, image[None], batch=1)
-        p = np.asarray(scorer.probabilities(jnp.asarray(features)))[0]
-        found = {"quality": quickqual.CLASSES[int(p.argmax())]}
-        found |= {f"p_{c.lower()}": f"{value:.6f}" for c, value in zip(quickqual.CLASSES, p)}
-        if net.name == "densenet121":
-            found["meme"] = f"{float(quickqual.meme_score(jnp.asarray(features))[0]):.6f}"
-        return found
-
-    return columns
-
-
-def _grade(args: argparse.Namespace, _: list[str]) -> int:
-    from pathlib import Path
-
-    from jaxstack.cli import folders
-    from jaxstack.core.errors import UserError
-    from jaxstack.medical import io
-
-    if args.model is None and args.quality is None:
-        raise UserError("--model, --quality: expected at least one of them")
-    graders = [make(given) for make, given in ((_quality, args.quality), (_trait, args.model)) if given is not None]
-    measure = lambda path: {name: value for grade in graders for name, value in grade(path).items()}
-    return folders.write_table(io.image_files(args.paths), Path(args.out), measure)
