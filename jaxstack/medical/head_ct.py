@@ -249,7 +249,7 @@ class Prepared(NamedTuple):
 
 
 def prepare(
-    volume: Volume, slices: int = 11, size: int = 128, view_mm: float = VIEW_MM, strip: bool = True
+    volume: Volume, slices: int = 11, size: int = 128, view_mm: float = VIEW_MM, strip: bool = True, jitter: int = 0
 ) -> Prepared:
     """Choose slices, find brain and mid-line, turn, cut out, window, split.
 
@@ -259,6 +259,8 @@ def prepare(
         size: pixels of a side of the square, S, even.
         view_mm: its side.
         strip: set to 0 what is not brain.
+        jitter: also give the chosen slices moved by -jitter to jitter slices of the volume, at its ends fewer: halves
+            are then [2, (2 jitter + 1) T, S, S / 2], the slices as they are chosen in the middle.
 
     Raises:
         UserError: for too few slices, pixels that are not square, no brain, or a tilt above 10 degrees.
@@ -270,10 +272,15 @@ def prepare(
     hu = volume.hu[chosen]
     mask = brain_mask(hu, right)
     line = find_midline(hu, mask, right)
+    middle = mask
+    if jitter:
+        shifts = range(-jitter, jitter + 1)
+        hu = volume.hu[[min(max(i + shift, 0), len(volume.hu) - 1) for shift in shifts for i in chosen]]
+        mask = brain_mask(hu, right)
     if abs(line.tilt) > MOST_TILT:
         raise UserError(f"found a tilt of {line.tilt:.1f} degrees, expected at most {MOST_TILT:g}")
     seen = upright(window(hu) * mask if strip else window(hu), line, right, size, view_mm)
-    return Prepared(np.round(255.0 * halves(seen)).astype(np.uint8), line, mask, chosen)
+    return Prepared(np.round(255.0 * halves(seen)).astype(np.uint8), line, middle, chosen)
 
 
 def prepare_scan(vol_hu: np.ndarray, affine: np.ndarray, slices: int, size: int) -> np.ndarray:

@@ -301,6 +301,12 @@ class Config(configs.Config):
     """Exchange the halves of every other training scan, and its sides."""
     shift: int = 1
     """Training scans are moved by up to so many pixels, both halves alike."""
+    turn: float = 0.0
+    """Training scans are turned as a whole by up to so many degrees: 10 as the sister study has it."""
+    zoom: float = 0.0
+    """And enlarged or made smaller by up to this share: .1 likewise."""
+    jitter: int = 0
+    """And their slices chosen up to so many slices of the volume lower or higher: 1 likewise."""
     gain: float = 0.02
     """Training scans are multiplied by 1 +- this inside the brain."""
     offset: float = 0.02
@@ -316,8 +322,10 @@ class Config(configs.Config):
 
     def validate(self) -> None:
         require_at_least(self, 1, "slices", "num_train", "num_valid", "num_updates")
-        require_at_least(self, 0, "shift", "data_seed", "hypers.lr", "hypers.min_lr", "hypers.weight_decay")
+        require_at_least(self, 0, "shift", "jitter", "data_seed", "hypers.lr", "hypers.min_lr", "hypers.weight_decay")
         require_at_least(self, 0, "hypers.task_weight", "gain", "offset", "noise")
+        require(self, "turn", 0 <= self.turn <= 180, "0 to 180 degrees")
+        require(self, "zoom", 0 <= self.zoom < 1, "0 to less than 1")
         for name, options in (("backbone", Backbone), ("slice_pool", Pool), ("compare", Compare), ("head", Head)):
             known = options.__args__
             require(self, name, getattr(self, name) in known, f"one of {', '.join(known)}")
@@ -336,20 +344,57 @@ def parts(config: Config) -> tuple[Scans, Scans]:
     """Scans for training and for validation, of different patients. Raises `UserError`."""
     c = config
     if c.data == "phantom":
-        draw = lambda seed, count: phantom_scans(seed, count, c.slices, c.size)
+        draw = lambda seed, count: phantom_scans(seed, count, c.slices, c.size, jitter=c.jitter)
         return draw(2 * c.data_seed, c.num_train), draw(2 * c.data_seed + 1, c.num_valid)
-    scans, part = read_folder(c.data, c.slices, c.size, c.view_mm, c.data_seed)
+    scans, part = read_folder(c.data, c.slices, c.size, c.view_mm, c.data_seed, c.jitter)
     for i, name in enumerate(("train", "valid")):
         if not (part == i).any():
             raise UserError(f"{c.data}: found no scans of the part {name}, expected at least 1")
     return scans.part(part == 0), scans.part(part == 1)
 
 
+def turned(x: Float[Array, "b 2 t h w"], degrees: Float[Array, " b"], zoom: Float[Array, " b"]) -> Array:
+    """Each head as a whole turned by `degrees`, counterclockwise as displayed, and `zoom` times as large, about the
+    middle of its square; then split at the middle again. Bilinear, zeros come in."""
+    b, _, t, size, half = x.shape
+    whole = jnp.concatenate([x[:, 0], x[:, 1, ..., ::-1]], -1).reshape(b, t, size * size)
+    middle = (size - 1) / 2
+    y, z = (v.ravel() - middle for v in jnp.meshgrid(*[jnp.arange(size, dtype=jnp.float32)] * 2, indexing="ij"))
+    c, s = (f(jnp.deg2rad(degrees))[:, None] / zoom[:, None] for f in (jnp.cos, jnp.sin))
+    rows, columns = c * y + s * z + middle, c * z - s * y + middle
+    top, left = jnp.floor(rows), jnp.floor(columns)
+    out = jnp.zeros_like(whole)
+    for down in (0, 1):
+        for right in (0, 1):
+            i, j = top + down, left + right
+            weight = (1.0 - jnp.abs(rows - i)) * (1.0 - jnp.abs(columns - j))
+            inside = (i >= 0) & (i < size) & (j >= 0) & (j < size)
+            at = jnp.where(inside, i * size + j, 0).astype(jnp.int32)
+            out += jnp.where(inside, weight, 0.0)[:, None] * jnp.take_along_axis(whole, at[:, None], 2)
+    out = out.reshape(b, t, size, size)
+    return jnp.stack([out[..., :half], out[..., ::-1][..., :half]], 1)
+
+
+def chosen_slices(x: Any, jitter: int, which: Any) -> Any:
+    """The slices of scans [B, 2, (2 jitter + 1) T, h, w] that are moved by `which` - jitter, [B] or a number."""
+    b, sides, many, h, w = x.shape
+    x = x.reshape(b, sides, 2 * jitter + 1, many // (2 * jitter + 1), h, w)
+    return x[np.arange(b), :, which]
+
+
 def augmented(key: Key, x: Any, labels: Any, config: Config) -> tuple[Array, Array]:
-    """Training copies of halves uint8 [B, 2, T, h, w] and labels [B, 5]: halves are exchanged and moved, and inside
-    the brain there are gain, offset and noise."""
+    """Training copies of halves uint8 [B, 2, T, h, w] and labels [B, 5]: other slices are chosen, heads turned and
+    enlarged, halves exchanged and moved, and inside the brain there are gain, offset and noise."""
     k_flip, k_shift, k_gain, k_noise = jax.random.split(key, 4)
+    # keys of their own, so that the others' draws do not depend on them
+    k_jitter, k_turn, k_zoom = jax.random.split(jax.random.fold_in(key, 1), 3)
+    count = len(x)
+    if config.jitter:
+        x = chosen_slices(x, config.jitter, jax.random.randint(k_jitter, (count,), 0, 2 * config.jitter + 1))
     x = x.astype(jnp.float32) / 255.0
+    if config.turn or config.zoom:
+        degrees, zoom = (jax.random.uniform(k, (count,), minval=-1.0) for k in (k_turn, k_zoom))
+        x = turned(x, config.turn * degrees, 1.0 + config.zoom * zoom)
     if config.flip:
         x, labels = flip_swap(k_flip, x, labels)
     if config.shift:
@@ -381,7 +426,8 @@ def source(config: Config) -> Source:
 def eval_source(config: Config) -> Source:
     """The validation part, as it is."""
     train, valid = parts(config)
-    return SplitData((valid.halves, targets_of(valid, train)), 50)
+    halves = chosen_slices(valid.halves, config.jitter, config.jitter) if config.jitter else valid.halves
+    return SplitData((halves, targets_of(valid, train)), 50)
 
 
 def correct(outputs: Outputs, targets: Targets, hypers: Any) -> Array:

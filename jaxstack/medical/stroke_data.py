@@ -29,7 +29,8 @@ class Scans(NamedTuple):
     """Prepared scans."""
 
     halves: np.ndarray
-    """[M, 2, T, S, S / 2] uint8: left and right, as `jaxstack.medical.head_ct.prepare` gives them."""
+    """[M, 2, T, S, S / 2] uint8: left and right, as `jaxstack.medical.head_ct.prepare` gives them; with jitter more
+    slices."""
     labels: np.ndarray
     """[M, 5] int8, see `LABELS`; -1 where the table says nothing. Sides: 0 none, 1 left, 2 right, 3 both."""
     patients: np.ndarray
@@ -76,15 +77,18 @@ def _labels(row: dict[str, str], where: str) -> list[int]:
 
 
 @lru_cache(16)
-def phantom_scans(seed: int, count: int, slices: int, size: int, design: Design = Design()) -> Scans:
-    """Prepared phantoms of a seed; `slices` and `size` take the place of the design's. Scans that cannot be prepared,
-    about one in a thousand whose mid-line is not found, are left out."""
-    made = ct_set(seed, count, design._replace(slices=slices, size=size))
-    spacing = (float(gap_mm(slices)), DRAWN_MM / size, DRAWN_MM / size)
+def phantom_scans(seed: int, count: int, slices: int, size: int, design: Design = Design(), jitter: int = 0) -> Scans:
+    """Prepared phantoms of a seed; `slices` and `size` take the place of the design's, with `jitter` they have so many
+    slices more at both ends. Scans that cannot be prepared, about one in a thousand whose mid-line is not found, are
+    left out."""
+    drawn = slices + 2 * jitter
+    made = ct_set(seed, count, design._replace(slices=drawn, size=size))
+    spacing = (float(gap_mm(drawn)), DRAWN_MM / size, DRAWN_MM / size)
     halves, table = [], []
     for hu, row in zip(made.hu, rows(made, [f"{i}" for i in range(count)])):
         with contextlib.suppress(UserError):
-            halves.append(prepare(Volume(hu.astype(np.float32), spacing, ""), slices, size).halves)
+            volume = Volume(hu.astype(np.float32), spacing, "")
+            halves.append(prepare(volume, slices, size, jitter=jitter).halves)
             table.append(dict(zip(TABLE, row)))
     return Scans(np.stack(halves), *labelled(table, "phantoms"))
 
@@ -111,7 +115,7 @@ def read_scans_table(path: Path) -> list[dict[str, str]]:
 
 @lru_cache(2)
 def read_folder(
-    folder: str, slices: int, size: int, view_mm: float = VIEW_MM, seed: int = 0
+    folder: str, slices: int, size: int, view_mm: float = VIEW_MM, seed: int = 0, jitter: int = 0
 ) -> tuple[Scans, np.ndarray]:
     """Scans of a folder and [M] the part of each: 0 train, 1 valid, 2 test.
 
@@ -124,6 +128,7 @@ def read_folder(
         size: pixels of a side, S.
         view_mm: the side.
         seed: of the split.
+        jitter: see `jaxstack.medical.head_ct.prepare`.
 
     Raises:
         UserError: for a broken table or file, a row without a scan or the reverse, a patient in two parts, or too few
@@ -156,7 +161,7 @@ def read_folder(
         at = root / row["file"]
         volume = read_volume(at)
         try:
-            halves.append(prepare(volume, slices, size, view_mm).halves)
+            halves.append(prepare(volume, slices, size, view_mm, jitter=jitter).halves)
             kept.append(i)
         except UserError as e:
             print(f"{at}: {e}, left out", flush=True)  # noqa: T201 - what is not learned from matters

@@ -12,13 +12,15 @@ from jaxstack import cli
 from jaxstack.claims import stroke_ct as study
 from jaxstack.core.errors import UserError
 from jaxstack.medical import stroke_data
-from jaxstack.medical.phantoms_ct import Design
+from jaxstack.medical.head_ct import prepare
+from jaxstack.medical.phantoms_ct import Design, ct_set
 from jaxstack.medical.stroke_ct import (
     SWAPPED,
     HalfBrainNet,
     Outputs,
     Targets,
     augmented,
+    chosen_slices,
     class_weighted_bce,
     class_weights,
     flip_swap,
@@ -29,8 +31,9 @@ from jaxstack.medical.stroke_ct import (
     stroke_ct,
     targets_of,
     tuned_threshold,
+    turned,
 )
-from jaxstack.medical.volumes import read_volume, write_volume
+from jaxstack.medical.volumes import Volume, read_volume, write_volume
 
 X = jax.random.uniform(jax.random.key(0), (3, 2, 3, 32, 16))
 TINY = dict(widths=(4, 4), tasks=("old", "size", "atrophy", "calcified"))
@@ -110,6 +113,46 @@ def test_the_flip_exchanges_halves_and_sides():
     copies, _ = augmented(jax.random.key(0), np.full((4, 2, 7, 32, 16), 128, np.uint8), labels[:4], config)
     assert 0.4 < float(copies[copies > 0].mean()) < 0.6
     assert np.unique(copies).size > 100
+
+
+def test_heads_are_turned_as_a_whole_and_slices_chosen_anew():
+    x = jax.random.uniform(jax.random.key(0), (2, 2, 3, 8, 4))
+    whole = lambda x: np.concatenate([x[:, 0], x[:, 1, ..., ::-1]], -1)
+    one, move = jnp.ones(2), jax.jit(turned)
+    np.testing.assert_allclose(move(x, 0.0 * one, one), x, atol=1e-6)
+    found = whole(move(x, jnp.array([90.0, 180.0]), one))
+    np.testing.assert_allclose(found[0], np.rot90(whole(x)[0], 1, (1, 2)), atol=1e-5)
+    np.testing.assert_allclose(found[1], whole(x)[1, :, ::-1, ::-1], atol=1e-5)
+    # a ramp stays one, half as steep; what comes in is zero
+    ramp = np.broadcast_to(np.arange(8.0) - 3.5, (2, 1, 8, 8))
+    split = jnp.stack([ramp[..., :4], ramp[..., ::-1][..., :4]], 1)
+    large, small = (whole(move(split, 0.0 * one, z * one)) for z in (2.0, 0.5))
+    np.testing.assert_allclose(large[0, 0], ramp[0, 0] / 2, atol=1e-5)
+    np.testing.assert_allclose(small[0, 0, 2:6, 2:6], 2 * ramp[0, 0, 2:6, 2:6], atol=1e-5)
+    assert not small[:, :, 0].any()
+    config = stroke_ct(size=32, num_train=32, turn=10.0, zoom=0.1, jitter=1, slices=2, noise=0.0, shift=0).config
+    scans = np.stack([np.full((2, 6, 32, 16), 40 * i, np.uint8) for i in range(1, 5)])
+    scans[:, :, 2:4] += 20
+    np.testing.assert_array_equal(chosen_slices(scans, 1, 1), scans[:, :, 2:4])
+    np.testing.assert_array_equal(chosen_slices(scans, 1, np.array([0, 1, 2, 1]))[2], scans[2, :, 4:])
+    labels = jnp.zeros((4, 5), jnp.int8)
+    levels = set()
+    for i in range(8):
+        copies, _ = augmented(jax.random.key(i), scans, labels, config)
+        assert copies.shape == (4, 2, 2, 32, 16)
+        levels |= {round(float(c[0, 0, 16, 15]) * 255 / 10) for c in copies}
+    assert len(levels) >= 6  # both kinds of slices, of each scan
+    # the chosen slices are in the middle, those below and above them beside
+    made = ct_set(0, 1, Design(slices=9, size=32, source="ellipses"))
+    volume = Volume(made.hu[0].astype(np.float32), (5.0, 7.2, 7.2), "")
+    alone, beside = prepare(volume, 3, 32), prepare(volume, 3, 32, jitter=1)
+    assert (alone.slices, alone.line) == (beside.slices, beside.line)
+    np.testing.assert_array_equal(beside.halves[:, 3:6], alone.halves)
+    lower = prepare(volume._replace(hu=np.roll(volume.hu, 1, 0)), 3, 32)
+    assert np.abs(beside.halves[:, :3].astype(float) - lower.halves).mean() < 3
+    assert np.abs(beside.halves[:, :3].astype(float) - alone.halves).mean() > 3
+    scans = stroke_data.phantom_scans(0, 2, 3, 32, Design(source="ellipses"), jitter=1)
+    assert scans.halves.shape == (2, 2, 9, 32, 16)
 
 
 def test_class_weights_and_losses():
