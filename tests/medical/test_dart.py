@@ -11,6 +11,7 @@ from scipy.special import erf
 from scipy.stats import spearmanr
 
 from jaxstack import cli
+from jaxstack.claims import dart as study
 from jaxstack.core.errors import UserError
 from jaxstack.core.runner import train
 from jaxstack.medical import dart, fundus, phantoms
@@ -202,6 +203,33 @@ def test_folders_of_photographs_train_and_are_graded(tmp_path, capsys):
     raw = dart.Network((2, 2, 2, 2), 4).apply({"params": one.params, **one.stats}, image)[0]
     assert two[0] == pytest.approx(float(raw * (trait["std"][0] + 1e-9) + trait["mean"][0]), abs=1e-5)
     assert run("grade-fundus", folder / "dark.png", "--model", tmp_path / "run", "--out", tmp_path / "none") == 2
+
+
+def test_the_full_claim_has_photographs_of_one_s_own(tmp_path, monkeypatch):
+    pytest.importorskip("skimage")
+    run = lambda *argv: cli.main([str(a) for a in argv])
+    assert run("phantoms", "fundus", "--num", 20, "--size", 48, "--out", tmp_path / "eyes") == 0
+    monkeypatch.setattr(study, "SIZE", 32)
+    monkeypatch.setattr(study, "BATCH", 4)
+    budget, folder = study.Budget(0, 2, (2, 2, 2, 2)), str(tmp_path / "eyes")
+    learned, test = study.given(folder)
+    assert (len(learned.values), len(test.values)) == (16, 4)
+    rows = {arm: [*study.on_photographs(arm, (0, 1), folder, budget)] for arm in ("DART", study.PIPELINE, "mean")}
+    assert [row["seed"] for row in rows["DART"]] == [0, 1]
+    assert rows["DART"][0]["r clean"] != rows["DART"][1]["r clean"]
+    assert rows["mean"][0]["r clean"] == 0
+    expected = np.abs(test.values - learned.values.mean()).mean() / test.values.std()
+    assert rows["mean"][1]["error .4 to .6"] == pytest.approx(expected, rel=1e-5)
+    assert rows[study.PIPELINE][0]["r clean"] == pytest.approx(
+        np.corrcoef(dart.pipeline(test.images), test.values)[0, 1], rel=1e-5
+    )
+    named = {c.experiment for c in study.claim.scales["full"].checks}
+    assert named == {e.name for e in study.claim.scales["full"].experiments} == {"accuracy", "speed", "photographs"}
+    assert {c.experiment for c in study.claim.scales["small"].checks} == {"accuracy", "speed"}
+    study.given.cache_clear()
+    monkeypatch.setattr(study, "BATCH", 64)
+    with pytest.raises(UserError, match="eyes: found 20 photographs, expected at least 80"):
+        study.given(folder)
 
 
 def test_bad_input_is_named(tmp_path):
