@@ -240,8 +240,24 @@ def phantom_scans(seed: int, count: int, size: tuple[int, int], scanners: tuple[
     return Scans(*(np.concatenate(each)[order] for each in zip(*parts)))
 
 
+class Folder(NamedTuple):
+    """Scans of a folder and what its table says about each."""
+
+    scans: Scans
+    patients: np.ndarray
+    """[M] text."""
+    resolutions: np.ndarray
+    """[M] float32: of the scan as it was taken, over the size that it is resized to; infinite where nothing is said."""
+
+
 def read_folder(folder: str | Path, size: tuple[int, int]) -> tuple[Scans, np.ndarray]:
-    """Scans of a folder, resized, with their masks and foveas, and the patient of each [M].
+    """`read_table_of`: the scans, and the patient of each [M]. Raises `UserError`."""
+    found = read_table_of(folder, size)
+    return found.scans, found.patients
+
+
+def read_table_of(folder: str | Path, size: tuple[int, int]) -> Folder:
+    """Scans of a folder, resized, with their masks and foveas, patients and resolutions.
 
     Args:
         folder: with scales.csv (`io.read_scales`), and masks in region/ and vessels/ under the names of the scans.
@@ -251,7 +267,7 @@ def read_folder(folder: str | Path, size: tuple[int, int]) -> tuple[Scans, np.nd
         UserError: for a missing or broken table, scan or mask; the message names it.
     """
     folder = Path(folder)
-    images, masks, foveas, patients = [], [], [], []
+    images, masks, foveas, patients, shares = [], [], [], [], []
     for name, row in io.read_scales(folder / "scales.csv").items():
         image = io.read_scan(folder / name).image
         found = [io.read_mask(folder / part / name) for part in ("region", "vessels")]
@@ -271,31 +287,40 @@ def read_folder(folder: str | Path, size: tuple[int, int]) -> tuple[Scans, np.nd
         masks.append(region + 2 * vessel)
         foveas.append(fovea)
         patients.append(row.patient or name)
-    return Scans(np.stack(images), np.stack(masks), np.asarray(foveas, np.float32)), np.asarray(patients)
+        shares.append(np.inf if row.resolution is None else row.resolution)
+    scans = Scans(np.stack(images), np.stack(masks), np.asarray(foveas, np.float32))
+    return Folder(scans, np.asarray(patients), np.asarray(shares, np.float32))
 
 
 @lru_cache(4)
 def _parts(
     data: str, size: tuple[int, int], scanners: tuple[str, ...], num_train: int, num_valid: int, seed: int
-) -> tuple[Scans, Scans]:
+) -> tuple[Scans, Scans, np.ndarray]:
     if data == "phantom":
         whole = phantom_scans(seed, num_train + num_valid, size, scanners)
         valid = np.arange(num_train + num_valid) >= num_train
+        shares = np.full(len(valid), np.inf, np.float32)
     else:
-        whole, patients = read_folder(data, size)
+        whole, patients, shares = read_table_of(data, size)
         names, code = np.unique(patients, return_inverse=True)
         if len(names) < 2:
             raise UserError(f"{data}: found {len(names)} patient, expected at least 2, as some are kept for validation")
         held = np.random.default_rng(seed).permutation(len(names)) % 10 == 0
         valid = held[code]
     part = lambda rows: Scans(*(x[rows] for x in whole))
-    return part(~valid), part(valid)
+    return part(~valid), part(valid), shares[~valid]
 
 
 def parts(config: ScanConfig) -> tuple[Scans, Scans]:
     """Scans for training and for validation, no patient in both. Raises `UserError`."""
     c = config
-    return _parts(c.data, c.size, c.scanners, c.num_train, c.num_valid, c.data_seed)
+    return _parts(c.data, c.size, c.scanners, c.num_train, c.num_valid, c.data_seed)[:2]
+
+
+def own_resolutions(config: ScanConfig) -> np.ndarray:
+    """Of the scans for training, see `Folder`. Raises `UserError`."""
+    c = config
+    return _parts(c.data, c.size, c.scanners, c.num_train, c.num_valid, c.data_seed)[2]
 
 
 def warped(

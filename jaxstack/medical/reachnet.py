@@ -38,6 +38,7 @@ from jaxstack.medical.oct_networks import (
     loss,
     mask_dice,
     model_of,
+    own_resolutions,
     parts,
     phantom_scans,
     predict,
@@ -389,14 +390,26 @@ class Drawn(NamedTuple):
 
 
 class ResolutionData(RandomData):
-    """Scans kept on the device. Each step and seed draws rows; each step draws one of `count` resolutions."""
+    """Scans kept on the device. Each step and seed draws rows; each step draws one of `count` resolutions.
 
-    def __init__(self, scans: Scans, batch_size: int, resolutions: int, seed: int = 0):
+    Args:
+        scans: of one size.
+        batch_size: rows of a step.
+        resolutions: how many.
+        seed: of the order of resolutions.
+        allowed: [R, M] bool, which scans a step of each resolution may draw; None: all.
+    """
+
+    def __init__(self, scans: Scans, batch_size: int, resolutions: int, seed: int = 0, allowed: Any = None):
         super().__init__(scans, batch_size, augment=with_key)
-        self.resolutions, self.draws = resolutions, seed
+        self.resolutions, self.draws, self.limited = resolutions, seed, allowed is not None
+        if allowed is not None:
+            # the allowed rows first, in the order of the scans
+            order = np.argsort(~np.asarray(allowed), 1, kind="stable").astype(np.int32)
+            self.arrays = (self.arrays, order, np.asarray(allowed).sum(1).astype(np.int32))
 
     def computes_from(self) -> Any:
-        return super().computes_from(), self.resolutions
+        return super().computes_from(), self.resolutions, self.limited
 
     def item(self, seeds: Sequence[int]) -> np.ndarray:
         return np.zeros((), np.int32)
@@ -406,7 +419,11 @@ class ResolutionData(RandomData):
             out[i] = resolution_of(start + i, self.resolutions, self.draws)
 
     def _rows(self, constants: Any, item: Any, key: Key) -> Any:
-        return item, super()._rows(constants, (), key)
+        if not self.limited:
+            return item, super()._rows(constants, (), key)
+        scans, order, counts = constants
+        drawn = jax.random.randint(jax.random.fold_in(key, 2 + self.seed), (self.batch_size,), 0, counts[item])
+        return item, jax.tree.map(lambda x: x[order[item, drawn]], scans)
 
 
 def resolution_of(step: int, count: int, seed: int = 0) -> np.int32:
@@ -422,8 +439,20 @@ def with_key(key: Key, batch: Any) -> Drawn:
 
 
 def source(config: Config) -> Source:
-    """The training part."""
-    return ResolutionData(parts(config)[0], config.batch_size, len(config.resolutions), config.data_seed)
+    """The training part. A scan whose own resolution is told is not drawn at a higher one, which it has not.
+
+    Raises:
+        UserError: for a resolution of training that no scan has.
+    """
+    own, wanted = own_resolutions(config), np.asarray(config.resolutions)
+    allowed = None
+    if np.isfinite(own).any():
+        # up to rounding: a scan of 576 rows in 768 has .75
+        allowed = own[None] >= wanted[:, None] * (1.0 - 1e-3)
+        if not allowed.any(1).all():
+            missing = float(wanted[~allowed.any(1)].max())
+            raise UserError(f"resolutions={missing:g}: expected at most {own.max():g}, the largest in {config.data}")
+    return ResolutionData(parts(config)[0], config.batch_size, len(config.resolutions), config.data_seed, allowed)
 
 
 def cropped(key: Key, view: View, size: tuple[int, int]) -> View:

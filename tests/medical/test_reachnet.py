@@ -258,6 +258,38 @@ def test_batches_of_several_resolutions_have_masks_and_scales_of_their_own():
     assert order != sorted(order[:3]) * 10
 
 
+def test_a_scan_is_not_drawn_above_its_own_resolution(tmp_path, monkeypatch):
+    scans = rn.Scans(*(np.arange(5, dtype=np.float32) for _ in range(3)))
+    allowed = np.array([[True, False, False, True, False], [True] * 5])
+    data = rn.ResolutionData(scans, 64, 2, allowed=allowed)
+    drawn = lambda which: data.batch(data.constants(), np.int32(which), jax.random.key(1))
+    assert set(np.asarray(drawn(0).scans.images)) == {0.0, 3.0}
+    assert set(np.asarray(drawn(1).scans.fovea)) == {0.0, 1.0, 2.0, 3.0, 4.0}
+    assert (int(drawn(0).which), int(drawn(1).which)) == (0, 1)
+    # from the table: what is not told is drawn at all resolutions
+    assert cli.main(["phantoms", "oct", "--num", "6", "--size", "32", "48", "--out", str(tmp_path / "scans")]) == 0
+    table = tmp_path / "scans" / "scales.csv"
+    head, *lines = table.read_text().splitlines()
+    written = lambda entries: table.write_text("\n".join([f"{head},resolution", *map(",".join, zip(lines, entries))]))
+    written(["1", "0.5", "", "0.5", "0.25", "0.5"])
+    config = rn.Config(**TINY | dict(data=str(tmp_path / "scans")), resolutions=(1.0, 0.5))
+    own = rn.own_resolutions(config)
+    assert len(own) == len(rn.parts(config)[0].images) == 5
+    source = rn.source(config)
+    _, order, counts = source.constants()
+    assert counts.tolist() == [(own >= 1).sum(), (own >= 0.5).sum()]
+    assert (own[np.asarray(order)[0, : counts[0]]] >= 1).all()
+    for entries, message in (
+        (["0.5"] * 6, "resolutions=1: expected at most 0.5, the largest in "),
+        (["half"] * 6, "line 2: resolution: found 'half', expected a number"),
+        (["-1"] * 6, "line 2: resolution: found -1, expected a positive share"),
+    ):
+        written(entries)
+        oct_networks._parts.cache_clear()
+        with pytest.raises(UserError, match=message):
+            rn.source(config)
+
+
 def test_a_shifted_fovea_has_the_dice_of_two_lenses():
     masks, radius = np.zeros((1, 128, 768), np.uint8), 0.025 * 768
     disc = jax.jit(lambda x: rn.fovea_disc(rn.Targets(masks, jnp.stack([x, 64.0])[None], jnp.array([True])))[0] > 0)
