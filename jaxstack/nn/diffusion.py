@@ -98,6 +98,40 @@ def ddim_invert(schedule: Schedule, eps_fn: EpsFn, x: Array, indices: Array, cli
     return jax.lax.scan(step, x, indices)[0]
 
 
+def ddim_guided(
+    schedule: Schedule,
+    eps_fn: EpsFn,
+    log_prob: Callable[[Array], Array],
+    x: Array,
+    indices: Array,
+    scale: Any,
+    clip: Range | None,
+) -> Array:
+    """Denoise images deterministically while a classifier's probability grows (Dhariwal & Nichol, 2021, algorithm 2).
+
+    At each of `indices`, descending to 1, eps <- eps_fn(x, t) - scale sqrt(1 - a) grad log_prob(x), then the step to
+    the level below; the first level (index 0) is what is given back.
+
+    Args:
+        schedule: the levels.
+        eps_fn: of the model.
+        log_prob: images [B, ...] at any level -> log probability of the class that is wanted, [B].
+        x: images at the level of the first index.
+        indices: descending.
+        scale: of the gradient; 0 is DDIM. May be traced.
+        clip: range of clean images; None: not clipped.
+    """
+    before = jnp.concatenate([jnp.ones(1), schedule.ab[:-1]])
+
+    def step(x: Array, t: Array) -> tuple[Array, None]:
+        a = schedule.ab[t]
+        slope = jax.grad(lambda x: log_prob(x).sum())(x)
+        guided = lambda x, times: eps_fn(x, times) - scale * jnp.sqrt(1.0 - a) * slope
+        return ddim_to(*clean_and_noise(schedule, guided, x, t, clip), before[t]), None
+
+    return jax.lax.scan(step, x, indices)[0]
+
+
 def embedded(times: Int[Array, " b"], features: int) -> Float[Array, "b f"]:
     """Sines and cosines of times at frequencies from 1 to 1e-4, as in transformers."""
     rates = jnp.exp(-jnp.log(1e4) * jnp.arange(features // 2) / (features // 2))

@@ -98,6 +98,32 @@ def test_fusion_keeps_what_is_outside_the_mask_and_paints_what_is_inside():
     np.testing.assert_allclose(out.counterfactual[:, :2], mu[:, :2], atol=0.03)
 
 
+def test_a_classifier_guides_ddim():
+    tenth, s2, g = diffusion.respaced(SCHEDULE, 10), 0.04, 5.0
+    eps_fn = scalar_prior(0.5, s2**0.5)
+    x = pixels([0.2, 0.5, 0.8])
+    up, down = jnp.arange(49), jnp.arange(49, 0, -1)
+
+    @jax.jit
+    def both(scale):
+        start = diffusion.ddim_invert(tenth, eps_fn, x, up, None)
+        log_prob = lambda x: g * x.sum((1, 2, 3))
+        return diffusion.ddim_guided(tenth, eps_fn, log_prob, start, down, scale, None), start
+
+    plain, start = both(0.0)
+    np.testing.assert_allclose(plain, x, atol=0.05)  # nothing but DDIM, whose steps are coarse
+    guided, _ = both(1.0)
+    # the same steps in plain NumPy
+    a, want = np.asarray(tenth.ab, np.float64), np.asarray(start, np.float64).ravel()
+    for t in range(49, 0, -1):
+        var = a[t] * s2 + 1 - a[t]
+        eps = np.sqrt(1 - a[t]) * ((want - np.sqrt(a[t]) * 0.5) / var - g)
+        clean = (want - np.sqrt(1 - a[t]) * eps) / np.sqrt(a[t])
+        want = np.sqrt(a[t - 1]) * clean + np.sqrt(1 - a[t - 1]) * eps
+    np.testing.assert_allclose(guided.ravel(), want, rtol=1e-3)
+    assert (guided > plain + 0.05).all()
+
+
 def test_the_exact_denoiser_is_the_gaussian_s_score():
     rng = np.random.default_rng(1)
     h = dc.fit_gaussian(rng.normal(size=(50, 6)) @ rng.normal(size=(6, 6)), 3)
