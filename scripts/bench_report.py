@@ -20,13 +20,21 @@ def cpu() -> str:
     return next(names, platform.processor())
 
 
+def installed(package: str) -> str | None:
+    """The version of a package, None where it is not there."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def write(path: Path, rows: list[dict[str, Any]], **facts: Any) -> None:
     """Write `rows` and `facts` to `path`, whose folder is made."""
     report = {
         # paths are machine-specific
         "command": [Path(a).name if Path(a).is_absolute() else a for a in sys.argv],
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "versions": {p: importlib.metadata.version(p) for p in PACKAGES},
+        "versions": {p: version for p in PACKAGES if (version := installed(p))},
         "machine": {"cores": os.cpu_count(), "cpu": cpu(), "platform": platform.platform()},
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         **facts,

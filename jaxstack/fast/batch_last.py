@@ -33,6 +33,9 @@ SAME_AXES = frozenset(
 )
 """Primitives of one operand whose parameters name axes from the front."""
 CALLS = frozenset("closed_call custom_jvp_call custom_vjp_call jit pjit remat".split())
+BACKENDS = {"cpu"}
+"""Where a vmap puts the batch last: where that was measured to be faster. `scripts/check_accelerator.py` measures it on
+others."""
 SUM = 8
 """The longest sum of a product that is written out."""
 PARTS = 32
@@ -77,7 +80,7 @@ def batch_last(function: Callable) -> Callable:
         flags = jax.tree.leaves(in_batched)
         own = (jax.ShapeDtypeStruct(x.shape[1:] if b else x.shape, x.dtype) for x, b in zip(leaves, flags))
         program, shapes = traced(tree, tuple(own))
-        if jax.default_backend() == "cpu":
+        if jax.default_backend() in BACKENDS:
             values = [Value(jnp.moveaxis(x, 0, -1) if b else x, b) for x, b in zip(leaves, flags)]
             batch = Batch(size, lax.optimization_barrier(jnp.float32(1)))
             found = zip(_evaluate(program, values, batch), jax.tree.leaves(shapes))
@@ -119,8 +122,10 @@ def _apply(eqn: core.JaxprEqn, values: list[Value], batch: Batch) -> list[Value]
         inner = params.get("jaxpr") or params["call_jaxpr"]
         return _evaluate(inner if isinstance(inner, core.ClosedJaxpr) else core.ClosedJaxpr(inner, ()), values, batch)
     if name == "platform_index":
-        platforms = params["platforms"]
-        return [Value(np.int32(next(i for i, p in enumerate(platforms) if p is None or "cpu" in p)), False)]
+        backend = jax.default_backend()
+        own = {"cuda", "rocm"} if backend == "gpu" else {backend}
+        fits = (i for i, p in enumerate(params["platforms"]) if p is None or own & {*p})
+        return [Value(np.int32(next(fits)), False)]
     if name == "cond" and _concrete(values[:1]):
         return _evaluate(params["branches"][int(values[0].x)], values[1:], batch)
     if not any(v.batched for v in values):
