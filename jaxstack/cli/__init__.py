@@ -28,6 +28,7 @@ from jaxstack.cli import (
     listing,
     oct,
     phantoms,
+    predicting,
     scores,
     screening,
     segmenting,
@@ -59,6 +60,7 @@ Train agents and sequence models in JAX, whole runs and all seeds in one program
   jaxstack compress RUN --keep 0.5 --out DIR      a classifier with fewer channels
   jaxstack dlas --models resnet-8 --out DIR       accuracy, size and measured time of compressed networks
   jaxstack distil RUN --out DIR                   a smaller classifier from a trained one's weights alone
+  jaxstack predict RUN PATH --out DIR             what a detector finds in pictures, or their classes
   jaxstack phantoms fundus --out DIR              images with known truth, for the medical methods
   jaxstack grade-fundus PATH --quality F --out DIR   quality and a trait of each photograph, as a table
   jaxstack screen-uwf PATH --model RUN --out DIR     diseases in ultra-widefield images, as a table
@@ -200,6 +202,7 @@ def parser() -> argparse.ArgumentParser:
         screening,
         explaining,
         weights,
+        predicting,
         claims,
     ):
         group.add_commands(commands)

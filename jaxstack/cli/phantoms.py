@@ -8,16 +8,19 @@ from jaxstack.cli.parsing import Commands, real, whole
 
 def add_commands(commands: Commands) -> None:
     """Add the commands of this file."""
-    p = commands.add("phantoms", _phantoms, "Draw images with known truth, to try the medical methods without data.")
+    p = commands.add("phantoms", _phantoms, "Draw images with known truth, to try methods without data.")
     p.add_argument(
         "kind",
-        choices=("fundus", "oct", "uwf", "mri", "ct"),
+        choices=("fundus", "oct", "uwf", "mri", "ct", "scenes"),
         help="photographs of the retina, B-scans of retina and choroid, ultra-widefield images with seven diseases, or "
-        "slices of brains, half with a lesion",
+        "slices of brains, half with a lesion; scenes: simple shapes, in COCO's form, for `train detector`",
     )
     p.add_argument("--num", type=whole, default=20, help="images (default: 20)")
     p.add_argument(
-        "--size", type=whole, nargs="+", help="pixels: a side (fundus 128, mri, ct 64), or H W (oct 128 192, uwf 64 80)"
+        "--size",
+        type=whole,
+        nargs="+",
+        help="pixels: a side (fundus 128, mri, ct, scenes 64), or H W (oct 128 192, uwf 64 80)",
     )
     p.add_argument("--severity", type=real, nargs=2, metavar=("LOW", "HIGH"), help="fundus: degraded, 0-1 (0 0)")
     p.add_argument("--slices", type=whole, metavar="T", help="ct: whole scans of T slices as NIfTI, not single slices")
@@ -43,7 +46,14 @@ def _phantoms(args: argparse.Namespace, _: list[str]) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {args.out}: is there already and not an empty folder")
     of_slices = _brains if args.slices is None else _scans
-    {"fundus": _fundus, "oct": _oct, "uwf": _uwf, "mri": _brains, "ct": of_slices}[args.kind](args, out)
+    kinds = {"fundus": _fundus, "oct": _oct, "uwf": _uwf, "mri": _brains, "ct": of_slices, "scenes": _scenes}
+    kinds[args.kind](args, out)
+
+
+def _scenes(args: argparse.Namespace, out: Any) -> None:
+    from jaxstack.cli.predicting import write_scenes
+
+    write_scenes(out, args.num, args.size[0] if args.size else 64, args.seed)
 
 
 def _scans(args: argparse.Namespace, out: Any) -> None:

@@ -83,7 +83,11 @@ class Files(NamedTuple):
         truth = Truth(np.zeros((n, g, 4), np.float32), np.zeros((n, g), np.int32), np.zeros((n, g), bool))
         for i, row in enumerate(rows):
             picture = self.pictures[int(row)]
-            images[i], scale = coco.fitted(picture.path, self.size, picture.hw)
+            rgb = coco.rgb(picture.path)
+            if (rgb.height, rgb.width) != picture.hw:
+                wanted = f"{picture.hw[1]} x {picture.hw[0]} as annotated"
+                raise UserError(f"{picture.path}: found {rgb.width} x {rgb.height} pixels, expected {wanted}")
+            images[i], scale = coco.fitted(rgb, self.size)
             k = len(picture.labels)
             truth.boxes[i, :k], truth.labels[i, :k], truth.valid[i, :k] = picture.boxes * scale, picture.labels, True
         return images, truth

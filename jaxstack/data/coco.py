@@ -127,31 +127,30 @@ def corners(bbox: list[float], hw: tuple[int, int], where: str) -> list[float]:
     return [max(x, 0.0), max(y, 0.0), min(x + w, float(hw[1])), min(y + h, float(hw[0]))]
 
 
-def fitted(path: str | Path, size: int, hw: tuple[int, int] | None = None) -> tuple[np.ndarray, float]:
-    """A picture [size, size, 3] uint8 whose longer side fills a side, zeros below or to the right of it.
+def rgb(path: str | Path) -> Image.Image:
+    """A picture of any common kind; grey and transparent ones become RGB.
 
-    Args:
-        path: a picture of any common kind; grey and transparent ones become RGB.
-        size: pixels of a side.
-        hw: rows and columns that are expected; None: any.
-
-    Returns:
-        The picture, and its pixels over those of the file.
-
-    Raises:
-        UserError: for a file that is no picture or is broken, has more than 8 bits, or other sides.
+    Raises `UserError` for a file that is no picture, is broken or has more than 8 bits.
     """
     with opened(path) as image:
-        if hw is not None and (image.height, image.width) != hw:
-            raise UserError(
-                f"{path}: found {image.width} x {image.height} pixels, expected {hw[1]} x {hw[0]} as annotated"
-            )
         if image.mode.startswith(("I", "F")):
             raise UserError(f"{path}: found pixels of mode {image.mode}, expected 8 bits")
-        rgb = image.convert("RGB")
-    scale = size / max(rgb.size)
-    width, height = (max(1, round(n * scale)) for n in rgb.size)
-    small = rgb if rgb.size == (width, height) else rgb.resize((width, height), Image.Resampling.BILINEAR)
+        return image.convert("RGB")
+
+
+def fitted(picture: Image.Image, size: int) -> tuple[np.ndarray, float]:
+    """A picture as [size, size, 3] uint8 whose longer side fills a side, zeros below or to the right of it.
+
+    Args:
+        picture: RGB.
+        size: pixels of a side.
+
+    Returns:
+        The picture, and its pixels over those of the one that is given.
+    """
+    scale = size / max(picture.size)
+    width, height = (max(1, round(n * scale)) for n in picture.size)
+    small = picture if scale == 1.0 else picture.resize((width, height), Image.Resampling.BILINEAR)
     out = np.zeros((size, size, 3), np.uint8)
     out[:height, :width] = np.asarray(small)
     return out, scale

@@ -55,6 +55,8 @@ class Config(configs.Config):
 
     data: str = "scenes"
     """scenes, or coco=DIR with annotations/instances_train*.json, annotations/instances_val*.json and their images."""
+    classes: tuple[str, ...] = ()
+    """Names of the classes; default: those of the data, which a stored run then needs no more to predict."""
     size: int = 64
     """Pixels of a side of what the network sees; a picture's longer side is brought to it."""
     train_images: int = 0
@@ -102,6 +104,8 @@ class Config(configs.Config):
     hypers: Hypers = Hypers()
 
     def validate(self) -> None:
+        if not self.classes:
+            object.__setattr__(self, "classes", boxes.classes(self.data))
         require_at_least(self, 1, "batch_size", "num_updates", "width", "channels", "towers", "topk", "detections")
         require_at_least(self, 0, "train_images", "eval_images", "split_seed", "hypers.lr", "hypers.weight_decay")
         require_unit(self, "warmup", "score_threshold", "hypers.momentum")
@@ -121,20 +125,11 @@ def strides(config: Config) -> tuple[int, ...]:
     return tuple(found)
 
 
-def network(config: Config, classes: int | None = None) -> Detector:
-    """The unbound network of a config.
-
-    Args:
-        config: of the network.
-        classes: number of classes; None: those of the config's data.
-
-    Raises:
-        UserError: for an unknown backbone or data that cannot be read.
-    """
-    count = len(boxes.classes(config.data)) if classes is None else classes
+def network(config: Config) -> Detector:
+    """The unbound network of a config."""
     net, _ = detection.backbone(config.backbone, config.width)
     shape = strides(config), config.kind, config.channels, config.towers, config.scale, config.frozen_norm
-    return Detector(net, count, *shape)
+    return Detector(net, len(config.classes), *shape)
 
 
 def prepared(images: Any) -> Array:
@@ -189,11 +184,18 @@ def detect(config: Config, outputs: Outputs) -> Detections:
     return jax.vmap(one)(outputs.logits, outputs.quality, outputs.boxes)
 
 
+def _part(config: Config, which: boxes.Split, count: str) -> boxes.Part:
+    """A part of the data, of as many images as the field `count` says. Raises `UserError`."""
+    names, most = boxes.classes(config.data), getattr(config, count)
+    require(config, "classes", config.classes == names, f"{names}, those of {config.data}")
+    part = boxes.part(config.data, which, config.size, config.split_seed, most)
+    require(config, count, part.count >= most, f"at most the {part.count} images of {which}")
+    return part
+
+
 def source(config: Config) -> Source:
     """Batches (images, `Truth`) of the training part, in shuffled epochs of each seed's own."""
-    part = boxes.part(config.data, "train", config.size, config.split_seed, config.train_images)
-    enough = part.count >= config.train_images
-    require(config, "train_images", enough, f"at most the {part.count} images for training")
+    part = _part(config, "train", "train_images")
     mirror = lambda key, batch: _mirrored(key, *batch)
     change = mirror if config.flip else None
     if part.count * config.size**2 * 3 <= IN_MEMORY:
@@ -220,9 +222,7 @@ def _mirrored(key: Key, images: Array, truth: Truth) -> tuple[Array, Truth]:
 
 def eval_source(config: Config) -> Source:
     """The part that is evaluated, as one batch: average precision is no mean over batches."""
-    part = boxes.part(config.data, config.eval_split, config.size, config.split_seed, config.eval_images)
-    enough = part.count >= config.eval_images
-    require(config, "eval_images", enough, f"at most the {part.count} images of {config.eval_split}")
+    part = _part(config, config.eval_split, "eval_images")
     return SplitData(part.read(range(part.count)), part.count)
 
 
@@ -245,7 +245,6 @@ def measured(config: Config, model: Model, weights: Any, batch: Batch) -> Metric
         weights: variables.
         batch: images and their `Truth`.
     """
-    classes = len(boxes.classes(config.data))
 
     def part(data: Any) -> tuple[Detections, Array]:
         outputs = model.apply(weights, data[0])
@@ -255,7 +254,7 @@ def measured(config: Config, model: Model, weights: Any, batch: Batch) -> Metric
     truth, counts = batch.data[1], batch.mask > 0
     found = found._replace(valid=found.valid & counts[:, None])
     there = truth.valid & counts[:, None]
-    area, known = average_precision(found, truth.boxes, truth.labels, there, classes)
+    area, known = average_precision(found, truth.boxes, truth.labels, there, len(config.classes))
     return {
         "eval/map": mean(area, known[:, None]),
         "eval/ap50": mean(area[:, 0], known),

@@ -119,10 +119,10 @@ def test_a_wrong_folder_is_named(folder, tmp_path):
     picture = folder / "train2017" / "a.png"
     Image.fromarray(np.zeros((5, 5, 3), np.uint8)).save(picture)
     with pytest.raises(UserError, match=r"a.png: found 5 x 5 pixels, expected 60 x 30 as annotated"):
-        coco.fitted(picture, 32, (30, 60))
+        boxes.Files(read().pictures, 32, 2).read([0])
     Image.fromarray(np.zeros((5, 5), np.uint16)).save(picture)
     with pytest.raises(UserError, match=r"a.png: found pixels of mode I;16, expected 8 bits"):
-        coco.fitted(picture, 32)
+        coco.rgb(picture)
     picture.unlink()
     with pytest.raises(UserError, match=r"1 of its 2 images are missing, such as .*a.png"):
         read()

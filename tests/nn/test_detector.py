@@ -105,10 +105,14 @@ def test_a_method_gives_its_loss_its_teacher_and_where_to_start():
         (dict(data="scene"), "unknown set of images with boxes 'scene': did you mean 'scenes'"),
         (dict(size=40), "size=40: expected a multiple of 16, at least 32"),
         (dict(backbone="vgg"), "backbone='vgg': expected small"),
+        (
+            dict(classes=("cat",)),
+            r"classes=\('cat',\): expected \('disc', 'square', 'triangle', 'cross'\), those of scenes",
+        ),
         (dict(levels=2), "levels=2: expected 3 to 5"),
         (dict(nms_iou=0.0), "nms_iou=0.0: expected more than 0"),
         (dict(scale=0.0), "scale=0.0: expected a number > 0"),
-        (dict(train_images=9000), "train_images=9000: expected at most the 2000 images"),
+        (dict(train_images=9000), "train_images=9000: expected at most the 2000 images of train"),
         (dict(eval_split="test", eval_images=501), "eval_images=501: expected at most the 500 images of test"),
         (dict(batch_size=9, train_images=8), "batch_size=9: expected 1 to 8"),
     ],
@@ -125,5 +129,5 @@ def test_bad_options_are_named(changes, message):
 def test_levels_and_strides():
     assert D.strides(D.Config(levels=5)) == (4, 8, 16, 32, 64)
     assert D.strides(D.Config(levels=4, backbone="resnet-18")) == (8, 16, 32, 64)
-    net = D.network(D.Config(kind="atss", levels=4), 7)
-    assert (net.classes, net.kind, net.strides) == (7, "atss", (4, 8, 16, 32))
+    net = D.network(D.Config(kind="atss", levels=4, classes=("cat", "dog")))
+    assert (net.classes, net.kind, net.strides) == (2, "atss", (4, 8, 16, 32))
