@@ -2,6 +2,7 @@
 folder of COCO's form."""
 
 import csv
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,15 @@ from jaxstack.data import boxes
 from jaxstack.data.scenes import scenes
 from jaxstack.nn import classifier, detector
 from jaxstack.nn.vision.boxes import Detections
+
+
+class Weights(NamedTuple):
+    params: dict
+    stats: dict
+    ema: dict
+
+
+STATE = Weights({"w": np.zeros(3, np.float32)}, {}, {})
 
 
 def call(*argv):
@@ -40,7 +50,7 @@ def scene(monkeypatch):
         return Detections(found, jnp.array([[0.9, 0.1, 0.8, 0.0]]), jnp.array([[1, 2, 3, 0]]), known)
 
     learner = detector.detector()._replace(predict=predict)
-    monkeypatch.setattr(runs, "one_row", lambda args, acts: (learner, ()))
+    monkeypatch.setattr(runs, "one_row", lambda args, acts: (learner, STATE))
 
 
 def test_boxes_are_in_the_pictures_own_pixels(scene, tmp_path, capsys):
@@ -55,7 +65,7 @@ def test_boxes_are_in_the_pictures_own_pixels(scene, tmp_path, capsys):
     assert "1 of 3 files" in capsys.readouterr().out
     rows = table(out / "results.csv")
     assert [r["status"] for r in rows] == ["ok", "skipped", "skipped"]
-    assert (rows[0]["width"], rows[0]["height"], rows[0]["boxes"]) == ("192.0", "96.0", "1.0")
+    assert (rows[0]["width"], rows[0]["height"], rows[0]["boxes"]) == ("192", "96", "1")
     assert "cannot be read as an image" in rows[1]["reason"]
     assert rows[2]["reason"] == "found pixels of mode I;16, expected 8 bits"
     (box,) = table(out / "boxes.csv")
@@ -67,12 +77,20 @@ def test_boxes_are_in_the_pictures_own_pixels(scene, tmp_path, capsys):
     assert sorted(p.name for p in (out / "pictures").iterdir()) == ["wide.png"]
     assert (picture == (0, 200, 255)).all(-1).sum() > 300  # the colour of squares
     # a lower threshold shows the weak one
-    assert call("predict", "run", files[0], "--out", out, "--threshold", 0.05) == 0
-    assert [r["label"] for r in table(out / "boxes.csv")] == ["square", "triangle"]
-    assert call("predict", "run", files[1], "--out", out) == 2
-    assert call("predict", "run", files[0], "--out", out, "--threshold", 2) == 2
+    weak = tmp_path / "weak"
+    assert call("predict", "run", files[0], "--out", weak, "--threshold", 0.05) == 0
+    assert [r["label"] for r in table(weak / "boxes.csv")] == ["square", "triangle"]
+    # continued: what is known stays, the mended file comes
+    Image.fromarray(pixels).save(files[1])
+    assert call("predict", "run", *files, "--out", out, "--resume") == 0
+    assert [r["status"] for r in table(out / "results.csv")] == ["ok", "ok", "skipped"]
+    assert [r["file"] for r in table(out / "boxes.csv")] == [str(f) for f in files[:2]]
+    assert call("predict", "run", files[0], "--out", out) == 2
+    assert "exists and is not an empty folder" in capsys.readouterr().err
+    assert call("predict", "run", files[2], "--out", tmp_path / "a") == 2
+    assert call("predict", "run", files[0], "--out", tmp_path / "b", "--threshold", 2) == 2
     assert "--threshold 2: expected 0 to 1" in capsys.readouterr().err
-    assert call("predict", "run", tmp_path / "none.png", "--out", out) == 2
+    assert call("predict", "run", tmp_path / "none.png", "--out", tmp_path / "c") == 2
     assert "none.png: not found" in capsys.readouterr().err
 
 

@@ -114,7 +114,7 @@ def begun(
     out = Path(given)
     check_out(out, given, resume)
     session = Session(out, options, done(out, options, command, columns) if resume else {})
-    for folder in folders:
+    for folder in ("", *folders):
         (out / folder).mkdir(parents=True, exist_ok=True)
     session.store(status="running")
     return session

@@ -1,9 +1,10 @@
 """`jaxstack predict`: what a trained detector finds in pictures, or the class that a trained classifier gives them."""
 
 import argparse
+import csv
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jaxstack.cli.parsing import Commands, real, row_flags
 
@@ -25,6 +26,7 @@ def add_commands(commands: Commands) -> None:
     p.add_argument(
         "--out", metavar="DIR", required=True, help="results.csv; detector: boxes.csv, pictures/ with boxes drawn"
     )
+    p.add_argument("--resume", action="store_true", help="continue a call that was interrupted")
     row_flags(p)
 
 
@@ -38,29 +40,44 @@ def _run(args: argparse.Namespace, _: list[str]) -> int:
         threshold = 0.3 if args.threshold is None else args.threshold
         if not 0.0 <= threshold <= 1.0:
             raise UserError(f"--threshold {threshold:g}: expected 0 to 1")
-        return _boxes(learner, state, args.paths, Path(args.out), threshold)
+        return _boxes(learner, state, args, threshold)
     if isinstance(learner.config, classifier.Config):
         if args.threshold is not None:
             raise UserError("--threshold: expected none, it is for detectors")
-        return _classes(learner, state, args.paths, Path(args.out))
+        return _classes(learner, state, args)
     raise UserError(f"{args.run_dir}: found a run of {learner.name}, expected one of a detector or a classifier")
 
 
-def _boxes(learner: Any, state: Any, paths: Sequence[str], out: Path, threshold: float) -> int:
+def _begun(learner: Any, state: Any, args: argparse.Namespace, folders_in: Sequence[str], **options: Any) -> Any:
+    """The files of a call and its session. Raises `UserError`."""
+    from jaxstack.cli import folders
+    from jaxstack.medical.io import image_files
+    from jaxstack.nn.supervised import variables
+
+    files = image_files(args.paths)
+    options |= {"model": folders.model_facts(learner.name, Path(args.run_dir), variables(state), (3,), 1)}
+    return files, folders.begun(args.out, options, "predict", args.resume, folders_in)
+
+
+def _boxes(learner: Any, state: Any, args: argparse.Namespace, threshold: float) -> int:
     import jax
     import numpy as np
-    import pandas as pd
 
     from jaxstack.cli import folders
     from jaxstack.data import coco
-    from jaxstack.medical.io import image_files
 
     config = learner.config
-    files = image_files(paths)
+    files, session = _begun(learner, state, args, ("pictures",), threshold=threshold)
     names = dict(zip(files, folders.names(files)))
     detect: Callable[..., Any] = jax.jit(learner.predict)
-    (out / "pictures").mkdir(parents=True, exist_ok=True)
-    rows: list[tuple[Any, ...]] = []
+    table = session.out / "boxes.csv"
+    old = list(csv.reader(table.read_text(encoding="utf-8").splitlines())) if session.known and table.exists() else []
+
+    def add(rows: Sequence[Sequence[Any]], mode: Literal["w", "a"] = "a") -> None:
+        with open(table, mode, newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows(rows)
+
+    add([COLUMNS, *(row for row in old if row[0] in session.known)], "w")
 
     def measure(path: Path) -> dict[str, Any]:
         picture = coco.rgb(path)
@@ -74,17 +91,13 @@ def _boxes(learner: Any, state: Any, paths: Sequence[str], out: Path, threshold:
         boxes, scores, labels = boxes[there], found.scores[kept][there], found.labels[kept][there]
         titles = [config.classes[label] for label in labels]
         drawn(picture, boxes, [f"{t} {s:.2f}" for t, s in zip(titles, scores)], labels).save(
-            out / "pictures" / f"{names[path]}.png"
+            session.out / "pictures" / f"{names[path]}.png"
         )
-        rows.extend(
-            (str(path), title, f"{score:.4f}", *(f"{v:.2f}" for v in box))
-            for title, score, box in zip(titles, scores, boxes)
-        )
+        found = zip(titles, scores, boxes)
+        add([(str(path), title, f"{score:.4f}", *(f"{v:.2f}" for v in box)) for title, score, box in found])
         return {"width": width, "height": height, "boxes": len(boxes)}
 
-    code = folders.write_table(files, out, measure, "; boxes.csv, pictures/")
-    pd.DataFrame(rows, columns=list(COLUMNS)).to_csv(out / "boxes.csv", index=False)
-    return code
+    return folders.write_table(files, session, measure, "; boxes.csv, pictures/")
 
 
 def drawn(picture: Any, boxes: Any, titles: Sequence[str], labels: Any) -> Any:
@@ -116,15 +129,15 @@ def drawn(picture: Any, boxes: Any, titles: Sequence[str], labels: Any) -> Any:
     return out
 
 
-def _classes(learner: Any, state: Any, paths: Sequence[str], out: Path) -> int:
+def _classes(learner: Any, state: Any, args: argparse.Namespace) -> int:
     import jax
     import numpy as np
 
     from jaxstack.cli import folders
     from jaxstack.core.errors import UserError
     from jaxstack.data import images, pictures
-    from jaxstack.medical.io import image_files
 
+    files, session = _begun(learner, state, args, ())
     config = learner.config
     facts = images.facts(config.data)
     rows, columns, channels = facts.shape
@@ -144,7 +157,7 @@ def _classes(learner: Any, state: Any, paths: Sequence[str], out: Path) -> int:
         p = np.asarray(jax.nn.softmax(logits(state, x)[0]))
         return {"label": int(p.argmax()), "probability": f"{p.max():.4f}"}
 
-    return folders.write_table(image_files(paths), out, measure)
+    return folders.write_table(files, session, measure)
 
 
 def write_scenes(out: Path, count: int, size: int, seed: int) -> None:
