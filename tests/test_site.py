@@ -54,7 +54,7 @@ def test_python_of_a_page_runs_as_it_stands(name, tmp_path, monkeypatch):
 
 LINES = [
     line.split("#")[0].strip()
-    for name in ("index", "training", "sequence-models", "customise", "sweeps", "gpu")
+    for name in ("index", "training", "sequence-models", "customise", "sweeps", "gpu", "detection")
     for block in blocks(DOCS / f"{name}.md", "bash")
     for line in block.splitlines()
     if line.startswith("jaxstack ")

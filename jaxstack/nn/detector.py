@@ -25,6 +25,7 @@ from jaxstack.data import augment, boxes
 from jaxstack.data.boxes import Truth
 from jaxstack.data.sources import ArrayData, HostData, SplitData
 from jaxstack.nn.supervised import Loss, Model, Optimiser, State, linen, supervised, variables
+from jaxstack.nn.torch_weights import from_torch, read_weights
 from jaxstack.nn.vision import detection
 from jaxstack.nn.vision.average_precision import average_precision
 from jaxstack.nn.vision.boxes import Detections, level_counts, postprocess
@@ -72,6 +73,8 @@ class Config(configs.Config):
     """small, resnet-18, resnet-34, resnet-50 or mobilenet-v3-large."""
     width: int = 8
     """Channels of the small backbone's first stages; the third has twice, the fourth four times as many."""
+    backbone_weights: str = ""
+    """A state dict that the backbone begins with, such as ImageNet's of torchvision (resnet) or timm (mobilenet)."""
     frozen_norm: bool = False
     """The backbone's BatchNorm uses its stored statistics, as with weights of ImageNet."""
     levels: int = 3
@@ -109,6 +112,8 @@ class Config(configs.Config):
         require_at_least(self, 1, "batch_size", "num_updates", "width", "channels", "towers", "topk", "detections")
         require_at_least(self, 0, "train_images", "eval_images", "split_seed", "hypers.lr", "hypers.weight_decay")
         require_unit(self, "warmup", "score_threshold", "hypers.momentum")
+        own = self.backbone != "small" or not self.backbone_weights
+        require(self, "backbone_weights", own, "none for the small backbone")
         require(self, "levels", 3 <= self.levels <= 5, "3 to 5")
         require(self, "nms_iou", self.nms_iou is None or 0 < self.nms_iou <= 1, "more than 0 and at most 1")
         require_positive(self, "scale", "radius", "hypers.max_grad_norm")
@@ -130,6 +135,32 @@ def network(config: Config) -> Detector:
     net, _ = detection.backbone(config.backbone, config.width)
     shape = strides(config), config.kind, config.channels, config.towers, config.scale, config.frozen_norm
     return Detector(net, len(config.classes), *shape)
+
+
+def backbone_weights(config: Config) -> Any:
+    """Variables of the backbone, {"params": ..., "batch_stats": ...}, in the file that the config names.
+
+    What the file has of a classifier's head is left out. Raises `UserError` for a file that is none or does not fit.
+    """
+    net, _ = detection.backbone(config.backbone)
+    shapes = jax.eval_shape(net.init, jax.random.key(0), jnp.zeros((1, config.size, config.size, 3)))
+    path = config.backbone_weights
+    of_head = ("fc.", "classifier.", "conv_head.")
+    weights = {name: x for name, x in read_weights(path).items() if not name.startswith(of_head)}
+    return from_torch(shapes, weights, net.torch_name, path)
+
+
+def from_file(config: Config) -> Callable[[Any, Any], Any]:
+    """(fresh variables, ...) -> the same with the backbone of the config's file, which is read when the program runs:
+    neither a constant of it, nor needed once training has begun."""
+
+    def start(fresh: Any, taught: Any) -> Any:
+        own = {kind: fresh[kind]["backbone"] for kind in ("params", "batch_stats")}
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), own)
+        found = jax.pure_callback(lambda: backbone_weights(config), shapes, vmap_method="sequential")
+        return {**fresh, **{kind: {**fresh[kind], "backbone": found[kind]} for kind in found}}
+
+    return start
 
 
 def prepared(images: Any) -> Array:
@@ -195,6 +226,8 @@ def _part(config: Config, which: boxes.Split, count: str) -> boxes.Part:
 
 def source(config: Config) -> Source:
     """Batches (images, `Truth`) of the training part, in shuffled epochs of each seed's own."""
+    if config.backbone_weights:
+        backbone_weights(config)  # what is wrong with it is said before a program runs
     part = _part(config, "train", "train_images")
     mirror = lambda key, batch: _mirrored(key, *batch)
     change = mirror if config.flip else None
@@ -283,6 +316,7 @@ def learner_of(config: Config, **options: Any) -> Learner:
         source=source,
         eval_source=eval_source,
         objective=("eval/map", "max"),
+        start=from_file(config) if config.backbone_weights else None,
     )
     learner = supervised(model, **given | options)
 

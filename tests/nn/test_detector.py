@@ -10,6 +10,8 @@ from jaxstack.core.source import Batch
 from jaxstack.data import augment
 from jaxstack.data.boxes import Truth, part
 from jaxstack.nn import detector as D
+from jaxstack.nn.torch_weights import to_torch
+from jaxstack.nn.vision import detection
 from jaxstack.nn.vision.average_precision import mean_average_precision
 from jaxstack.nn.vision.detection import inherited
 
@@ -124,6 +126,29 @@ def test_bad_options_are_named(changes, message):
 
     with pytest.raises(UserError, match=message):
         sources(**dict(size=32) | changes)
+
+
+def test_a_backbone_begins_with_the_weights_of_a_file(tmp_path):
+    """Those of a classifier, whose head is left out; here of a network that is as small as a name allows."""
+    config = D.Config(backbone="resnet-18", backbone_weights=str(tmp_path / "net.npz"))
+    net, _ = detection.backbone("resnet-18")
+    shapes = jax.eval_shape(net.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
+    rng = np.random.default_rng(0)
+    whole = jax.tree.map(lambda x: np.float16(rng.normal()) * np.ones(x.shape, np.float32), shapes)
+    arrays = to_torch(whole, net.torch_name)
+    np.savez(config.backbone_weights, **arrays, **{"fc.weight": np.zeros((10, 512)), "fc.bias": np.zeros(10)})
+    fresh = {kind: {"backbone": own, "neck": {}} for kind, own in shapes.items()}
+    fresh = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), fresh)
+    found = jax.jit(jax.vmap(lambda _: D.from_file(config)(fresh, ())))(jnp.arange(2))
+    for kind in whole:
+        for a, b in zip(jax.tree.leaves(found[kind]["backbone"]), jax.tree.leaves(whole[kind]), strict=True):
+            np.testing.assert_array_equal(a, np.stack([b, b]))
+    del arrays["layer4.0.conv1.weight"]
+    np.savez(config.backbone_weights, **arrays)
+    with pytest.raises(UserError, match=r"net.npz: layer4.0.conv1.weight is missing"):
+        D.source(config)
+    with pytest.raises(UserError, match="expected none for the small backbone"):
+        D.Config(backbone_weights="x")
 
 
 def test_levels_and_strides():
