@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help setup train test test-slow soak lint bench bench-quick docs docs-serve lock lowest clean
+.PHONY: help setup train test test-slow soak lint bench bench-quick docs docs-serve lock lowest newest clean
 
 help:
 	@echo "make train   set up and train HyperMARL against its baselines (about two minutes on 2 cores)"
@@ -14,7 +14,7 @@ help:
 	@echo "make bench-quick   today's ratios beside the recorded ones, in under three minutes"
 	@echo "make docs    the site of docs/ in site/; make docs-serve shows it (both install the site's generator once)"
 	@echo "make lock    resolve the versions in pyproject.toml anew"
-	@echo "make lowest  train one step with the lowest versions that pyproject.toml allows"
+	@echo "make lowest  train one step with the lowest versions that pyproject.toml allows; make newest with the newest"
 
 setup: $(STAMP)
 
@@ -64,8 +64,8 @@ lock: $(STAMP)
 	$(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --upgrade \
 	  --generate-hashes --no-emit-index-url --no-header --no-annotate --output-file requirements.lock
 
-lowest:
-	$(PYTHON) scripts/lowest.py
+lowest newest:
+	$(PYTHON) scripts/versions.py $@
 
 clean:
 	rm -rf .venv build dist site *.egg-info

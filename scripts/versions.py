@@ -1,9 +1,10 @@
-"""Do the lowest versions that pyproject.toml allows import, and do they train one step?
+"""Do the lowest, or the newest, versions that pyproject.toml allows import, and do they train one step?
 
-    python scripts/lowest.py              makes a fresh environment in a temporary directory (a download of about 1 GB)
-    python scripts/lowest.py --keep DIR   makes it in DIR and leaves it there
+    python scripts/versions.py lowest              in a fresh environment in a temporary directory (a download of 1 GB)
+    python scripts/versions.py newest --keep DIR   makes it in DIR and leaves it there
 
-Needs Python and pip only. Exits with 1 and the output of the step that failed.
+`newest` is what a user's `pip install .` resolves to today, which the lock does not know. Needs Python and pip only.
+Exits with 1 and the output of the step that failed.
 """
 
 import argparse
@@ -43,12 +44,15 @@ def run(*command: str | Path) -> None:
         raise SystemExit(f"failed: {' '.join(map(str, command[:6]))}\n{done.stderr[-4000:]}")
 
 
-def check(folder: Path) -> None:
+RESOLUTION = {"lowest": "lowest-direct", "newest": "highest"}
+"""Of the lowest, only what pyproject.toml names is at its lowest; what those need in turn is resolved as usual."""
+
+
+def check(folder: Path, which: str) -> None:
     venv.create(folder, with_pip=True)
     python, uv = folder / "bin" / "python", folder / "bin" / "uv"
     run(python, "-m", "pip", "install", "--quiet", "uv>=0.9")
-    # only what pyproject.toml names is taken at its lowest; what those need in turn is resolved as usual
-    run(uv, "pip", "install", "--quiet", "--python", python, "--resolution", "lowest-direct", ROOT)
+    run(uv, "pip", "install", "--quiet", "--python", python, "--resolution", RESOLUTION[which], ROOT)
     versions = "from importlib.metadata import version as v; print(*(f'{p}=={v(p)}' for p in %r))"
     run(python, "-c", versions % ["jax", "flax", "optax", "numpy", "gymnax", "jaxmarl", "brax", "distrax"])
     run(python, "-c", ONE_STEP)
@@ -56,13 +60,14 @@ def check(folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--keep", type=Path)
+    parser.add_argument("which", choices=list(RESOLUTION))
+    parser.add_argument("--keep", type=Path, metavar="DIR")
     args = parser.parse_args()
     if args.keep is not None:
-        check(args.keep)
+        check(args.keep, args.which)
         return
     with tempfile.TemporaryDirectory() as folder:
-        check(Path(folder))
+        check(Path(folder), args.which)
 
 
 if __name__ == "__main__":
