@@ -18,6 +18,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxstack.core.errors import UserError
+from jaxstack.nn.vision.boxes import iou
+from jaxstack.nn.vision.detection import Outputs, inherited
 
 Region = Literal["pgw", "box", "topk", "quality", "box-gaussian", "kde"]
 """Where and how strongly a student imitates; see `foreground_weights`."""
@@ -72,15 +74,6 @@ class Features(NamedTuple):
 # Quality
 
 
-def pairwise_iou(boxes: Float[Array, "a 4"], gt: Float[Array, "g 4"]) -> Float[Array, "a g"]:
-    """Intersection over union of each pair of boxes; a box without area has 0."""
-    low, high = jnp.maximum(boxes[:, None, :2], gt[:, :2]), jnp.minimum(boxes[:, None, 2:], gt[:, 2:])
-    area = lambda corners: jnp.maximum(corners, 0.0).prod(-1)
-    common = area(high - low)
-    both = area(boxes[:, None, 2:] - boxes[:, None, :2]) + area(gt[:, 2:] - gt[:, :2]) - common
-    return common / jnp.maximum(both, 1e-9)
-
-
 def inside_boxes(
     xy: Float[Array, "a 2"], gt: Float[Array, "g 4"], valid: Bool[Array, " g"] | Float[Array, " g"]
 ) -> Bool[Array, "a g"]:
@@ -98,7 +91,7 @@ def raw_quality(
 ) -> Float[Array, "a g"]:
     """p^(1 - xi) IoU^xi of every location, wherever it lies; arguments as of `quality`."""
     p = jnp.take(jax.nn.sigmoid(cls_logits), labels, axis=1, mode="clip")
-    return p ** (1.0 - xi) * pairwise_iou(boxes, gt) ** xi
+    return p ** (1.0 - xi) * iou(boxes[:, None], gt) ** xi
 
 
 def quality(
@@ -233,7 +226,7 @@ def background_weights(
 
 
 def foreground_weights(
-    region: Region,
+    region: Region | Int[Array, ""],
     q: Float[Array, "a g"],
     inside: Bool[Array, "a g"],
     xy: Float[Array, "a 2"],
@@ -247,13 +240,16 @@ def foreground_weights(
     Args:
         region: "pgw" (`prediction_guided_weights`, the method), "box" (1 in every box), "topk" (1 at the best K),
             "quality" (the quality itself, in the whole box), "box-gaussian" (`box_gaussian_weights`), "kde"
-            (`density_values` of the best K).
+            (`density_values` of the best K); or a traced place in `REGIONS`, so that one program serves all.
         q, inside, xy, topk, ridge, inside_last: as of `prediction_guided_weights`.
         gt: boxes of the objects.
 
     Raises:
         UserError: for an unknown region, or as `top_locations`.
     """
+    if not isinstance(region, str):
+        one = lambda name: lambda: foreground_weights(name, q, inside, xy, gt, topk, ridge, inside_last)
+        return lax.switch(region, [one(name) for name in REGIONS])
     if region == "pgw":
         return prediction_guided_weights(q, inside, xy, topk, ridge, inside_last)
     if region == "box":
@@ -279,7 +275,7 @@ def weight_maps(
     settings: Any = Settings(),
     *,
     topk: int = 30,
-    region: Region = "pgw",
+    region: Region | Int[Array, ""] = "pgw",
     reference_compat: bool = False,
 ) -> Maps:
     """The three maps of a batch, as constants: no gradient passes.
@@ -476,40 +472,83 @@ def pgd_loss(
     return total, terms
 
 
-# Start of the student, and what the teacher's best locations alone can do
+# Student and teacher
 
 
-def init_student(student: Any, teacher: Any, own: Sequence[str] = ("backbone",)) -> Any:
-    """A student's parameters with the teacher's neck and head.
+class Taught(NamedTuple):
+    """What a teacher says of images."""
+
+    logits: Float[Array, "b a k"]
+    boxes: Float[Array, "b a 4"]
+    """In pixels."""
+    features: Features
+
+
+def features_of(outputs: Outputs) -> Features:
+    """What is imitated, of a detector's outputs."""
+    return Features(outputs.class_features, outputs.box_features)
+
+
+def taught(outputs: Outputs) -> Taught:
+    """What a teacher says, as constants; its outputs are those with stored statistics."""
+    return lax.stop_gradient(Taught(outputs.logits, outputs.boxes, features_of(outputs)))
+
+
+def imitation_loss(
+    outputs: Outputs,
+    truth: tuple[Array, Array, Array],
+    teacher: Taught,
+    xy: Float[Array, "a 2"],
+    settings: Any = Settings(),
+    *,
+    topk: int = 30,
+    region: Region | Int[Array, ""] = "pgw",
+    cross_image_masks: bool = False,
+    reference_compat: bool = False,
+) -> tuple[Array, dict[str, Array]]:
+    """`pgd_loss` of a student's outputs with the weights that its teacher gives: what is added to the detector's loss.
 
     Args:
-        student, teacher: parameters of detectors with the same neck and head. A neck's convolution that reads the
-            backbone may have other input channels than the teacher's: it stays the student's.
-        own: parts that stay the student's.
+        outputs: the student's.
+        truth: boxes [B, G, 4], labels and validity [B, G] of the objects.
+        teacher: of the same images.
+        xy: centres of the locations in pixels.
+        settings: with the fields of `Settings`.
+        topk, region, reference_compat: as of `weight_maps`.
+        cross_image_masks: as of `cls_feature_loss`.
 
     Raises:
-        UserError: naming the parameters of neck and head that do not fit, with both shapes.
+        UserError: as `weight_maps` and `pgd_loss`.
     """
-    taken, wrong = {}, []
-    given = dict(jax.tree_util.tree_leaves_with_path(teacher))
-    for path, leaf in jax.tree_util.tree_leaves_with_path(student):
-        name = "/".join(str(getattr(k, "key", k)) for k in path)
-        known = given.get(path)
-        if name.split("/")[0] in own:
-            taken[path] = leaf
-        elif known is not None and known.shape == leaf.shape:
-            taken[path] = known
-        elif (
-            known is not None
-            and leaf.ndim == 4
-            and known.shape[:2] + known.shape[3:] == leaf.shape[:2] + leaf.shape[3:]
-        ):
-            taken[path] = leaf
-        else:
-            wrong.append(f"{name} {leaf.shape} for {None if known is None else known.shape}")
+    maps = weight_maps(
+        teacher.logits, teacher.boxes, *truth, xy, settings, topk=topk, region=region, reference_compat=reference_compat
+    )
+    return pgd_loss(features_of(outputs), teacher.features, maps, settings, cross_image_masks=cross_image_masks)
+
+
+def init_student(variables: Any, teacher: Any) -> Any:
+    """A student's variables with copies of its teacher's neck and head.
+
+    Args:
+        variables: of the student, {"params": {"backbone", "neck", "head"}, ...}.
+        teacher: variables of a detector with the same neck and head. The neck's 1x1 convolutions read the backbone:
+            where that has another width they stay the student's.
+
+    Raises:
+        UserError: naming other parameters of neck and head that do not fit, with both shapes.
+    """
+    shapes = lambda given: {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
+        for part in ("neck", "head")
+        for path, leaf in jax.tree_util.tree_leaves_with_path({part: given["params"][part]})
+    }
+    own, other = shapes(variables), shapes(teacher)
+    reads = lambda name: name.startswith("neck/lateral") and name in own.keys() & other.keys()
+    wrong = [name for name in sorted({**own, **other}) if own.get(name) != other.get(name) and not reads(name)]
     if wrong:
-        raise UserError(f"student: found {'; '.join(wrong)}, expected the neck and head of the teacher")
-    return jax.tree_util.tree_map_with_path(lambda path, _: taken[path], student)
+        found = ", ".join(f"{name} {own.get(name)} for {other.get(name)}" for name in wrong)
+        raise UserError(f"student: found {found}, expected the teacher's neck and head")
+    return inherited(variables, teacher)
 
 
 def audible(q: Float[Array, "a g"], inside: Bool[Array, "a g"], share: Any) -> Bool[Array, " a"]:

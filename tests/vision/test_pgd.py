@@ -7,8 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxstack.core import program, runner
 from jaxstack.core.errors import UserError
+from jaxstack.nn import classifier
+from jaxstack.nn import detector as detectors
 from jaxstack.vision import pgd
+from jaxstack.vision import pgd_training as training
 
 KEY = jax.random.key(0)
 STRIDES, IMAGE = (4, 8), 32
@@ -108,6 +112,7 @@ def maps_of(parts, settings=pgd.Settings(), topk=6, region="pgw", reference_comp
     return pgd.weight_maps(*parts, settings, topk=topk, region=region, reference_compat=reference_compat)
 
 
+maps_by_place = jax.jit(lambda parts, place: pgd.weight_maps(*parts, topk=6, region=place))
 loss_of = jax.jit(jax.value_and_grad(pgd.pgd_loss, (0, 1), has_aux=True), static_argnames="cross_image_masks")
 """(((loss, terms), gradients by both networks' features))."""
 
@@ -207,6 +212,9 @@ def test_ways_to_weigh_have_what_tells_them_apart():
     middle = 1 + 4 * np.exp(-8 / h2)
     arm = 1 + np.exp(-8 / h2) + 2 * np.exp(-16 / h2) + np.exp(-32 / h2)
     np.testing.assert_allclose(values[0], [1.0, *[arm / middle] * 4, 0.0], rtol=1e-5)
+    for place, region in enumerate(pgd.REGIONS):  # one program for all
+        by_place = maps_by_place(parts, jnp.int32(place))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), by_place, maps_of(parts, region=region))
     for topk in (0, 81):
         with pytest.raises(UserError, match=rf"topk={topk}: expected 1 to 80, the number of locations"):
             maps_of(parts, topk=topk)
@@ -270,16 +278,23 @@ def test_twice_the_size_has_the_same_weights():
 
 
 def test_a_student_has_the_teacher_s_neck_and_head():
-    tree = lambda width, head: {
-        "backbone": {"stem": {"kernel": jnp.full((3, 3, 3, width), width * 1.0)}},
-        "neck": {"lateral_0": {"kernel": jnp.full((1, 1, width, 4), width * 1.0), "bias": jnp.full(4, width * 1.0)}},
-        "head": {"cls": {"kernel": jnp.full((3, 3, 4, head), width * 1.0)}},
+    tree = lambda width, classes: {
+        "params": {
+            "backbone": {"stem": {"kernel": jnp.full((3, 3, 3, width), width * 1.0)}},
+            "neck": {
+                "lateral0": {"kernel": jnp.full((1, 1, width, 4), width * 1.0), "bias": jnp.full(4, width * 1.0)},
+                "out0": {"kernel": jnp.full((3, 3, 4, 4), width * 1.0)},
+            },
+            "head": {"class_out": {"kernel": jnp.full((3, 3, 4, classes), width * 1.0)}},
+        },
+        "batch_stats": {"mean": jnp.full(2, width * 1.0)},
     }
     found = pgd.init_student(tree(2, 5), tree(6, 5))
-    first = {name: float(jax.tree.leaves(part)[0].ravel()[0]) for name, part in found.items()}
-    assert first == {"backbone": 2.0, "neck": 6.0, "head": 6.0}
-    assert found["neck"]["lateral_0"]["kernel"][0, 0, 0, 0] == 2.0  # reads a narrower backbone
-    with pytest.raises(UserError, match=r"head/cls/kernel \(3, 3, 4, 5\) for \(3, 3, 4, 7\)"):
+    value = lambda *path: float(functools.reduce(lambda tree, name: tree[name], path, found).ravel()[0])
+    assert value("params", "neck", "out0", "kernel") == value("params", "head", "class_out", "kernel") == 6.0
+    assert value("params", "backbone", "stem", "kernel") == value("batch_stats", "mean") == 2.0
+    assert value("params", "neck", "lateral0", "kernel") == 2.0  # reads a narrower backbone
+    with pytest.raises(UserError, match=r"head/class_out/kernel \(3, 3, 4, 5\) for \(3, 3, 4, 7\)"):
         pgd.init_student(tree(2, 5), tree(6, 7))
 
 
@@ -293,3 +308,41 @@ def test_the_best_locations_are_left_when_others_are_silenced():
         assert left[:10].sum() == count
         assert left[10:].all()
         assert q[:10, 0][left[:10]].min() > q[:10, 0][~left[:10]].max(initial=0.0)
+
+
+SMALL = dict(size=32, width=2, channels=4, towers=1, train_images=8, eval_images=6, batch_size=4, num_updates=3)
+
+
+def test_a_student_is_taught_by_a_stored_detector(tmp_path):
+    """Its first living seed teaches every seed of the student, whose head starts from it; inference is unchanged."""
+    run = str(tmp_path / "teacher")
+    learner = detectors.detector(**SMALL | dict(width=3))
+    states, _ = jax.jit(lambda: program.initial(learner, [3, 4], None))()
+    runner.save(learner, states, [3, 4], run, {})
+    pupil = training.pgd(teacher=run, best=3, **SMALL)
+    state = jax.eval_shape(pupil.init, KEY, pupil.hypers)
+    assert state.params["backbone"]["conv"]["kernel"].shape == (3, 3, 3, 2)
+    assert state.teacher["params"]["backbone"]["conv"]["kernel"].shape == (3, 3, 3, 3)
+    state = jax.jit(pupil.init)(KEY, pupil.hypers)
+    first = jax.tree.map(lambda x: x[0], states.params)
+    jax.tree.map(np.testing.assert_array_equal, state.teacher["params"], first)
+    jax.tree.map(np.testing.assert_array_equal, state.params["head"], first["head"])
+    alone = jax.eval_shape(detectors.detector(**SMALL).predict, state, jnp.zeros((1, 32, 32, 3), jnp.uint8))
+    assert alone == jax.eval_shape(pupil.predict, state, jnp.zeros((1, 32, 32, 3), jnp.uint8))
+    for changes, message in (
+        (dict(channels=8), r"teacher: found channels=4, expected 8 as of the student"),
+        (
+            dict(backbone="resnet-18"),
+            r"teacher: found strides \(4, 8, 16\) of small, expected \(8, 16, 32\) of resnet-18",
+        ),
+        (dict(best=85), r"best=85: expected 1 to 84, the number of locations"),
+        (dict(region="disc"), r"region=.disc.: expected one of .pgw"),
+        (dict(teacher=str(tmp_path / "none")), r"none"),
+    ):
+        with pytest.raises(UserError, match=message):
+            training.pgd(**SMALL | dict(teacher=run, best=3) | changes)
+    other = classifier.classifier(features=(2,))
+    start, _ = program.initial(other, [0], None)
+    runner.save(other, start, [0], tmp_path / "other", {})
+    with pytest.raises(UserError, match=r"other: found a run of classifier, expected one of detector"):
+        training.pgd(teacher=str(tmp_path / "other"), **SMALL)
