@@ -322,7 +322,16 @@ METHODS: tuple[Method, ...] = (
         extras=("medical",),
         tests="tests/medical/test_stroke_ct.py",
     ),
-    Method("pgd", "vision", "Prediction-guided distillation for dense object detection", 2022, arxiv=("2203.05469",)),
+    Method(
+        "pgd",
+        "vision",
+        "Prediction-guided distillation for dense object detection",
+        2022,
+        arxiv=("2203.05469",),
+        factory="jaxstack.vision.pgd_training:pgd",
+        claim="jaxstack.claims.pgd:claim",
+        tests="tests/vision/test_pgd.py",
+    ),
     Method(
         "peppr",
         "medical",

@@ -116,6 +116,7 @@ TINY["reachnet"] = dict(
 TINY["detector"] = dict(
     size=32, width=2, channels=4, towers=1, train_images=8, eval_images=6, batch_size=4, num_updates=3, detections=4
 )
+TINY["pgd"] = TINY["detector"] | dict(teacher_width=2, teacher_updates=2, best=3)
 TINY["deepgpet"] = dict(
     size=(32, 32),
     num_train=6,
@@ -174,7 +175,12 @@ def test_every_learner_has_a_tiny_config():
 
 
 # (steps of all stages, an option that must be positive)
-STAGED = {"imitate-then-improve": (3, "lr"), "ptgood": (1 + 2 + 2 + 4, "actor_lr"), "acat": (1 + 1 + 2, "lr")}
+STAGED = {
+    "imitate-then-improve": (3, "lr"),
+    "ptgood": (1 + 2 + 2 + 4, "actor_lr"),
+    "acat": (1 + 1 + 2, "lr"),
+    "pgd": (2 + 3, "lr"),
+}
 
 
 @pytest.mark.parametrize("name", STAGED)
