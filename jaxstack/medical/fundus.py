@@ -15,6 +15,7 @@ from jaxstack.core.errors import UserError
 from jaxstack.core.learner import Key
 from jaxstack.medical.io import read_colour
 from jaxstack.nn.conv import Conv
+from jaxstack.nn.vision.layers import max_pool
 
 HAZE = (0.85, 0.65, 0.5)
 """Colour that haze blends towards."""
@@ -173,6 +174,5 @@ class Blocks(nn.Module):
         x = (x - jnp.asarray(IMAGE_MEAN)) / jnp.asarray(IMAGE_STD)
         for width in self.widths:
             x = nn.BatchNorm(use_running_average=not train, momentum=0.9)(Conv(width, use_bias=False)(x))
-            b, h, w, c = x.shape
-            x = jax.nn.relu(x).reshape(b, h // 2, 2, w // 2, 2, c).max((2, 4))
+            x = max_pool(jax.nn.relu(x))
         return x.mean((1, 2))

@@ -6,6 +6,7 @@ same way; one network with shared weights sees the slices of both, pools them, a
 ours is told in docs/methods/stroke-ct.md.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -28,7 +29,7 @@ from jaxstack.medical.stroke_data import ATROPHY, CALCIFIED, OLD, SIDE, SIZE, UN
 from jaxstack.nn.conv import Conv
 from jaxstack.nn.supervised import Model, Optimiser, State, linen, supervised, variables
 from jaxstack.nn.vision.acat import SliceAttention, Trunk
-from jaxstack.nn.vision.layers import BatchNorm, conv, fan_out_normal, head, mean_pool
+from jaxstack.nn.vision.layers import BatchNorm, conv, fan_out_normal, head, larger, mean_pool
 
 Pool = Literal["mean", "max", "attention"]
 Compare = Literal["none", "difference", "concatenation", "cross-attention"]
@@ -128,7 +129,9 @@ class HalfBrainNet(nn.Module):
     def _pooled(self, f: Float[Array, "n t c"], train: bool) -> Float[Array, "n c"]:
         if self.slice_pool == "attention":
             return SliceAttention()(f, train)
-        return f.max(1) if self.slice_pool == "max" else f.mean(1)
+        if self.slice_pool == "max":
+            return functools.reduce(larger, jnp.unstack(f, axis=1))
+        return f.mean(1)
 
 
 def flip_swap(key: Key, x: Float[Array, "b 2 t h w"], labels: Int[Array, "b l"]) -> tuple[Array, Array]:

@@ -181,6 +181,7 @@ def test_other_files(tmp_path):
 
 NETWORKS = {
     "efficientnet-lite0": (4_652_008, 1281 * 1000),
+    "efficientnet-b0": (5_288_548, 1281 * 1000),
     "densenet121": (6_953_856 + 1025 * 1000, 1025 * 1000),
     "mobilenet-v3-large": (5_483_032, 961 * 1280 + 1281 * 1000),
 }
@@ -202,6 +203,7 @@ def test_networks_have_their_counts_and_names(kind):
     jax.tree.map(np.testing.assert_array_equal, back, variables)
     key, shape = {
         "efficientnet-lite0": ("_blocks.1._depthwise_conv.weight", (96, 1, 3, 3)),
+        "efficientnet-b0": ("blocks.1.0.se.conv_reduce.weight", (4, 96, 1, 1)),
         "densenet121": ("features.conv0.weight", (64, 3, 7, 7)),
         "mobilenet-v3-large": ("blocks.2.0.se.conv_reduce.weight", (24, 72, 1, 1)),
     }[kind]

@@ -130,6 +130,11 @@ def test_work_is_counted_from_shapes(name, channels, conv_macs, fc):
     assert low.count_macs(zoo.network(name), (1, 32, 32, channels)) == {"conv": conv_macs, "fc": fc}
 
 
+def test_work_of_efficientnet_is_that_of_its_public_form():
+    found = low.count_macs(zoo.network("efficientnet-b0", 1000), (1, 224, 224, 3))
+    assert found == {"conv": 384_534_752, "fc": 1_280_000}
+
+
 def test_masks_keep_an_exact_number_of_the_largest():
     params = {"a": {"kernel": jax.random.normal(KEY, (3, 3, 5, 11)), "bias": jnp.zeros(11)}, "b": jnp.ones((5, 101))}
     n = 495 + 505

@@ -60,6 +60,18 @@ class DenseNet(nn.Module):
             raise UserError(f"mid_features: found {min(mids)}, expected 0 or more channels for each layer")
         return tuple(mids)
 
+    def torch_name(self, modules: tuple[str, ...]) -> str:
+        """The name of a layer in the state dicts of the common DenseNet-BC for CIFAR-10, as BayesWatch's: conv1,
+        dense1.0.bn1, trans1.conv1, bn1, fc."""
+        block, *part = modules
+        if part:
+            stage, i = divmod(int(block.removeprefix("block")), (self.depth - 4) // 6)
+            return f"dense{stage + 1}.{i}.{part[0]}"
+        if block.startswith("transition"):
+            number, kind = block.removeprefix("transition").split("_")
+            return f"trans{number}.{kind}1"
+        return {"stem": "conv1", "bn": "bn1", "Dense_0": "fc"}[block]
+
     @nn.compact
     def __call__(
         self, x: Array, train: bool = False, *, masks: Sequence[Array | None] | None = None, taps: bool = False

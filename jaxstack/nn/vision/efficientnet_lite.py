@@ -4,7 +4,7 @@ Padding is TensorFlow's SAME and BatchNorm's epsilon 1e-3, as its public weights
 """
 
 import flax.linen as nn
-import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array
 
 from jaxstack.nn.conv import Conv
@@ -38,7 +38,7 @@ def _conv(features: int, size: int, stride: int = 1, groups: int = 1, name: str 
 
 
 def _relu6(x: Array) -> Array:
-    return jnp.clip(x, 0.0, 6.0)
+    return lax.clamp(0.0, x, 6.0)
 
 
 class InvertedResidual(nn.Module):

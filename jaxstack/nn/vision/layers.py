@@ -49,7 +49,7 @@ class BatchNorm(nn.Module):
         if train:
             axes = tuple(range(x.ndim - 1))
             mean = x.mean(axes)
-            var = jnp.maximum(jnp.square(x).mean(axes) - jnp.square(mean), 0.0)
+            var = jax.nn.relu(jnp.square(x).mean(axes) - jnp.square(mean))
             if not self.is_initializing():
                 count = math.prod(x.shape[:-1])
                 unbiased = count / max(count - 1, 1) if self.variance == "torch" else 1.0
@@ -102,6 +102,22 @@ def of_blocks(values: Sequence[Any] | None, count: int, what: str) -> Sequence[A
     return values
 
 
+@jax.custom_jvp
+def larger(a: Array, b: Array) -> Array:
+    """The elementwise maximum, whose gradient goes to the first of equal ones, as PyTorch's.
+
+    That of `jnp.maximum` goes to whatever equals the result. Where XLA computes an operand again in another kernel,
+    with another rounding, none does, and the gradient is lost.
+    """
+    return jnp.maximum(a, b)
+
+
+@larger.defjvp
+def _larger_jvp(values: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    a, b = values
+    return larger(a, b), jnp.where(a >= b, *tangents)
+
+
 def max_pool(x: Array, size: int = 2, stride: int = 2) -> Array:
     """Maximum over windows, by slices: [N, H, W, C] -> [N, (H - size) // stride + 1, ..., C]."""
     rows, columns = ((n - size) // stride + 1 for n in x.shape[1:3])
@@ -112,7 +128,7 @@ def max_pool(x: Array, size: int = 2, stride: int = 2) -> Array:
     ]
     out = parts[0]
     for part in parts[1:]:
-        out = jnp.maximum(out, part)
+        out = larger(out, part)
     return out
 
 

@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxstack.core.errors import UserError
@@ -44,7 +43,7 @@ def divisible(channels: float) -> int:
 
 def hard_sigmoid(x: Array) -> Array:
     """min(max(x + 3, 0), 6) / 6."""
-    return jnp.clip(x + 3.0, 0.0, 6.0) / 6.0
+    return jax.lax.clamp(0.0, x + 3.0, 6.0) / 6.0
 
 
 def hard_swish(x: Array) -> Array:
@@ -56,7 +55,8 @@ def _norm(form: Form, variance: Variance, name: str) -> BatchNorm:
     return BatchNorm(variance, 0.9, 1e-3 if form == "tf" else 1e-5, name=name)
 
 
-def _conv(form: Form, features: int, size: int = 1, stride: int = 1, groups: int = 1, name: str = "") -> Conv:
+def plain_conv(form: Form, features: int, size: int = 1, stride: int = 1, groups: int = 1, name: str = "") -> Conv:
+    """A convolution without bias, padded as its form says: "tf" as TensorFlow's SAME, "torch" alike on all sides."""
     padding = "SAME" if form == "tf" else size // 2
     start = _depthwise_normal if groups > 1 else fan_out_normal
     return Conv(features, (size, size), stride, padding, groups=groups, use_bias=False, kernel_init=start, name=name)
@@ -90,16 +90,16 @@ class Block(nn.Module):
         norm = lambda y: _norm(self.form, self.variance, next(norms))(y, train)
         wide, y = divisible(x.shape[-1] * self.expansion), x
         if self.expansion > 1:
-            y = act(norm(_conv(self.form, wide, name="conv_pw")(y)))
+            y = act(norm(plain_conv(self.form, wide, name="conv_pw")(y)))
         else:
             wide = x.shape[-1]
-        y = act(norm(_conv(self.form, wide, self.kernel, self.stride, wide, name="conv_dw")(y)))
+        y = act(norm(plain_conv(self.form, wide, self.kernel, self.stride, wide, name="conv_dw")(y)))
         if self.squeezed:
             gate = jax.nn.relu(
                 Conv(divisible(wide * 0.25), (1, 1), name="se_conv_reduce")(y.mean((1, 2), keepdims=True))
             )
             y = y * hard_sigmoid(Conv(wide, (1, 1), name="se_conv_expand")(gate))
-        y = norm(_conv(self.form, self.features, name="conv_pwl" if self.expansion > 1 else "conv_project")(y))
+        y = norm(plain_conv(self.form, self.features, name="conv_pwl" if self.expansion > 1 else "conv_project")(y))
         return x + y if x.shape == y.shape else y
 
 
@@ -136,7 +136,7 @@ class MobileNetV3(nn.Module):
         if self.width <= 0 or self.form not in ("tf", "torch"):
             raise UserError(f"width={self.width}, form={self.form!r}: expected a positive width, and 'tf' or 'torch'")
         channels = lambda c: divisible(c * self.width)
-        x = _conv(self.form, channels(STEM), 3, 2, name="conv_stem")(x)
+        x = plain_conv(self.form, channels(STEM), 3, 2, name="conv_stem")(x)
         x = hard_swish(_norm(self.form, self.variance, "bn1")(x, train))
         found = []
         for s, stage in enumerate(STAGES):
@@ -145,7 +145,7 @@ class MobileNetV3(nn.Module):
                 x = Block(*shape, self.form, self.variance, name=f"block{s}_{i}")(x, train)
             if s in TAPS:
                 found.append(x)
-        x = _conv(self.form, channels(LAST), name="last")(x)
+        x = plain_conv(self.form, channels(LAST), name="last")(x)
         x = hard_swish(_norm(self.form, self.variance, "last_bn")(x, train))
         found.append(x)
         if self.classes:

@@ -7,6 +7,7 @@ from typing import Any
 
 from jaxstack.core.errors import UserError
 from jaxstack.nn.vision.densenet import DenseNet, DenseNet121
+from jaxstack.nn.vision.efficientnet import EfficientNetB0
 from jaxstack.nn.vision.efficientnet_lite import EfficientNetLite0
 from jaxstack.nn.vision.layers import Variance
 from jaxstack.nn.vision.lenet import LeNet
@@ -18,7 +19,7 @@ from jaxstack.nn.vision.wrn import WRN
 
 NAMES = (
     "lenet, wrn-D-W, densenet-bc-D-K, densenet121, resnet-18|34|50[-imagenet], vgg-16, mobilenet-v1, mobilenet-v2, "
-    "mobilenet-v3-large, efficientnet-lite0, vgg-small, resnet-8|14|20, mobilenet-small"
+    "mobilenet-v3-large, efficientnet-b0, efficientnet-lite0, vgg-small, resnet-8|14|20, mobilenet-small"
 )
 _WRN = re.compile(r"wrn-(\d+)-(\d+(?:\.\d+)?)")
 _DENSE = re.compile(r"densenet-bc-(\d+)-(\d+)")
@@ -29,6 +30,7 @@ _PLAIN: dict[str, Any] = {
     "mobilenet-v2": MobileNetV2,
     "mobilenet-v3-large": MobileNetV3,
     "densenet121": DenseNet121,
+    "efficientnet-b0": EfficientNetB0,
     "efficientnet-lite0": EfficientNetLite0,
 }
 _SMALL: dict[str, Any] = {
@@ -54,8 +56,8 @@ def network(
     Args:
         name: lenet, wrn-D-W with depth and width (wrn-10-2, wrn-40-1.5), densenet-bc-D-K with depth and growth
             (densenet-bc-100-12), resnet-D for small images or resnet-D-imagenet, vgg-16, mobilenet-v1, mobilenet-v2,
-            mobilenet-v3-large, densenet121, efficientnet-lite0; vgg-small, resnet-8, -14, -20 or mobilenet-small, in
-            which every width is free.
+            mobilenet-v3-large, densenet121, efficientnet-b0, efficientnet-lite0; vgg-small, resnet-8, -14, -20 or
+            mobilenet-small, in which every width is free.
         classes: number of logits.
         mid_features: middle channels of each block, for wrn-D-W and densenet-bc-D-K; of each space of channels, for the
             small networks.
