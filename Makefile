@@ -10,7 +10,7 @@ help:
 	@echo "make test    set up and run the tests"
 	@echo "make soak    kill runs at random moments 100 times, and twenty times as many random configs"
 	@echo "make lint    formatting, lint, types, import rules"
-	@echo "make bench   speed against the peers; ARGS='--jaxmarl PATH --purejaxrl PATH --kla PATH --torch-python PYTHON'"
+	@echo "make bench   speed against the peers; ARGS='--jaxmarl PATH --purejaxrl PATH --kla PATH --naswot PATH --torch-python PYTHON'"
 	@echo "make bench-quick   today's ratios beside the recorded ones, in under three minutes"
 	@echo "make docs    the site of docs/ in site/; make docs-serve shows it (both install the site's generator once)"
 	@echo "make lock    resolve the versions in pyproject.toml anew"

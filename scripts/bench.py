@@ -2,7 +2,9 @@
 
     python scripts/bench.py                                          tens of minutes on 2 cores
     python scripts/bench.py --jaxmarl PATH --purejaxrl PATH          with the peers; PATH is a clone
-    python scripts/bench.py --kla PATH --torch-python PYTHON         with the released KLA, and a Python that has torch
+    python scripts/bench.py --torch-python PYTHON                    networks for images beside torch, torchvision, timm
+    python scripts/bench.py --kla PATH --torch-python PYTHON         with the released KLA too
+    python scripts/bench.py --naswot PATH --torch-python PYTHON      with the public code of NASWOT too
     python scripts/bench.py --peers-python PYTHON                    with one that has lbforaging, rware and jumanji
     python scripts/bench.py --quick                                  under three minutes, beside the recorded figures
     python scripts/bench.py --record                                 and keep the results in docs/results/bench
@@ -30,6 +32,10 @@ def commands(args: argparse.Namespace, out: Path) -> dict[str, list[str]]:
     if not args.quick:
         torch = ["--kla", str(args.kla), "--torch-python", str(args.torch_python)] if args.kla else []
         more = {n: [f"bench_{n}.py", "--out", str(out / f"{n}.json")] for n in ("marl", "sweep", "scaling")}
+        if args.torch_python:
+            scores = ["--naswot", str(args.naswot)] if args.naswot else []
+            torch_python = ["--torch-python", str(args.torch_python)]
+            more["vision"] = ["bench_vision.py", *torch_python, *scores, "--out", str(out / "vision.json")]
         more["marl"] += ["--peers-python", str(args.peers_python)] if args.peers_python else []
         return {"agents": agents, "envs": envs, "sequence": [*sequence, *torch], **more}
     cases = ["mpe-16"] * bool(args.jaxmarl) + ["cartpole"] * bool(args.purejaxrl)
@@ -70,15 +76,17 @@ def main() -> int:
     parser.add_argument("--jaxmarl", type=Path, help="a clone of JaxMARL")
     parser.add_argument("--purejaxrl", type=Path, help="a clone of PureJaxRL")
     parser.add_argument("--kla", type=Path, help="a clone of the released package of Kalman Linear Attention")
-    parser.add_argument("--torch-python", type=Path, help="a Python that has torch, numpy and tyro")
+    parser.add_argument("--naswot", type=Path, help="a clone of the public code of NASWOT")
+    parser.add_argument("--torch-python", type=Path, help="has torch, torchvision and timm; for --kla also tyro")
     parser.add_argument("--peers-python", type=Path, help="a Python that has lbforaging, rware or jumanji")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--record", action="store_true")
     args = parser.parse_args()
     if args.quick and args.record:
         parser.error("--record: expected without --quick, whose sizes are others")
-    if (args.kla is None) != (args.torch_python is None):
-        parser.error("--kla, --torch-python: expected both or neither")
+    for name in ("kla", "naswot"):
+        if getattr(args, name) and args.torch_python is None:
+            parser.error(f"--{name}: expected together with --torch-python")
     out = RECORDED if args.record else ROOT / "runs" / "bench"
     out.mkdir(parents=True, exist_ok=True)
     todo = commands(args, out)

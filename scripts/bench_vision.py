@@ -211,7 +211,8 @@ def zero_shot(args: argparse.Namespace, folder: Path) -> Any:
     for role, name in names.items():
         nets[role] = variables_of(name, 10, image[0])
         store(folder, role, **to_torch(nets[role][1], nets[role][0].torch_name))
-    setup = kt.Setup(*(kt.of_module(nets[r][0], image) for r in names), image, kt.ZeroShotGenerator(image), s["zero"])
+    teacher, student = (kt.of_module(nets[r][0], image) for r in names)
+    setup = kt.Setup(teacher, student, image, kt.ZeroShotGenerator(image), s["zero"])
     state = kt.begin(jax.random.key(0), kt.Hypers(), nets["teacher"][1], setup, 1000)
     run = compiled(lambda state, key: kt.zskt_round(state, key, setup), state, jax.random.key(1))
     keys, held = iter(jax.random.split(jax.random.key(2), 10_000)), [state]
@@ -236,7 +237,7 @@ def structured(args: argparse.Namespace, folder: Path) -> Any:
     x, g = (jax.random.normal(jax.random.key(i), shape) for i in (0, 1))
     for kind in MAPS:
         layer = SeparableConv(s["width"], pointwise=kind)
-        variables = layer.init(jax.random.key(2), x)
+        variables: Any = layer.init(jax.random.key(2), x)
         arrays = dict(variables["params"][STRUCTURED]) | dict(variables.get("hash", {}).get(STRUCTURED, {}))
         if DEPTHWISE in variables["params"]:
             arrays["depthwise"] = variables["params"][DEPTHWISE]["kernel"]

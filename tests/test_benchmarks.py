@@ -126,6 +126,7 @@ def test_a_child_that_dies_is_an_error(run, script, tmp_path, monkeypatch):
 def test_bench_calls_scripts_that_exist(script, tmp_path, quick):
     bench = script("bench")
     peers = dict(jaxmarl=Path("a"), purejaxrl=Path("b"), kla=Path("c"), torch_python=Path("d"), peers_python=Path("e"))
+    peers |= dict(naswot=Path("f"))
     for paths in (peers, dict.fromkeys(peers)):
         todo = bench.commands(argparse.Namespace(quick=quick, **paths), tmp_path)
         assert {"agents", "envs", "sequence"} <= set(todo)
@@ -140,6 +141,46 @@ def test_quick_sequence_options_are_known(script, tmp_path):
     command = script("bench").commands(args, tmp_path)["sequence"]
     parsed = script("bench_sequence").options().parse_args(command[1:])
     assert (parsed.cases, parsed.mixers) == (["mixers"], ["kla", "gla"])
+
+
+VISION_STAND_IN = """
+import json, sys
+import numpy as np
+for line in sys.stdin:
+    ask = json.loads(line)
+    if ask["do"] == "make":
+        answer = np.load(sys.argv[1] + "/n.npy").tolist()
+    else:
+        answer = {"about": {"torch": "9.9"}, "run": 6.0, "drop": None}[ask["do"]]
+    print(json.dumps(answer), flush=True)
+"""
+
+
+def test_vision_is_timed_beside_a_child_that_computes_the_same(script, tmp_path, monkeypatch):
+    """The child is replaced; what it is given is a separable convolution, which is checked here."""
+    from bench_child import Child
+
+    bench, child = script("bench_vision"), tmp_path / "child.py"
+    child.write_text(VISION_STAND_IN)
+    args = bench.options().parse_args(["--torch-python", sys.executable, "--tiny"])
+    job = next(iter(bench.structured(args, tmp_path)))
+    assert job.case == "structured, dense, forward"
+    with np.load(tmp_path / "batch.npz") as given:
+        x, depthwise, kernel = given["x"][0], given["p/depthwise"][:, :, 0], given["p/kernel"]
+    corner = (x[:2, :2] * depthwise[1:, 1:]).sum((0, 1)) @ kernel
+    np.testing.assert_allclose(job.number(), corner, rtol=1e-4, atol=1e-5)
+    np.save(tmp_path / "n.npy", job.number())
+    peer = Child("torch", [sys.executable, str(child), str(tmp_path)])
+    try:
+        row = bench.measured(job, peer, 2)
+        assert row["met"]
+        assert row["median_ms"]["default"] == 6000
+        assert set(row["other_ratios_quartiles"]) == {"channels_last"}
+        np.save(tmp_path / "n.npy", 1.1 * job.number())
+        with pytest.raises(SystemExit, match=r"structured, dense, forward: found results .* apart"):
+            bench.measured(job, peer, 2)
+    finally:
+        peer.close()
 
 
 PEERS_STAND_IN = """

@@ -140,8 +140,9 @@ def with_variables(learner: Learner, variables: Any, step: int, hypers: Any = No
     own = jax.tree.map(jnp.asarray, dict(variables))
     params = own.pop("params")
     kept = jax.tree.map(jnp.copy, {"params": params, **own}) if state.ema else state.ema
-    done = jnp.int32(step)
-    return state._replace(params=params, stats=own, ema=kept, step=done, total=done)
+    # arrays of their own: buffers of a state are donated one by one
+    done, total = (jnp.array(step, jnp.int32) for _ in range(2))
+    return state._replace(params=params, stats=own, ema=kept, step=done, total=total)
 
 
 class Optimiser(NamedTuple):

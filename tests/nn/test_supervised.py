@@ -29,6 +29,7 @@ from jaxstack.nn.supervised import (
     squared_error,
     supervised,
     variables,
+    with_variables,
 )
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "core"))
@@ -130,6 +131,13 @@ def test_a_step_is_that_of_plain_flax_and_optax():
     assert variables(after) is after.ema
     last = learner.init(KEY, learner.hypers)._replace(ema={})
     expect(learner.predict(last, X), Net().apply(old, X, False))
+
+
+def test_a_state_with_given_weights_can_be_donated():
+    learner = make()
+    begun = with_variables(learner, NET.init(KEY), 3)
+    after, _ = jax.jit(learner.step, donate_argnums=0)(begun, (X, Y))
+    assert (int(after.step), int(after.total)) == (4, 3)
 
 
 def test_dropout_is_of_the_step_and_evaluation_has_none():
