@@ -11,6 +11,7 @@ import yaml
 
 import jaxstack
 from jaxstack import cli
+from jaxstack.cli import flags
 from jaxstack.core import rundir
 from jaxstack.core.errors import UserError
 from jaxstack.core.runner import Result
@@ -67,6 +68,33 @@ def test_lists_of_layers_and_of_options_of_environments():
 )
 def test_wrong_options_are_one_line(argv, message):
     assert message in refused(*argv)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("collect a --quality good --out b.npz", "jaxstack collect: --quality: found 'good', expected one of random, "),
+        ("collect a --quality random --out b.npz --episodes x", "jaxstack collect: --episodes: "),
+        ("collect a", "jaxstack collect: the following arguments are required: --quality, --out"),
+        (
+            "list envs --famly native",
+            "jaxstack list: unrecognised arguments: --famly native; see `jaxstack list --help`",
+        ),
+        ("colect a", "jaxstack: COMMAND: found 'colect', expected one of list, info, "),
+    ],
+)
+def test_what_no_command_knows_is_one_line(argv, message, capsys):
+    with pytest.raises(SystemExit) as e:
+        cli.main(argv.split())
+    assert e.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith(message)
+    assert said.count("\n") == 1
+
+
+def test_messages_are_read_without_utf8_too():
+    box = "Value error\n -------\n  Error parsing config: elites=9: expected 1 to 7\n ---\n For help, see - --help\n"
+    assert flags._one_line(box, (), "") == "elites=9: expected 1 to 7"
 
 
 def test_a_file_holds_any_options_and_flags_go_before_it(tmp_path):

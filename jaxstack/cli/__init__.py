@@ -38,7 +38,7 @@ from jaxstack.cli import (
     tuning,
     weights,
 )
-from jaxstack.cli.parsing import Commands
+from jaxstack.cli.parsing import Commands, Parser
 from jaxstack.cli.training import plan
 
 __all__ = ["main", "parser", "plan"]
@@ -95,7 +95,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             whole.print_help()
             return 2
         if rest and not args.takes_options:
-            whole.error(f"unrecognised arguments: {' '.join(rest)}; see `jaxstack {args.command} --help`")
+            whole.prog = f"jaxstack {args.command}"
+            whole.error(f"unrecognised arguments: {' '.join(rest)}")
         if os.getcwd() not in sys.path:
             sys.path.append(os.getcwd())  # where a user's own modules are
         _import_own(args.imports)
@@ -168,7 +169,7 @@ def _leave(code: int, always: bool = False) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
-    whole = argparse.ArgumentParser(
+    whole = Parser(
         "jaxstack",
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -250,7 +250,9 @@ def _one_line(box: str, known: Sequence[str], see: str) -> str:
     from jaxstack.core.errors import unknown
 
     lines = [line.strip("│ ").strip() for line in box.splitlines() if "│" in line]
-    end = next((i for i, line in enumerate(lines) if set(line) <= {"─"}), len(lines))
+    if not lines:  # where the output is not UTF-8: a title, and rules without sides
+        lines = [line.strip() for line in box.splitlines() if line.strip()][2:]
+    end = next((i for i, line in enumerate(lines) if set(line) <= {"─", "-"}), len(lines))
     text = " ".join(lines[:end]) or " ".join(box.split())
     text = re.sub(r"^Error parsing (?:(?:config|run): )?", "", text)
     text = re.sub(

@@ -1,8 +1,21 @@
 """What the parsers of several commands share."""
 
 import argparse
+import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose complaints are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """End with exit code 2."""
+        choice = re.fullmatch(r"argument (\S+): invalid choice: (.*) \(choose from (.*)\)", message)
+        if choice:
+            name, found, known = choice.groups()
+            message = f"{name}: found {found}, expected one of {known.replace(chr(39), '')}"
+        self.exit(2, f"{self.prog}: {message.removeprefix('argument ')}; see `{self.prog} --help`\n")
 
 
 class Commands:

@@ -106,6 +106,8 @@ def save_dataset(path: str | Path, data: OfflineDataset, actions: minari.Actions
 
 def _npz(path: Path) -> OfflineDataset:
     try:
+        if not zipfile.is_zipfile(path):  # else numpy takes it for a pickle
+            raise zipfile.BadZipFile("it is no zip archive")
         with np.load(path, allow_pickle=False) as file:
             arrays: dict[str, Any] = {}
             for key in file.files:
