@@ -175,11 +175,13 @@ def one_round(task: Task, s: State, key: Key) -> tuple[State, Metrics]:
 
     keys = jax.random.split(k_learn, cfg.updates)
     # neither environments nor buffer nor key pass through the loop of updates
-    new, found = jax.lax.scan(update, s._replace(vec=(), buffer=(), key=()), keys)
-    kept = lambda new, old: jax.tree.map(lambda a, b: jnp.where(ready, a, b), new, old)
-    parts = {k: kept(getattr(new, k), getattr(s, k)) for k in ("params", "target", "opt_state")}
+    run = lambda s: jax.lax.scan(update, s, keys)
+    learner = s._replace(vec=(), buffer=(), key=())
+    blank = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(run, learner)[1])
+    new, found = jax.lax.cond(ready, run, lambda s: (s, blank), learner)
+    parts = {k: getattr(new, k) for k in ("params", "target", "opt_state")}
     count = ready.astype(jnp.float32) * cfg.updates
-    metrics |= {name: Mean(jnp.where(ready, x.sum(), 0.0), count) for name, x in found.items()}
+    metrics |= {name: Mean(x.sum(), count) for name, x in found.items()}
     return s._replace(**parts, vec=played.vec, buffer=buffer), metrics
 
 

@@ -6,6 +6,8 @@
     python scripts/bench.py --kla PATH --torch-python PYTHON         with the released KLA too
     python scripts/bench.py --naswot PATH --torch-python PYTHON      with the public code of NASWOT too
     python scripts/bench.py --peers-python PYTHON                    with one that has lbforaging, rware and jumanji
+    python scripts/bench.py --probes-python PYTHON                   with one that has dec-pomdp-diagnostics
+    python scripts/bench.py --jax-corl PATH --rejax PATH ...         learners from data, see bench_offline.py
     python scripts/bench.py --quick                                  under three minutes, beside the recorded figures
     python scripts/bench.py --record                                 and keep the results in docs/results/bench
 
@@ -19,6 +21,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from bench_offline_peers import PEERS as OFFLINE_PEERS
+
 ROOT = Path(__file__).resolve().parent.parent
 RECORDED = ROOT / "docs" / "results" / "bench"
 
@@ -30,13 +34,16 @@ def commands(args: argparse.Namespace, out: Path) -> dict[str, list[str]]:
     envs = ["bench_envs.py", "--out", str(out / "envs.json")]
     sequence = ["bench_sequence.py", "--out", str(out / "sequence.json")]
     if not args.quick:
-        torch = ["--kla", str(args.kla), "--torch-python", str(args.torch_python)] if args.kla else []
-        more = {n: [f"bench_{n}.py", "--out", str(out / f"{n}.json")] for n in ("marl", "sweep", "scaling")}
+        given = lambda *names: [
+            x for n in names if (value := getattr(args, n)) for x in (f"--{n.replace('_', '-')}", str(value))
+        ]
+        torch = given("kla", "torch_python") if args.kla else []
+        more = {n: [f"bench_{n}.py", "--out", str(out / f"{n}.json")] for n in ("marl", "offline", "sweep", "scaling")}
         if args.torch_python:
-            scores = ["--naswot", str(args.naswot)] if args.naswot else []
-            torch_python = ["--torch-python", str(args.torch_python)]
-            more["vision"] = ["bench_vision.py", *torch_python, *scores, "--out", str(out / "vision.json")]
-        more["marl"] += ["--peers-python", str(args.peers_python)] if args.peers_python else []
+            options = given("torch_python", "naswot")
+            more["vision"] = ["bench_vision.py", *options, "--out", str(out / "vision.json")]
+        more["marl"] += given("peers_python", "probes_python")
+        more["offline"] += given(*OFFLINE_PEERS, "torch_python")
         return {"agents": agents, "envs": envs, "sequence": [*sequence, *torch], **more}
     cases = ["mpe-16"] * bool(args.jaxmarl) + ["cartpole"] * bool(args.purejaxrl)
     few = ["--env", "jaxmarl/MPE_simple_spread_v3", "--widths", "1024", "--steps", "20000", "--repeats", "5"]
@@ -79,12 +86,15 @@ def main() -> int:
     parser.add_argument("--naswot", type=Path, help="a clone of the public code of NASWOT")
     parser.add_argument("--torch-python", type=Path, help="has torch, torchvision and timm; for --kla also tyro")
     parser.add_argument("--peers-python", type=Path, help="a Python that has lbforaging, rware or jumanji")
+    parser.add_argument("--probes-python", type=Path, help="a Python that has dec-pomdp-diagnostics")
+    for peer in OFFLINE_PEERS:
+        parser.add_argument(f"--{peer.replace('_', '-')}", type=Path, metavar="PATH", help="a clone of it")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--record", action="store_true")
     args = parser.parse_args()
     if args.quick and args.record:
         parser.error("--record: expected without --quick, whose sizes are others")
-    for name in ("kla", "naswot"):
+    for name in ("kla", "naswot", "corl", "ptgood"):
         if getattr(args, name) and args.torch_python is None:
             parser.error(f"--{name}: expected together with --torch-python")
     out = RECORDED if args.record else ROOT / "runs" / "bench"

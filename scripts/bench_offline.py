@@ -386,7 +386,7 @@ def main() -> int:
                 return code
         return 0
     (case,) = args.cases
-    rate = matrix_rate()
+    rate = max(matrix_rate() for _ in range(5))  # the machine may just have become quiet
     print(f"float32 matrix rate {rate / 1e9:.0f} Gflop/s")
     when = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     found = [row | {"of": case, "matrix_rate": rate, "date": when} for row in CASES[case](args, rate)]

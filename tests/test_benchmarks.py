@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import os
 import sys
 from pathlib import Path
 
@@ -125,15 +126,22 @@ def test_a_child_that_dies_is_an_error(run, script, tmp_path, monkeypatch):
 @pytest.mark.parametrize("quick", [False, True])
 def test_bench_calls_scripts_that_exist(script, tmp_path, quick):
     bench = script("bench")
-    peers = dict(jaxmarl=Path("a"), purejaxrl=Path("b"), kla=Path("c"), torch_python=Path("d"), peers_python=Path("e"))
-    peers |= dict(naswot=Path("f"))
+    names = "jaxmarl purejaxrl kla naswot torch_python peers_python probes_python corl jax_corl unifloral rejax ptgood"
+    peers = {name: Path(name) for name in names.split()}
     for paths in (peers, dict.fromkeys(peers)):
         todo = bench.commands(argparse.Namespace(quick=quick, **paths), tmp_path)
         assert {"agents", "envs", "sequence"} <= set(todo)
         for name, command in todo.items():
             assert (SCRIPTS / command[0]).is_file()
             assert command[command.index("--out") + 1] == str(tmp_path / f"{name}.json")
-    assert ("--kla" in bench.commands(argparse.Namespace(quick=quick, **peers), tmp_path)["sequence"]) is not quick
+    todo = bench.commands(argparse.Namespace(quick=quick, **peers), tmp_path)
+    assert ("--kla" in todo["sequence"]) is not quick
+    assert ("offline" in todo) is not quick
+    if not quick:
+        parsed = script("bench_offline").options().parse_args(todo["offline"][1:])
+        assert [getattr(parsed, n) for n in ("jax_corl", "ptgood", "torch_python")] == [
+            Path(n) for n in ("jax_corl", "ptgood", "torch_python")
+        ]
 
 
 def test_quick_sequence_options_are_known(script, tmp_path):
@@ -268,3 +276,81 @@ def test_training_of_mate_is_compared_with_a_child(script, tmp_path, monkeypatch
     assert learner.config.gru == 128
     with pytest.raises(UserError, match="--mate-python: expected for the case mate"):
         bench.mate(parse(["--mate", "clone"]))
+
+
+TORCH_STAND_IN = """
+import json, sys
+assert sys.argv[1:] == ["corl", "-"]
+for line in sys.stdin:
+    ask = json.loads(line)
+    seconds = {1: 8.0, 2: 12.0}.get(ask.get("threads"), 9.0)
+    print(json.dumps({"torch": "9.9"} if ask["do"] == "about" else seconds), flush=True)
+"""
+
+
+def test_learners_from_data_are_compared_with_a_child(script, tmp_path, monkeypatch):
+    bench, peers = script("bench_offline"), script("bench_offline_peers")
+    (tmp_path / "bench_offline_torch.py").write_text(TORCH_STAND_IN)
+    monkeypatch.setattr(peers, "__file__", str(tmp_path / "bench_offline_peers.py"))
+    for name, value in dict(OBS=3, ACT=1, ROWS=64).items():
+        monkeypatch.setattr(peers, name, value)
+    monkeypatch.setattr(bench, "ENV", "gymnax/Pendulum-v1")
+    monkeypatch.setattr(bench, "ours", lambda learner, updates, seeds=1: lambda repeat: 2.0)
+    args = bench.options().parse_args(["--corl", "corl", "--torch-python", sys.executable, "--repeats", "2"])
+    rows = {row["case"]: row for row in bench.updates_of_td3_bc(args, 1e6, 8)}
+    ratio = rows["td3_bc 2x8, CORL / jaxstack"]
+    assert (ratio["ratio_quartiles"], ratio["target"], ratio["met"]) == ([4.0] * 3, 4.0, True)
+    assert rows["td3_bc 2x8, CORL, 1 threads"]["torch"] == "9.9"
+    assert "torch" not in rows["td3_bc 2x8, jaxstack"]
+    # actor 3-8-8-1, two critics 4-8-8-1
+    flops = 2 * 256 * (2.5 * (24 + 64 + 8) + 4.5 * 2 * (32 + 64 + 8))
+    assert rows["td3_bc 2x8, jaxstack"]["share_of_matrix_rate"] == pytest.approx(flops / 2.0 / 1e6)
+    missing = rows["td3_bc 2x8, JAX-CORL / jaxstack with normalised critics"]
+    assert missing["not_measured"] == "--jax-corl PATH was not given"
+    assert "ratio_quartiles" not in missing
+    assert bench.ratio("x", [6.0] * 3, [1.0] * 3, 5.0, at_least=False)["met"] is False
+    seconds = {"ptgood, 1 threads": [3.0, 3.0], "ptgood, 2 threads": [2.0, 9.0], "jaxstack": [1.0, 1.0]}
+    assert peers.fastest(seconds, "ptgood") == [3.0, 3.0]
+
+
+PEER_FILE = """
+import os
+import d4rl, gym, tqdm, wandb
+import jax.numpy as jnp
+from omegaconf import OmegaConf
+from pydantic import BaseModel
+from typing import NamedTuple
+os.environ["XLA_FLAGS"] = "--theirs"
+class TD3BCConfig(BaseModel):
+    n_jitted_updates: int = 2
+assert OmegaConf.from_cli() == {} and gym.Env
+class Transition(NamedTuple):
+    observations: object; actions: object; rewards: object; next_observations: object; dones: object
+class Net(NamedTuple):
+    params: object
+class State(NamedTuple):
+    actor: Net
+def create_td3bc_train_state(key, obs, action, config):
+    assert config.hidden_dims == (8, 8) and obs.shape == (17,) and action.shape == (6,)
+    return State(Net(jnp.zeros(())))
+class TD3BC:
+    def update_n_times(self, state, data, key, config):
+        return State(Net(state.actor.params + config.n_jitted_updates)), {}
+"""
+
+
+def test_a_peer_is_imported_without_what_training_does_not_need(script, tmp_path, monkeypatch):
+    peers = script("bench_offline_peers")
+    (tmp_path / "algos").mkdir()
+    (tmp_path / "algos" / "td3bc.py").write_text(PEER_FILE)
+    before = dict(os.environ)
+    try:
+        seconds = peers.jax_corl(argparse.Namespace(jax_corl=tmp_path), 8, 4)(0)
+    finally:
+        for name in ("d4rl", "gym", "tqdm", "wandb", "omegaconf", "pydantic"):
+            if getattr(sys.modules.get(name), "__spec__", None) is None:
+                sys.modules.pop(name, None)
+    assert seconds > 0
+    assert dict(os.environ) == before
+    with pytest.raises(UserError, match=r"edac\.py: found no such file, expected that of a clone"):
+        peers.unifloral(argparse.Namespace(unifloral=tmp_path), 1)
