@@ -138,7 +138,7 @@ def zero_shot(folder: Path, ask: dict[str, Any]) -> tuple[Call, Any]:
 
     def divergence(logits_t: Any, logits_s: Any) -> Any:
         p, q = F.log_softmax(logits_t, 1), F.log_softmax(logits_s, 1)
-        return F.kl_div(q, p, reduction="mean", log_target=True)
+        return F.kl_div(q, p, reduction="none", log_target=True).mean()
 
     def descend(loss: Any, module: Any, optimiser: Any) -> None:
         optimiser.zero_grad(set_to_none=True)

@@ -55,7 +55,12 @@ def _evaluate(args: argparse.Namespace, _: list[str]) -> None:
                 runs.needs_policy(learner, f"--{flag}")
         from jaxstack.core import runner
 
-        _print_scores(runner.evaluate(learner, states, jax.random.key(args.seed)), members, several)
+        found = dict(runner.evaluate(learner, states, jax.random.key(args.seed)))
+        if learner.name == "classifier":
+            from jaxstack.nn import classifier
+
+            found |= classifier.measures(learner, states)
+        _print_scores(found, members, several)
 
 
 def _environment(text: str) -> Any:

