@@ -22,7 +22,7 @@ def add_commands(commands: Commands) -> None:
     )
     p.add_argument("run_dir", metavar="RUN", help="of `jaxstack train detector`, `train pgd` or `train classifier`")
     p.add_argument("paths", metavar="PATH", nargs="+", help="pictures, or folders of pictures")
-    p.add_argument("--threshold", type=real, metavar="T", help="detector: least score of a box (default: 0.3)")
+    p.add_argument("--threshold", type=real, metavar="T", help="detector: least score of a box (default: 0.2)")
     p.add_argument(
         "--out", metavar="DIR", required=True, help="results.csv; detector: boxes.csv, pictures/ with boxes drawn"
     )
@@ -37,7 +37,7 @@ def _run(args: argparse.Namespace, _: list[str]) -> int:
 
     learner, state = runs.one_row(args, acts=False)
     if isinstance(learner.config, detector.Config):
-        threshold = 0.3 if args.threshold is None else args.threshold
+        threshold = 0.2 if args.threshold is None else args.threshold
         if not 0.0 <= threshold <= 1.0:
             raise UserError(f"--threshold {threshold:g}: expected 0 to 1")
         return _boxes(learner, state, args, threshold)
@@ -106,7 +106,7 @@ def drawn(picture: Any, boxes: Any, titles: Sequence[str], labels: Any) -> Any:
     Args:
         picture: PIL's, RGB.
         boxes: [N, 4] x1, y1, x2, y2 in its pixels.
-        titles: N texts.
+        titles: N texts, the strongest box's first.
         labels: [N], which choose the colours.
 
     Returns:
@@ -117,7 +117,8 @@ def drawn(picture: Any, boxes: Any, titles: Sequence[str], labels: Any) -> Any:
     larger = max(1, -(-WIDTH // picture.width))
     out = picture.resize((picture.width * larger, picture.height * larger), Image.Resampling.NEAREST)
     draw, line = ImageDraw.Draw(out), max(2, out.width // 240)
-    for box, title, label in zip(boxes, titles, labels):
+    # the strongest, which come first, on top
+    for box, title, label in reversed(list(zip(boxes, titles, labels))):
         color, (x1, y1, x2, y2) = COLORS[int(label) % len(COLORS)], (float(v) * larger for v in box)
         draw.rectangle([x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)], outline=color, width=line)
         left, top, right, bottom = draw.textbbox((x1, y1), title)

@@ -43,7 +43,7 @@ IN_MEMORY = 2**30
 class Hypers(NamedTuple):
     """Numeric hyperparameters: traced, so a sweep over them compiles once."""
 
-    lr: float = 0.02
+    lr: float = 0.08
     min_lr: float = 0.0
     weight_decay: float = 1e-4
     momentum: float = 0.9
@@ -102,8 +102,8 @@ class Config(configs.Config):
     detections: int = 100
     """Of an image at most."""
     batch_size: int = 16
-    num_updates: int = 1500
-    """12 epochs of the 2,000 scenes."""
+    num_updates: int = 3000
+    """24 epochs of the 2,000 scenes."""
     hypers: Hypers = Hypers()
 
     def validate(self) -> None:
