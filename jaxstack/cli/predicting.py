@@ -65,8 +65,9 @@ def _boxes(learner: Any, state: Any, args: argparse.Namespace, threshold: float)
 
     from jaxstack.cli import folders
     from jaxstack.data import coco
+    from jaxstack.nn.detector import class_names
 
-    config = learner.config
+    config, known = learner.config, class_names(learner.config)
     files, session = _begun(learner, state, args, ("pictures",), threshold=threshold)
     names = dict(zip(files, folders.names(files)))
     detect: Callable[..., Any] = jax.jit(learner.predict)
@@ -89,7 +90,7 @@ def _boxes(learner: Any, state: Any, args: argparse.Namespace, threshold: float)
         # nothing is left of a box in what fills up the square
         there = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
         boxes, scores, labels = boxes[there], found.scores[kept][there], found.labels[kept][there]
-        titles = [config.classes[label] for label in labels]
+        titles = [known[label] for label in labels]
         drawn(picture, boxes, [f"{t} {s:.2f}" for t, s in zip(titles, scores)], labels).save(
             session.out / "pictures" / f"{names[path]}.png"
         )

@@ -57,7 +57,8 @@ class Config(configs.Config):
     data: str = "scenes"
     """scenes, or coco=DIR with annotations/instances_train*.json, annotations/instances_val*.json and their images."""
     classes: tuple[str, ...] = ()
-    """Names of the classes; default: those of the data, which a stored run then needs no more to predict."""
+    """Names of the classes; default: those of the data, which a stored run then needs no more to predict. Scenes have
+    their own."""
     size: int = 64
     """Pixels of a side of what the network sees; a picture's longer side is brought to it."""
     train_images: int = 0
@@ -107,8 +108,8 @@ class Config(configs.Config):
     hypers: Hypers = Hypers()
 
     def validate(self) -> None:
-        if not self.classes:
-            object.__setattr__(self, "classes", boxes.classes(self.data))
+        if not self.classes and (names := boxes.classes(self.data)) != boxes.classes("scenes"):
+            object.__setattr__(self, "classes", names)
         require_at_least(self, 1, "batch_size", "num_updates", "width", "channels", "towers", "topk", "detections")
         require_at_least(self, 0, "train_images", "eval_images", "split_seed", "hypers.lr", "hypers.weight_decay")
         require_unit(self, "warmup", "score_threshold", "hypers.momentum")
@@ -130,11 +131,16 @@ def strides(config: Config) -> tuple[int, ...]:
     return tuple(found)
 
 
+def class_names(config: Config) -> tuple[str, ...]:
+    """Of what is detected, in the order of the labels."""
+    return config.classes or boxes.classes("scenes")
+
+
 def network(config: Config) -> Detector:
     """The unbound network of a config."""
     net, _ = detection.backbone(config.backbone, config.width)
     shape = strides(config), config.kind, config.channels, config.towers, config.scale, config.frozen_norm
-    return Detector(net, len(config.classes), *shape)
+    return Detector(net, len(class_names(config)), *shape)
 
 
 def backbone_weights(config: Config) -> Any:
@@ -218,7 +224,7 @@ def detect(config: Config, outputs: Outputs) -> Detections:
 def _part(config: Config, which: boxes.Split, count: str) -> boxes.Part:
     """A part of the data, of as many images as the field `count` says. Raises `UserError`."""
     names, most = boxes.classes(config.data), getattr(config, count)
-    require(config, "classes", config.classes == names, f"{names}, those of {config.data}")
+    require(config, "classes", class_names(config) == names, f"{names}, those of {config.data}")
     part = boxes.part(config.data, which, config.size, config.split_seed, most)
     require(config, count, part.count >= most, f"at most the {part.count} images of {which}")
     return part
@@ -287,7 +293,7 @@ def measured(config: Config, model: Model, weights: Any, batch: Batch) -> Metric
     truth, counts = batch.data[1], batch.mask > 0
     found = found._replace(valid=found.valid & counts[:, None])
     there = truth.valid & counts[:, None]
-    area, known = average_precision(found, truth.boxes, truth.labels, there, len(config.classes))
+    area, known = average_precision(found, truth.boxes, truth.labels, there, len(class_names(config)))
     return {
         "eval/map": mean(area, known[:, None]),
         "eval/ap50": mean(area[:, 0], known),

@@ -85,7 +85,13 @@ def test_a_folder_of_cocos_form_is_read(folder):
     np.testing.assert_allclose(truth.boxes[0], np.array([[6, 3, 36, 15], [0, 0, 60, 30]]) * 32 / 60, rtol=1e-6)
     assert truth.labels[0].tolist() == [1, 0]
     assert truth.valid.tolist() == [[True, True], [False, False], [True, True]]
-    assert boxes.part("scenes", "valid", 32).count == 200
+    assert boxes.part("scenes", "valid", 32, most=3).count == 3
+
+
+def test_parts_of_other_classes_are_named(folder):
+    write(folder, "val2017", categories=[dict(id=7, name="dog"), dict(id=2, name="cow")])
+    with pytest.raises(UserError, match=r"found classes \['cow', 'dog'\] of val, expected those of train"):
+        boxes.part(f"coco={folder}", "test", 32)
 
 
 @pytest.mark.parametrize(
