@@ -322,9 +322,12 @@ def learner_of(config: Config, **options: Any) -> Learner:
         source=source,
         eval_source=eval_source,
         objective=("eval/map", "max"),
-        start=from_file(config) if config.backbone_weights else None,
     )
-    learner = supervised(model, **given | options)
+    given |= options
+    if config.backbone_weights:
+        first, then = from_file(config), given.get("start") or (lambda fresh, taught: fresh)
+        given["start"] = lambda fresh, taught: then(first(fresh, taught), taught)
+    learner = supervised(model, **given)
 
     def evaluate(s: State, key: Key, batch: Batch) -> Metrics:
         return measured(config, model, variables(s), batch)

@@ -36,7 +36,7 @@ class Hypers(NamedTuple):
     """Numeric hyperparameters: traced, so a sweep over them compiles once. The first are those of the detector, the
     others those of `pgd.Settings`."""
 
-    lr: float = 0.02
+    lr: float = 0.08
     min_lr: float = 0.0
     weight_decay: float = 1e-4
     momentum: float = 0.9
@@ -71,6 +71,8 @@ class Config(detectors.Config):
     """A run of `detector` whose first seed teaches; default: a teacher is trained first."""
     teacher_backbone: str = ""
     """Of a teacher that is trained; default: the student's."""
+    teacher_backbone_weights: str = ""
+    """Of a teacher that is trained, as `backbone_weights` is of the student."""
     teacher_width: int = 32
     """Likewise, of the small backbone."""
     teacher_updates: int = 3000
@@ -102,6 +104,7 @@ def teacher_config(config: Config) -> detectors.Config:
     """Of a teacher that is trained."""
     own: dict[str, Any] = {f.name: getattr(config, f.name) for f in dataclasses.fields(detectors.Config)}
     own["backbone"] = config.teacher_backbone or config.backbone
+    own["backbone_weights"] = config.teacher_backbone_weights
     own["hypers"] = detectors.Hypers(*(getattr(config.hypers, name) for name in detectors.Hypers._fields))
     own |= dict(width=config.teacher_width, num_updates=config.teacher_updates)
     return detectors.Config(**own)

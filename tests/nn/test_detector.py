@@ -143,6 +143,12 @@ def test_a_backbone_begins_with_the_weights_of_a_file(tmp_path):
     for kind in whole:
         for a, b in zip(jax.tree.leaves(found[kind]["backbone"]), jax.tree.leaves(whole[kind]), strict=True):
             np.testing.assert_array_equal(a, np.stack([b, b]))
+    # before what a student inherits
+    seen = []
+    learner = D.learner_of(config, start=lambda fresh, taught: seen.append(fresh) or fresh)
+    program = str(jax.make_jaxpr(learner.init)(jax.random.key(0), learner.hypers))
+    assert set(seen[0]["params"]) == {"backbone", "neck", "head"}
+    assert "pure_callback" in program
     del arrays["layer4.0.conv1.weight"]
     np.savez(config.backbone_weights, **arrays)
     with pytest.raises(UserError, match=r"net.npz: layer4.0.conv1.weight is missing"):
