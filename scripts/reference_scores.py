@@ -145,6 +145,8 @@ def table(args: argparse.Namespace) -> None:
         print(text)
         return
     page = PAGE.read_text(encoding="utf-8")
+    if BEGIN not in page or END not in page:
+        raise UserError(f"{PAGE.name}: expected the lines {BEGIN!r} and {END!r}")
     before, _, rest = page.partition(BEGIN)
     PAGE.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
     print(f"{len(lines) - 2} rows written to {PAGE.name}")
