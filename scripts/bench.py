@@ -44,6 +44,7 @@ def commands(args: argparse.Namespace, out: Path) -> dict[str, list[str]]:
             more["vision"] = ["bench_vision.py", *options, "--out", str(out / "vision.json")]
         more["marl"] += given("peers_python", "probes_python")
         more["offline"] += given(*OFFLINE_PEERS, "torch_python")
+        more["medical"] = ["bench_medical.py", *given("torch_python"), "--out", str(out / "medical.json")]
         return {"agents": agents, "envs": envs, "sequence": [*sequence, *torch], **more}
     cases = ["mpe-16"] * bool(args.jaxmarl) + ["cartpole"] * bool(args.purejaxrl)
     few = ["--env", "jaxmarl/MPE_simple_spread_v3", "--widths", "1024", "--steps", "20000", "--repeats", "5"]

@@ -28,6 +28,11 @@ def installed(package: str) -> str | None:
         return None
 
 
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    """The rows that `path` holds; none where there is no such file."""
+    return json.loads(path.read_text())["rows"] if path.exists() else []
+
+
 def write(path: Path, rows: list[dict[str, Any]], **facts: Any) -> None:
     """Write `rows` and `facts` to `path`, whose folder is made."""
     report = {

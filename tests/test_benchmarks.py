@@ -123,6 +123,55 @@ def test_a_child_that_dies_is_an_error(run, script, tmp_path, monkeypatch):
         run("torch", "--kla", str(tmp_path), "--torch-python", sys.executable, "--torch-size", "1", "16")
 
 
+ECHO = """
+import json, sys
+import numpy as np
+for line in sys.stdin:
+    given = json.loads(line)
+    file = sys.argv[1] + "/" + given["name"]
+    if given["do"] == "output":
+        np.save(file + "_out.npy", np.load(file + ".npz")["x"] * FACTOR)
+    answer = {"torch": "none", "threads": 1} if given["do"] == "load" else 2.0
+    print(json.dumps(answer), flush=True)
+"""
+
+
+def test_medical_networks_are_compared_and_timed(script, tmp_path, monkeypatch):
+    """With a network that gives back its input, and a child that does so too."""
+    import flax.linen as nn
+
+    bench = script("bench_medical")
+
+    class Same(nn.Module):
+        torch_name = None
+
+        def __call__(self, x):
+            return x
+
+    monkeypatch.setattr(bench, "__file__", str(tmp_path / "bench_medical.py"))
+    monkeypatch.setattr(bench, "NETWORKS", {"same": bench.Network(Same(), (8, 8), 1, 1.0, (4, 4))})
+    args = argparse.Namespace(networks=["same"], tiny=True, repeats=2)
+    for factor in (1, 2):
+        (tmp_path / "bench_medical_torch.py").write_text(ECHO.replace("FACTOR", str(factor)))
+        peer = bench.Peer(Path(sys.executable))
+        try:
+            if factor == 1:
+                rows = {row["case"]: row for row in bench.forward(args, peer)}
+                assert rows["forward, same, 4 x 4, difference"]["relative"] == 0
+                assert rows["forward, same, 4 x 4, torch / jaxstack"]["met"] is True
+                assert "met" not in rows["forward, same, 4 x 4, torch channels last / jaxstack"]
+            else:
+                with pytest.raises(AssertionError, match="forward, same, 4 x 4: outputs differ by"):
+                    bench.forward(args, peer)
+        finally:
+            peer.close()
+
+
+def test_choroids_are_measured_in_numpy_as_they_are_here(script):
+    rows = script("bench_medical").metrics(argparse.Namespace(tiny=True, repeats=1), None)
+    assert [row["case"].split(", ")[-1] for row in rows] == ["vmapped", "NumPy", "NumPy / vmapped"]
+
+
 @pytest.mark.parametrize("quick", [False, True])
 def test_bench_calls_scripts_that_exist(script, tmp_path, quick):
     bench = script("bench")
@@ -142,6 +191,7 @@ def test_bench_calls_scripts_that_exist(script, tmp_path, quick):
         assert [getattr(parsed, n) for n in ("jax_corl", "ptgood", "torch_python")] == [
             Path(n) for n in ("jax_corl", "ptgood", "torch_python")
         ]
+        assert "--torch-python" in todo["medical"]
 
 
 def test_quick_sequence_options_are_known(script, tmp_path):

@@ -173,7 +173,8 @@ def _grade(args: argparse.Namespace, _: list[str]) -> int:
         except UserError as e:
             raise UserError(f"{path}: {str(e).removeprefix('image: ')}") from e
         overlay = f"overlays/{names[path]}.png"
-        picture(pixels, [g.box(pixels) for g in graders.values()], row).save(session.out / overlay)
+        shown = picture(pixels, [g.box(pixels) for g in graders.values()], row)
+        folders.save_picture(shown, session.out / overlay)
         return row | {"model": digest, "overlay": overlay}
 
     return folders.write_table(files, session, measure, "; overlays/")

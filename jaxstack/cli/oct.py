@@ -247,7 +247,7 @@ def _window(
                 fovea = tuple(float(v[i]) for v in foveas)
                 row, picture = _measured(work, path, scan, scale, own, fovea)
                 rows[str(path)] = row
-                writes.append(pool.submit(picture.save, work.out / row["overlay"]))
+                writes.append(pool.submit(folders.save_picture, picture, work.out / row["overlay"]))
     for write in writes:
         write.result()
     return rows

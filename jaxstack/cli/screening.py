@@ -171,7 +171,8 @@ def _run(args: argparse.Namespace, _: list[str]) -> int:
         flagged = p >= points
         # the disease that is farthest above its threshold
         first = int(np.nan_to_num(p[:-1] / points[:-1], nan=0.0).argmax())
-        picture(pixels, np.asarray(net.cam(x, first)), right).save(out / "overlays" / f"{names[path]}.png")
+        shown = picture(pixels, np.asarray(net.cam(x, first)), right)
+        folders.save_picture(shown, out / "overlays" / f"{names[path]}.png")
         side = "assumed L" if row is None else "R" if right else "L"
         found: dict[str, Any] = {"laterality": side, "flags": " ".join(n for n, f in zip(LABELS, flagged) if f)}
         found |= {f"p_{name}": f"{value:.6f}" for name, value in zip(LABELS, p)}

@@ -80,7 +80,8 @@ def _segment(args: argparse.Namespace, _: list[str]) -> int:
         image = io.read_scan(path).image
         mask = deepgpet.outlined(predict(image))
         Image.fromarray(mask).save(session.out / "masks" / f"{names[path]}.png")
-        overlays.overlay(image, mask, np.zeros_like(mask)).save(session.out / "overlays" / f"{names[path]}.png")
+        shown = overlays.overlay(image, mask, np.zeros_like(mask))
+        folders.save_picture(shown, session.out / "overlays" / f"{names[path]}.png")
         columns, pixels = int(mask.any(0).sum()), int(mask.sum())
         mean = {"mean_rows": f"{pixels / columns:.3f}"} if columns else {"mean_rows": "", "reason": "no choroid found"}
         return {"columns": str(columns), "pixels": str(pixels), "model": facts["sha256"]} | mean

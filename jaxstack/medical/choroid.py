@@ -245,12 +245,33 @@ def choroid_metrics(
     if released:
         sides = [jnp.trunc(side) for side in sides]
     roi = valid & (y >= top) & (y <= bottom) & (x >= sides[0]) & (x < sides[1])
-    area = roi.sum() * scale[0] * scale[1] * 1e-6
+    # as many as `roi` has, without looking at its pixels
+    spans = [_rows_beside(side[:, 0], lean(places[i]) >= 0, x) for side, i in zip(sides, (0, -1))]
+    low = jnp.maximum(jnp.ceil(top), jnp.maximum(spans[0].right[0], spans[1].left[0]))
+    high = jnp.minimum(jnp.floor(bottom) + 1, jnp.minimum(spans[0].right[1], spans[1].left[1]))
+    area = jnp.where(valid, jnp.maximum(high - low, 0), 0).sum() * scale[0] * scale[1] * 1e-6
     if released:
         thickness, area = jnp.rint(thickness), jnp.round(area, 6)
     use = valid.any() if force else ok
     zero = lambda value: jnp.where(use, value, jnp.zeros_like(value))
     return Choroid(zero(thickness), zero(area), zero(roi), zero(upper), zero(lower), ok)
+
+
+class _Rows(NamedTuple):
+    """First row and last row + 1 for each column: where it is at or right of a line, and where left of it."""
+
+    right: tuple[Array, Array]
+    left: tuple[Array, Array]
+
+
+def _rows_beside(line: Float[Array, " h"], rising: Array, x: Int[Array, " w"]) -> _Rows:
+    """The rows in which columns x lie on either side of a line whose column grows with the rows, or falls."""
+    height = len(line)
+    bound = jnp.ceil(line).astype(jnp.int32)
+    count = jnp.searchsorted(jnp.where(rising, bound, bound[::-1]), x, side="right")
+    zero, end, cut = jnp.zeros_like(count), jnp.full_like(count, height), jnp.where(rising, count, height - count)
+    pick = lambda first: (jnp.where(first, zero, cut), jnp.where(first, cut, end))
+    return _Rows(pick(rising), pick(~rising))
 
 
 def choroid_volume(

@@ -50,11 +50,16 @@ def test_a_tilted_slab_is_measured_in_micrometres(slope):
     trace, fovea = slab(60, slope)
     exact = 60 * UM_Y / np.hypot(1.0, slope * UM_Y / UM_X)
     # one place is exact to a row, as a mask's rows are whole; over neighbours the steps cancel
-    np.testing.assert_allclose(measure(*trace, fovea, height=HEIGHT).thickness_um, exact, atol=UM_Y)
+    plain = measure(*trace, fovea, height=HEIGHT)
+    np.testing.assert_allclose(plain.thickness_um, exact, atol=UM_Y)
     np.testing.assert_allclose(measure(*trace, fovea, height=HEIGHT, n_avg=3).thickness_um, exact, atol=2.0)
     np.testing.assert_allclose(measure(*trace, fovea, height=HEIGHT, n_avg=10).thickness_um, exact, atol=0.4)
     # pixels are not square: what is perpendicular in pixels is far too long
-    pixel = measure(*trace, fovea, height=HEIGHT, perpendicular="pixel", released=True).thickness_um
+    leaning = measure(*trace, fovea, height=HEIGHT, perpendicular="pixel", released=True)
+    # the area is that of the pixels, which it does not count
+    for found in (plain, leaning):
+        np.testing.assert_allclose(found.area_mm2, int(found.roi.sum()) * UM_X * UM_Y * 1e-6, atol=6e-7)
+    pixel = leaning.thickness_um
     rows = 59 / (1 + slope**2)
     np.testing.assert_allclose(pixel, np.hypot(UM_X * slope * rows, UM_Y * rows), atol=10.0)
     if abs(slope) == 0.3:
@@ -75,6 +80,7 @@ def test_mirrors_scales_and_vmap():
     every = jax.vmap(lambda t, f, s: measure(*t, f, s, **options))
     found = every(traces, scans.fovea, scans.scale)
     assert found.ok.all()
+    np.testing.assert_allclose(found.area_mm2, found.roi.sum((1, 2)) * scans.scale.prod(1) * 1e-6, rtol=1e-6)
     for i in range(6):
         one = measure(*(t[i] for t in traces), scans.fovea[i], scans.scale[i], **options)
         np.testing.assert_allclose(one.thickness_um, found.thickness_um[i], rtol=1e-5)
