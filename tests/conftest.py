@@ -35,3 +35,45 @@ def pytest_runtest_teardown(item):
         from jaxstack.core import ledger
 
         ledger.spare_mappings(0.3)
+
+
+@pytest.fixture
+def untrained():
+    """(learner or method in stages, directory, seeds) -> its states [S, ...], random numbers that are stored as a
+    finished run: for what reads runs, without a program that is compiled."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from jaxstack.core import program, runner, stages
+    from jaxstack.core.rundir import RunDir
+
+    def leaf(path, x):
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jax.random.split(jax.random.key(0), x.shape)
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            return jnp.zeros(x.shape, x.dtype)
+        name = getattr(path[-1], "key", "")
+        size = 0.3 if name in ("bias", "mean") or len(x.shape) < 2 else np.prod(x.shape[1:-1]) ** -0.5
+        drawn = size * np.random.default_rng(len(x.shape)).normal(size=x.shape)
+        return jnp.asarray(1.0 + np.abs(drawn) if name in ("scale", "var", "std") else drawn, x.dtype)
+
+    def states_of(learner, seeds):
+        shapes = jax.eval_shape(lambda: program.initial(learner, list(range(seeds)), None))[0]
+        return jax.tree_util.tree_map_with_path(leaf, shapes)
+
+    def store(learner, folder, seeds=1):
+        if not isinstance(learner, stages.Staged):
+            states = states_of(learner, seeds)
+            runner.save(learner, states, range(seeds), folder)
+            return states
+        names, states = [f"{i}_{stage.name}" for i, stage in enumerate(learner.stages, 1)], {}
+        plan = {"agent": learner.name, "config": runner.plain_config(learner), "seeds": list(range(seeds))}
+        run = RunDir.create(folder, plan | {"num_steps": 0, "stages": names})
+        for name, stage in zip(names, learner.stages):
+            states[stage.name] = store(stage.make(dict(states)), folder / name, seeds)
+        run.status("finished")
+        run.close()
+        return states
+
+    return store

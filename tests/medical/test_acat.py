@@ -386,19 +386,9 @@ def test_folders_are_read_and_refused_in_one_line(folder, tmp_path):
         acat_scans.read_folder(folder, 9, 32, WINDOW)
 
 
-def test_the_command_explains_scans_and_tells_of_bad_files(folder, tmp_path, capsys):
-    tiny = "--slices 2 --size 32 --blocks 1 1 1 1 --widths 2 2 2 2 --encoder 2 2 2 --stem-width 2 --steps 2"
-    tiny += " --batch-size 4 --autoencoder-updates 2 --num-updates 2 --tune-updates 2 --no-progress --eval-every -1"
-    training = [
-        "train",
-        "jaxstack.medical.acat:acat",
-        "--data",
-        str(folder),
-        *tiny.split(),
-        "--run-dir",
-        str(tmp_path / "run"),
-    ]
-    assert cli.main(training) in (None, 0)
+def test_the_command_explains_scans_and_tells_of_bad_files(folder, tmp_path, capsys, untrained):
+    tiny = dict(slices=2, size=32, widths=(2, 2, 2, 2), encoder=(2, 2, 2), stem_width=2, steps=1, batch_size=4)
+    untrained(acat.acat(data=str(folder), **tiny), tmp_path / "run")
     (folder / "lesion" / "broken.nii.gz").write_bytes(b"no volume")
     command = ["counterfactual", str(folder / "lesion"), "--model", str(tmp_path / "run")]
     assert cli.main([*command, "--out", str(tmp_path / "out")]) == 0

@@ -237,14 +237,14 @@ def changed(rows, **entries):
     return [row | {name: values[i] for name, values in entries.items()} for i, row in enumerate(rows)]
 
 
-def test_from_phantoms_to_a_table(tmp_path, capsys):
+def test_from_phantoms_to_a_table(tmp_path, capsys, untrained):
     pytest.importorskip("nibabel")
     pytest.importorskip("nilearn")
     run = lambda *argv: cli.main([str(a) for a in argv])
     data, model, out = tmp_path / "scans", tmp_path / "run", tmp_path / "out"
     assert run("phantoms", "ct", "--num", 24, "--slices", 3, "--size", 32, "--out", data) in (None, 0)
-    tiny = ("--size", 32, "--slices", 3, "--widths", 2, 2, "--batch-size", 4, "--num-updates", 2, "--tasks", "old")
-    assert run("train", "stroke-ct", "--data", data, *tiny, "--run-dir", model, "--no-progress") in (None, 0)
+    tiny = dict(size=32, slices=3, widths=(2, 2), batch_size=4, tasks=("old",))
+    untrained(stroke_ct(data=str(data), **tiny), model)
     more = tmp_path / "more"
     more.mkdir()
     (more / "broken.nii").write_bytes(b"no volume")
