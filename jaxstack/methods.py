@@ -171,9 +171,25 @@ METHODS: tuple[Method, ...] = (
         "fsl-imbalance", "learning", "Few-shot learning with class imbalance", 2021, arxiv=("2101.02523", "2104.05344")
     ),
     Method(
-        "forward-correction", "learning", "Label noise: correcting the forward-correction", 2023, arxiv=("2307.13100",)
+        "forward-correction",
+        "learning",
+        "Label noise: correcting the forward-correction",
+        2023,
+        arxiv=("2307.13100",),
+        factory="jaxstack.learning.forward_correction:forward_correction",
+        claim="jaxstack.claims.forward_correction:claim",
+        tests="tests/learning/test_forward_correction.py",
     ),
-    Method("noisy-early-stopping", "learning", "Noisy early stopping for noisy labels", 2024, arxiv=("2409.06830",)),
+    Method(
+        "noisy-early-stopping",
+        "learning",
+        "Noisy early stopping for noisy labels",
+        2024,
+        arxiv=("2409.06830",),
+        factory="jaxstack.learning.noisy_early_stopping:noisy_early_stopping",
+        claim="jaxstack.claims.noisy_early_stopping:claim",
+        tests="tests/learning/test_noisy_early_stopping.py",
+    ),
     Method(
         "fds",
         "optimisation",

@@ -197,6 +197,7 @@ def supervised(
     teacher: Callable[[Any, Any], Any] | None = None,
     teachers: Any = None,
     start: Callable[[Any, Any], Any] | None = None,
+    reduce: Callable[[Array, Any], Array] = lambda values, hypers: values.mean(),
     data_parallel: int = 1,
     config: Any = None,
     name: str = "supervised",
@@ -221,6 +222,7 @@ def supervised(
         teachers: the teacher's variables, leaves [S, ...], one for each seed; they are part of the state.
         start: (fresh variables, the teacher's variables) -> those that training begins with, e.g. with parts that the
             student inherits; without a teacher it is given ().
+        reduce: (values [B], hypers) -> what a step minimises; default: their mean.
         data_parallel: devices that share the rows of a batch.
         config: the method's config, given to the sources.
         name: of the method.
@@ -258,11 +260,12 @@ def supervised(
         inputs, targets = spread(batch)
         targets = wanted(s, inputs, targets)
 
-        def total(params: Any) -> tuple[Array, tuple[Any, Any]]:
+        def total(params: Any) -> tuple[Array, tuple[Any, Any, Array]]:
             outputs, stats = model.train({"params": params, **s.stats}, inputs, k_drop)
-            return loss(outputs, targets, s.hypers).mean(), (outputs, stats)
+            values = loss(outputs, targets, s.hypers)
+            return reduce(values, s.hypers), (outputs, stats, values.mean())
 
-        (value, (outputs, stats)), grads = jax.value_and_grad(total, has_aux=True)(s.params)
+        (_, (outputs, stats, value)), grads = jax.value_and_grad(total, has_aux=True)(s.params)
         updates, opt_state = optimiser.make(s.hypers, s.total).update(grads, s.opt_state, s.params)
         params = optax.apply_updates(s.params, updates)
         stats = {**s.stats, **stats}

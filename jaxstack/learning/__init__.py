@@ -1,0 +1,1 @@
+"""Methods of learning: a file per method."""
