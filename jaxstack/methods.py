@@ -159,6 +159,9 @@ METHODS: tuple[Method, ...] = (
         "Approximate Bayesian class-conditional models under representation shift",
         2024,
         arxiv=("2305.19076",),
+        factory="jaxstack.learning.deepccg:deepccg",
+        claim="jaxstack.claims.deepccg:claim",
+        tests="tests/learning/test_deepccg.py",
     ),
     Method(
         "poem",
