@@ -206,6 +206,9 @@ METHODS: tuple[Method, ...] = (
         "Better training using weight-constrained stochastic dynamics",
         2021,
         arxiv=("2106.10704",),
+        factory="jaxstack.optim.constrained_langevin:weight_constrained_sgld",
+        claim="jaxstack.claims.weight_constrained_sgld:claim",
+        tests="tests/optim/test_constrained_langevin.py",
     ),
     Method(
         "zero-shot-kt",

@@ -1,0 +1,1 @@
+"""Methods of optimisation: a file per method."""
