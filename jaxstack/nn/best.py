@@ -37,6 +37,9 @@ class Checked(ArrayData):
         super().__init__(arrays, batch_size, **options)
         self.held_out, self.every = held_out, every or self.steps_per_epoch
 
+    def computes_from(self) -> Any:
+        return super().computes_from()
+
     def constants(self) -> Any:
         self.held_out = jax.tree.map(jnp.asarray, self.held_out)
         return super().constants(), self.held_out
@@ -77,14 +80,17 @@ def keep_best(learner: Learner, score: Callable[[Any, Any], Array]) -> Learner:
         score: (variables, held-out arrays) -> a number, better when larger.
     """
 
+    # the functions alone: programs are told apart by what they enclose, hyperparameters of a learner among it
+    fresh, advance = learner.init, learner.step
+
     def init(key: Key, hypers: Any, *given: Any) -> Kept:
-        s = learner.init(key, hypers, *given)
+        s = fresh(key, hypers, *given)
         # copies: buffers of a state are donated one by one
         s = s._replace(ema=jax.tree.map(jnp.copy, variables(s)))
         return Kept(**s._asdict(), best=jnp.float32(-jnp.inf))
 
     def step(s: Kept, given: Step) -> tuple[Kept, Metrics]:
-        new, metrics = learner.step(State(*s[:-1])._replace(ema={}), given.batch)
+        new, metrics = advance(State(*s[:-1])._replace(ema={}), given.batch)
         now = variables(new)
 
         def look() -> tuple[Array, Any]:

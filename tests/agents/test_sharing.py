@@ -64,7 +64,7 @@ def test_a_common_torso_gives_actor_and_critic_the_same_features(sharing):
 @pytest.mark.parametrize(
     ("agent", "options", "message"),
     [
-        ("ippo", {}, "off without gru or cnn"),
+        ("ippo", {}, "off without gru or a network"),
         ("ippo", {"gru": 8, "sharing": "none"}, "off unless sharing is full"),
         ("mappo", {"gru": 8}, "off with a central critic"),
     ],
