@@ -346,3 +346,18 @@ def test_a_student_is_taught_by_a_stored_detector(tmp_path):
     runner.save(other, start, [0], tmp_path / "other", {})
     with pytest.raises(UserError, match=r"other: found a run of classifier, expected one of detector"):
         training.pgd(teacher=str(tmp_path / "other"), **SMALL)
+
+
+def test_atss_is_distilled_too():
+    """Shapes alone: of another head, the teacher that a config names, and what a step measures."""
+    config = training.Config(**SMALL | dict(kind="atss", best=3, teacher_width=4))
+    large = training.teacher_config(config)
+    assert (large.width, large.kind, large.num_updates) == (4, "atss", 3000)
+    weights = jax.eval_shape(detectors.model_of(large).init, KEY)
+    learner = training.student(config, large, weights)
+    state = jax.eval_shape(learner.init, KEY, learner.hypers, weights)
+    image = jax.ShapeDtypeStruct((4, 32, 32, 3), jnp.uint8)
+    truth = detectors.Truth(jnp.zeros((4, 2, 4)), jnp.zeros((4, 2), jnp.int32), jnp.zeros((4, 2), bool))
+    after, found = jax.eval_shape(learner.step, state, (image, truth))
+    assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
+    assert {"train/imitation_loss", "train/boxes_loss", "loss/train"} <= set(found)
