@@ -94,7 +94,7 @@ class Moment(NamedTuple):
 
 
 Callback = Callable[[Moment], Any]
-"""Returns None, or a state like the one it was given, with which the run goes on."""
+"""Returns None, or a state of the same structure, from which the run continues."""
 
 
 class Job(NamedTuple):

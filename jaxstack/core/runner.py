@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxstack.core import cache, config, distributed, guard, ledger, profiler, program, signals
+from jaxstack.core import cache, chunks, config, distributed, guard, ledger, profiler, program, signals
 from jaxstack.core.checkpoint import Checkpoints, NoCheckpoint, Retention, from_table, to_table
 from jaxstack.core.errors import UserError
 from jaxstack.core.job import (
@@ -391,17 +391,21 @@ def _loop(
     progress = Progress(job.learner, total, step, len(job.seeds), job.book, shown)
     with _saving(job, run) as store, progress, _feeding(programs) as feed:
         while step < total and not stop and not failed.all():
-            count = _until(step, total, programs.chunk, options)
+            count = chunks.until(step, total, programs.chunk, options)
             begun = time.perf_counter()
-            items = () if feed is None else feed.take(step, count, _until(step + count, total, programs.chunk, options))
+            items = (
+                ()
+                if feed is None
+                else feed.take(step, count, chunks.until(step + count, total, programs.chunk, options))
+            )
             with profiler.trace(options.profile, dispatched == 1 or (dispatched == 0 and step + count == total)):
                 state, alive, metrics = programs.advance(state, alive, step, count, items)
             dispatched += 1
             seconds = time.perf_counter() - begun
-            evaluate = programs.evaluate is not None and _due(step + count, total, options.eval_every)
+            evaluate = programs.evaluate is not None and chunks.due(step + count, total, options.eval_every)
             extra = programs.evaluate(state) if evaluate and programs.evaluate else {}
             before, failed = failed, np.asarray(distributed.fetch(alive.failed_step))
-            rows = _rows(job, step, metrics, extra, failed)
+            rows = chunks.rows_of(job, step, metrics, extra, failed)
             step += count
             table += rows
             distributed.on_first(lambda rows=rows: _write(job, run, rows))
@@ -413,7 +417,7 @@ def _loop(
                 job.said.append(why)
                 progress.say(f"{row}seed {job.seeds[s]}: {why} at step {failed[s]}; frozen before it")
             stop = _agreed(job)
-            if job.run_dir is not None and (_due(step, total, options.checkpoint_every) or stop or failed.all()):
+            if job.run_dir is not None and (chunks.due(step, total, options.checkpoint_every) or stop or failed.all()):
                 _save(job, run, store, step, state, alive, rows, None if feed is None else feed.state())
                 stop = stop or _agreed(job)
     _settle(job, run, step, failed)
@@ -528,33 +532,3 @@ def _some_alive(result: Result, job: Job) -> Result:
         why = "; ".join(dict.fromkeys(job.said)) or "numbers are not finite"
         raise UserError(f"{job.learner.name}: {why} in every seed, first at step {first}{kept}")
     return result
-
-
-def _until(step: int, num_steps: int, chunk: int, options: RunOptions) -> int:
-    """Steps to the next stop: end of chunk, evaluation, checkpoint or run."""
-    stops = [num_steps - step, chunk - step % chunk]
-    stops += [every - step % every for every in (options.eval_every, options.checkpoint_every) if every > 0]
-    return min(stops)
-
-
-def _due(step: int, num_steps: int, every: int) -> bool:
-    return step == num_steps or (every > 0 and step % every == 0)
-
-
-def _rows(job: Job, start: int, metrics: dict, extra: dict, failed: np.ndarray) -> list[Row]:
-    """A row for each step and seed, for a frozen seed up to the step it failed in; evaluations go to the last step."""
-    lists = {k: v.astype(float).tolist() for k, v in metrics.items()}
-    rows = []
-    count = len(next(iter(lists.values()))) if lists else 0
-    for i in range(count):
-        step = start + i + 1
-        for s, seed in enumerate(job.seeds):
-            if 0 < failed[s] < step:
-                continue
-            row: Row = {"step": step, "samples": step * job.learner.samples_per_step, "seed": seed}
-            row |= {} if job.settings is None else {"setting": job.settings[s]}
-            row |= {k: v[i][s] for k, v in lists.items()}
-            if i == count - 1:
-                row |= {k: float(v[s]) for k, v in extra.items()}
-            rows.append(row)
-    return rows
