@@ -9,7 +9,7 @@ import functools
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -84,6 +84,11 @@ class Facts(NamedTuple):
     """What they are divided by then."""
     task: Task = "classes"
 
+    def scaled(self, images: Any) -> Any:
+        """Images uint8 of `part`, NumPy's or JAX's, as a network is given them: float32, less the mean, over the
+        deviation."""
+        return (images.astype(np.float32) / self.white - self.mean) / self.std
+
 
 FACTS = {
     "digits": Facts((8, 8, 1), white=16.0, mean=0.3053, std=0.3759),
@@ -102,6 +107,14 @@ def facts(name: str) -> Facts:
     return FACTS[name]
 
 
+def class_facts(name: str) -> Facts:
+    """Facts of a set whose images have one class each. Raises `UserError` for another."""
+    found = facts(name)
+    if found.task != "classes":
+        raise UserError(f"data={name!r}: found {found.task} of images, expected a class for each")
+    return found
+
+
 def of_files(name: str) -> bool:
     """Whether a set is one's own files, of which nothing is known before they are read."""
     return name.partition("=")[0] in image_files.KINDS
@@ -117,7 +130,7 @@ def _file_facts(name: str) -> Facts:
     return Facts((rows, columns, channels), found.outputs, 255.0, mean, std, found.task)
 
 
-def part(name: str, which: Split, seed: int = 0) -> Images:
+def part(name: str, which: Split, seed: int = 0, train_images: int = 0) -> Images:
     """Images [N, H, W, C] uint8 in 0..white and labels [N] int32 of a part for training, validation or test.
 
     Args:
@@ -125,11 +138,21 @@ def part(name: str, which: Split, seed: int = 0) -> Images:
         which: "train", "valid" or "test". Validation images are a sixth of those for training, drawn by `seed`; the
             test images are the set's own. Digits and files without test images are split in 70, 15 and 15%.
         seed: of the split.
+        train_images: so many of those for training; 0: all.
 
     Raises:
-        UserError: for an unknown set or part, files that are missing or broken, or images that are not of the set's
-            shape and classes.
+        UserError: for an unknown set or part, files that are missing or broken, images that are not of the set's shape
+            and classes, or more `train_images` than there are.
     """
+    x, y = _part(name, which, seed)
+    if which != "train" or not train_images:
+        return x, y
+    if train_images > len(x):
+        raise UserError(f"train_images={train_images}: expected at most the {len(x)} images for training")
+    return x[:train_images], y[:train_images]
+
+
+def _part(name: str, which: Split, seed: int) -> Images:
     known = facts(name)
     own = image_files.read(name) if of_files(name) else None
     if which not in ("train", "valid", "test"):

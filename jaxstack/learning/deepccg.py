@@ -230,7 +230,7 @@ class Config(configs.Config):
         require_at_least(self, 1, "tasks", "memory", "grad_steps", "embedding", "batch_size")
         require_at_least(self, 0, "split_seed", "train_images", "hypers.lr")
         require_positive(self, "hypers.variance")
-        classes = images.facts(self.data).classes
+        classes = images.class_facts(self.data).classes
         require(self, "tasks", self.tasks <= classes, f"at most the {classes} classes")
         require(self, "memory", self.memory >= classes, f"at least one example for each of {classes} classes")
         trained = self.loss in ("er", "er-ace", "agem", "sgd")
@@ -258,8 +258,7 @@ class State(NamedTuple):
 
 def prepared(config: Config, x: Any) -> Array:
     """Images uint8 as rows of floats, less the set's mean, over its deviation."""
-    known = images.facts(config.data)
-    return ((x.astype(jnp.float32) / known.white - known.mean) / known.std).reshape(len(x), -1)
+    return images.facts(config.data).scaled(x).reshape(len(x), -1)
 
 
 class Nets(NamedTuple):
@@ -410,9 +409,7 @@ def init(config: Config, key: Key, hypers: Hypers) -> State:
 
 def stream(config: Config) -> tuple[np.ndarray, np.ndarray]:
     """Images uint8 [N, ...] and labels [N] of the training part, group of classes after group, by `split_seed`."""
-    x, y = images.part(config.data, "train")
-    require(config, "train_images", config.train_images <= len(y), f"at most the {len(y)} images for training")
-    x, y = x[: config.train_images or None], y[: config.train_images or None]
+    x, y = images.part(config.data, "train", train_images=config.train_images)
     rng = np.random.default_rng(config.split_seed)
     groups = np.array_split(rng.permutation(config.classes), config.tasks)
     rows = np.concatenate([rng.permutation(np.flatnonzero(np.isin(y, group))) for group in groups])
@@ -446,7 +443,7 @@ def deepccg(config: Config = Config(), /, **changes: Any) -> Learner:
         samples_per_step=config.batch_size,
         evaluate=evaluate,
         takes_batch=True,
-        num_steps=(config.train_images or len(images.part(config.data, "train")[1])) // config.batch_size,
+        num_steps=len(stream(config)[1]) // config.batch_size,
         objective=("eval/accuracy", "max"),
         source=source,
         eval_source=eval_source,

@@ -18,7 +18,7 @@ from jaxstack.core.errors import UserError, unknown
 from jaxstack.data import images
 from jaxstack.data.sources import SplitData
 from jaxstack.nn import networks
-from jaxstack.nn.supervised import Model, Optimiser, accuracy, linen
+from jaxstack.nn.supervised import Model, Optimiser, accuracy
 from jaxstack.nn.vision import zoo
 
 Key = jax.Array
@@ -434,7 +434,7 @@ class Config(configs.Config):
         require(self, "hypers.assumed", self.hypers.assumed in (-1,) or 0 <= self.hypers.assumed <= 1, "0 to 1, or -1")
         require(self, "hypers.q", self.hypers.q > 0, "a positive number")
         require(self, "hidden", all(h >= 1 for h in self.hidden), "layer widths >= 1")
-        images.facts(self.data)
+        images.class_facts(self.data)
         if self.model != "mlp":
             require(self, "model", zoo.known(self.model), f"one of mlp, {zoo.NAMES}")
         if self.assumes:
@@ -461,10 +461,7 @@ def parts(config: Config) -> dict[str, images.Images]:
     classes = images.facts(config.data).classes
     out = {}
     for i, which in enumerate(("train", "valid", "test")):
-        x, y = images.part(config.data, which, config.split_seed)  # pyright: ignore[reportArgumentType]
-        if which == "train" and config.train_images:
-            require(config, "train_images", config.train_images <= len(x), f"at most the {len(x)} for training")
-            x, y = x[: config.train_images], y[: config.train_images]
+        x, y = images.part(config.data, which, config.split_seed, config.train_images)  # pyright: ignore[reportArgumentType]
         if which != "test" and config.noise != "none":
             key = jax.random.fold_in(jax.random.key(config.noise_seed), i)
             y = np.asarray(apply(key, jnp.asarray(y), transition(config.noise, config.rate, classes)))
@@ -479,13 +476,7 @@ def eval_source(config: Config) -> SplitData:
 
 def model_of(config: Config) -> Model:
     """The network of a config as pure functions of its variables and of uint8 images."""
-    known = images.facts(config.data)
-    scaled = lambda x: (x.astype(jnp.float32) / known.white - known.mean) / known.std
-    example = jnp.zeros((1, *known.shape), jnp.uint8)
-    if config.model != "mlp":
-        return linen(zoo.network(config.model, known.classes), example, prepare=scaled)
-    net = networks.MLP(config.hidden, known.classes, "relu")
-    return linen(net, example, flags=lambda train: {}, prepare=lambda x: scaled(x).reshape(len(x), -1))
+    return zoo.model_of(config.data, config.model, config.hidden)
 
 
 def training_loss(config: Config) -> Callable[[Array, Array, Hypers], Array]:

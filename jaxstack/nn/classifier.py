@@ -187,10 +187,7 @@ def image_shape(config: Config) -> tuple[int, int, int]:
 
 def arrays(config: Config, which: Literal["train", "valid", "test"]) -> images.Images:
     """Images [N, H, W, C] uint8 and labels [N] of a part, in the config's size. Raises `UserError`."""
-    x, y = images.part(config.data, which, config.split_seed)
-    if which == "train" and config.train_images:
-        require(config, "train_images", config.train_images <= len(x), f"at most the {len(x)} images for training")
-        x, y = x[: config.train_images], y[: config.train_images]
+    x, y = images.part(config.data, which, config.split_seed, config.train_images)
     return images.sized(x, config.size), y
 
 
@@ -238,8 +235,7 @@ def decay_factors(config: Config) -> Any:
 
 def prepared(config: Config, x: Any) -> Array:
     """Images uint8 as the network is given them: float, less the set's mean, over its deviation."""
-    known = facts(config)
-    return (x.astype(jnp.float32) / known.white - known.mean) / known.std
+    return facts(config).scaled(x)
 
 
 def model_of(config: Config) -> Model:

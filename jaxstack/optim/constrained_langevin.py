@@ -14,6 +14,7 @@ The paper's body could not be read: (2)'s splitting is that of the released code
 the theory of constrained Langevin dynamics (Lelievre, Rousset and Stoltz, 2010).
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -29,8 +30,8 @@ from jaxstack.core.errors import UserError
 from jaxstack.core.learner import Key, Learner
 from jaxstack.data import images
 from jaxstack.data.sources import ArrayData, SplitData
-from jaxstack.nn import networks, optimisers
-from jaxstack.nn.supervised import Model, accuracy, cross_entropy, linen, supervised
+from jaxstack.nn import optimisers
+from jaxstack.nn.supervised import Model, accuracy, supervised
 from jaxstack.nn.vision import zoo
 
 # --- circle -----------------------------------------------------------------------------------------------------------
@@ -371,36 +372,50 @@ def constrained_langevin(
     return optax.GradientTransformation(init, update)  # pyright: ignore[reportArgumentType]
 
 
-def by_shape(params: Any, *, circle: float | None = None, first: float | None = None, stiefel: bool = False) -> Any:
+def by_shape(
+    params: Any,
+    *,
+    circle: float | None = None,
+    first: float | None = None,
+    stiefel: bool = False,
+    entrance: str = "",
+) -> Any:
     """Constraints of the usual kind: biases and normalisation are free.
 
     Args:
-        params: a tree of arrays, those of two or more axes being weights; the first of them in the tree's order, by
-            the names of flax that of the first layer, is special.
+        params: a tree of arrays, those of two or more axes being weights.
         circle: radius of weights.
-        first: radius of the first weights; default: `circle`.
-        stiefel: orthonormal weights, the first ones free.
+        first: radius of the first layer's weights; default: `circle`.
+        stiefel: orthonormal weights, those of the first layer free.
+        entrance: path of the first layer's weights, as "stem/kernel"; default: the first weights in the tree's order,
+            which is that of the layers where their names sort so.
 
     Returns:
         A tree of the same structure for `constrained_langevin`.
 
     Raises:
-        UserError: for both kinds at once.
+        UserError: for both kinds at once, and an `entrance` that is no path of weights.
     """
     if stiefel and circle is not None:
         raise UserError("by_shape: found circle and stiefel, expected one of them")
-    leaves, structure = jax.tree.flatten(params)
-    seen, out = 0, []
-    for x in leaves:
-        kind: Constraint = None
-        if x.ndim >= 2:
-            if stiefel and seen:
-                kind = Stiefel()
-            elif circle is not None:
-                kind = Circle(circle if seen or first is None else first)
-            seen += 1
-        out.append(kind)
-    return structure.unflatten(out)
+    named = {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in _paths(params)}
+    weights = [name for name, x in named.items() if x.ndim >= 2]
+    entrance = entrance or next(iter(weights), "")
+    if weights and entrance not in weights:
+        raise UserError(f"entrance={entrance!r}: expected one of {', '.join(weights)}")
+
+    def one(name: str) -> Constraint:
+        if name not in weights:
+            return None
+        if stiefel:
+            return None if name == entrance else Stiefel()
+        radius = first if name == entrance and first is not None else circle
+        return None if radius is None else Circle(radius)
+
+    return jax.tree.structure(params).unflatten([one(name) for name in named])
+
+
+_paths = jax.tree_util.tree_leaves_with_path
 
 
 def from_momentum(lr: float, momentum: float) -> dict[str, float]:
@@ -455,14 +470,18 @@ class Config(configs.Config):
         require_at_least(self, 0, "train_images", "split_seed", "hypers.lr", "hypers.temperature", "hypers.friction")
         require_positive(self, "radius", "first_radius")
         require(self, "hidden", all(h >= 1 for h in self.hidden), "layer widths >= 1")
-        images.facts(self.data)
+        images.class_facts(self.data)
         require(self, "model", self.model == "mlp" or zoo.known(self.model), f"one of mlp, {zoo.NAMES}")
         constrained_langevin(0.1, lambda params: params, order=self.order)
 
     def constraints(self, params: Any) -> Any:
         """Of each array of the network."""
-        circle = self.radius if self.constraint == "circle" else None
-        return by_shape(params, circle=circle, first=self.first_radius, stiefel=self.constraint == "stiefel")
+        if self.constraint == "none":
+            return by_shape(params)
+        of = entrance(self.data, self.model, self.hidden)
+        if self.constraint == "stiefel":
+            return by_shape(params, stiefel=True, entrance=of)
+        return by_shape(params, circle=self.radius, first=self.first_radius, entrance=of)
 
 
 class Dynamics(NamedTuple):
@@ -489,14 +508,7 @@ class Dynamics(NamedTuple):
 
 def model_of(config: Config) -> Model:
     """The network of a config, whose initial weights obey the constraints."""
-    known = images.facts(config.data)
-    scaled = lambda x: (x.astype(jnp.float32) / known.white - known.mean) / known.std
-    example = jnp.zeros((1, *known.shape), jnp.uint8)
-    if config.model != "mlp":
-        model = linen(zoo.network(config.model, known.classes), example, prepare=scaled)
-    else:
-        net = networks.MLP(config.hidden, known.classes, "relu")
-        model = linen(net, example, flags=lambda train: {}, prepare=lambda x: scaled(x).reshape(len(x), -1))
+    model = zoo.model_of(config.data, config.model, config.hidden)
 
     def init(key: Key) -> Any:
         variables = dict(model.init(key))
@@ -506,13 +518,24 @@ def model_of(config: Config) -> Model:
     return model._replace(init=init)
 
 
+@functools.lru_cache(64)
+def entrance(data: str, name: str, hidden: tuple[int, ...]) -> str:
+    """The path of the first layer's weights: flax makes parameters in the order of its layers; trees sort them."""
+    found = []
+
+    def first(tree: Any, path: str = "") -> str:
+        inner = ((f"{path}/{k}".lstrip("/"), v) for k, v in tree.items())
+        return next(filter(None, (first(v, k) if isinstance(v, dict) else k * (v.ndim > 1) for k, v in inner)), "")
+
+    model = zoo.model_of(data, name, hidden)
+    jax.eval_shape(lambda key: found.append(first(model.init(key)["params"])), jax.random.key(0))
+    return found[0]
+
+
 def source(config: Config) -> ArrayData:
     """Training batches, in shuffled epochs of each seed's own."""
-    x, y = images.part(config.data, "train", config.split_seed)
-    if config.train_images:
-        require(config, "train_images", config.train_images <= len(x), f"at most the {len(x)} images for training")
-        x, y = x[: config.train_images], y[: config.train_images]
-    return ArrayData((x, y), config.batch_size, per_seed=True)
+    arrays = images.part(config.data, "train", config.split_seed, config.train_images)
+    return ArrayData(arrays, config.batch_size, per_seed=True)
 
 
 def eval_source(config: Config) -> SplitData:
@@ -522,14 +545,7 @@ def eval_source(config: Config) -> SplitData:
 
 def loss(logits: Array, labels: Array, hypers: Any) -> Array:
     """Cross entropy in nats [B]."""
-    return cross_entropy(logits, labels, _PLAIN)
-
-
-class _Plain(NamedTuple):
-    label_smoothing: float = 0.0
-
-
-_PLAIN = _Plain()
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
 
 
 def weight_constrained_sgld(config: Config = Config(), /, **changes: Any) -> Learner:

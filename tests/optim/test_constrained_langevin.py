@@ -9,6 +9,7 @@ from scipy.special import iv
 
 import jaxstack
 from jaxstack.core.errors import UserError
+from jaxstack.nn.vision import zoo
 from jaxstack.optim import constrained_langevin as cl
 
 R = 0.7
@@ -170,6 +171,20 @@ def test_without_noise_and_constraints_it_is_momentum():
 
     for a, b in zip(jax.tree.leaves(run(ours)), jax.tree.leaves(run(theirs))):
         np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_the_first_layer_is_known_whatever_its_name():
+    assert cl.entrance("digits", "mlp", (4,)) == "Dense_0/kernel"
+    for model, path in (("wrn-10-1", "stem/kernel"), ("vgg-small", "conv0/kernel")):
+        config = cl.Config(model=model, constraint="stiefel")
+        model_of = zoo.model_of(config.data, config.model)
+        params = jax.eval_shape(model_of.init, jax.random.key(0))["params"]
+        limits = config.constraints(params)
+        layer, _, name = path.partition("/")
+        assert limits[layer][name] is None
+        assert limits["Dense_0"]["kernel"] == cl.Stiefel()
+    with pytest.raises(UserError, match="entrance='stem': expected one of w"):
+        cl.by_shape({"w": jnp.ones((2, 2))}, circle=1.0, entrance="stem")
 
 
 def test_constraints_by_shape_and_starting_points():

@@ -5,7 +5,12 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from jaxstack.core.errors import UserError
+from jaxstack.data import images
+from jaxstack.nn.networks import MLP
+from jaxstack.nn.supervised import Model, linen
 from jaxstack.nn.vision.densenet import DenseNet, DenseNet121
 from jaxstack.nn.vision.efficientnet import EfficientNetB0
 from jaxstack.nn.vision.efficientnet_lite import EfficientNetLite0
@@ -103,6 +108,25 @@ def network(
     if name in _PLAIN:
         return _PLAIN[name](classes, variance)
     raise UserError(f"model={name!r}: expected one of {NAMES}")
+
+
+def model_of(data: str, name: str, hidden: Sequence[int] = ()) -> Model:
+    """A classifier of a set's images as pure functions of its variables and of uint8 images.
+
+    Args:
+        data: of the set, see `data.images.load`.
+        name: of a network, or mlp.
+        hidden: widths of mlp.
+
+    Raises:
+        UserError: for an unknown set or network, and a set without classes.
+    """
+    facts = images.class_facts(data)
+    example = np.zeros((1, *facts.shape), np.uint8)
+    if name != "mlp":
+        return linen(network(name, facts.classes), example, prepare=facts.scaled)
+    net = MLP(tuple(hidden), facts.classes, "relu")
+    return linen(net, example, flags=lambda train: {}, prepare=lambda x: facts.scaled(x).reshape(len(x), -1))
 
 
 def known(name: str) -> bool:
