@@ -64,6 +64,9 @@ class Box:
     high: float | tuple = float("inf")
     dtype: Any = jnp.float32
 
+    def __repr__(self) -> str:
+        return f"Box(shape={self.shape}, low={self.low}, high={self.high}, dtype={np.dtype(self.dtype).name})"
+
 
 @dataclass(frozen=True)
 class Image:
