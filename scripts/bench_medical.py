@@ -161,7 +161,7 @@ def forward(args: argparse.Namespace, peer: Peer) -> list[Row]:
         else:
             run = net.module.apply
         side = compiled(run, given, jnp.asarray(x))
-        arrays = to_torch(given, net.module.torch_name) | {"x": x.transpose(0, 3, 1, 2)}
+        arrays = to_torch(net.module, given) | {"x": x.transpose(0, 3, 1, 2)}
         about = peer.load(name, name, arrays)
         case = f"forward, {name}, {height} x {width}"
         out = peer.output(name)
@@ -198,7 +198,7 @@ def step(args: argparse.Namespace, peer: Peer) -> list[Row]:
     state = (given["params"], stats, optimiser.init(given["params"]))
     side = compiled(update, state, jnp.asarray(x), jnp.asarray(y))
     turned = lambda a: a.transpose(0, 3, 1, 2)
-    about = peer.load("step", "step", to_torch(given, module.torch_name) | {"x": turned(x), "y": turned(y)})
+    about = peer.load("step", "step", to_torch(module, given) | {"x": turned(x), "y": turned(y)})
     case = f"step, choroidalyzer, 4 x {size} x {size}"
     first = jax.jit(update)(state, x, y)[1]
     rows = [compared(case, np.asarray(first)[None], peer.output("step"), about, 1e-3)]
@@ -323,7 +323,7 @@ def analyse(args: argparse.Namespace, peer: Peer | None) -> list[Row]:
     per_image = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        np.savez(folder / "net.npz", allow_pickle=False, **to_torch(given, module.torch_name))
+        np.savez(folder / "net.npz", allow_pickle=False, **to_torch(module, given))
         for count in (few, many):
             (folder / str(count)).mkdir()
             for i in range(count):

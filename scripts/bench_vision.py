@@ -109,7 +109,7 @@ def forward(args: argparse.Namespace, folder: Path) -> Any:
     for name in args.networks:
         classes, side = (1000, sizes(args)["large"]) if name in LARGE else (10, sizes(args)["small"])
         network, variables = variables_of(name, classes, side)
-        store(folder, "weights", **to_torch(variables, network.torch_name))
+        store(folder, "weights", **to_torch(network, variables))
         for count in args.batches:
             x, y = images(count, side, classes)
             store(folder, "batch", x=x, y=y)
@@ -130,7 +130,7 @@ def train(args: argparse.Namespace, folder: Path) -> Any:
     side, count = sizes(args)["small"], sizes(args)["train"]
     for name in (n for n in TRAINED if n in args.networks):
         network, variables = variables_of(name, 10, side)
-        store(folder, "weights", **to_torch(variables, network.torch_name))
+        store(folder, "weights", **to_torch(network, variables))
         x, y = images(count, side, 10)
         store(folder, "batch", x=x, y=y)
         batch = (jnp.asarray(x), jnp.asarray(y))
@@ -167,7 +167,7 @@ def fisher(args: argparse.Namespace, folder: Path) -> Any:
 
     name, side, count = "wrn-40-2", sizes(args)["small"], sizes(args)["fisher"]
     network, variables = variables_of(name, 10, side)
-    store(folder, "weights", **to_torch(variables, network.torch_name))
+    store(folder, "weights", **to_torch(network, variables))
     x, y = images(count, side, 10)
     store(folder, "batch", x=x, y=y)
     batch = (jnp.asarray(x), jnp.asarray(y))
@@ -210,7 +210,7 @@ def zero_shot(args: argparse.Namespace, folder: Path) -> Any:
     nets = {}
     for role, name in names.items():
         nets[role] = variables_of(name, 10, image[0])
-        store(folder, role, **to_torch(nets[role][1], nets[role][0].torch_name))
+        store(folder, role, **to_torch(nets[role][0], nets[role][1]))
     teacher, student = (kt.of_module(nets[r][0], image) for r in names)
     setup = kt.Setup(teacher, student, image, kt.ZeroShotGenerator(image), s["zero"])
     state = kt.begin(jax.random.key(0), kt.Hypers(), nets["teacher"][1], setup, 1000)

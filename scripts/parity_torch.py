@@ -89,7 +89,7 @@ def shapes_of(name: str) -> tuple[Any, Any, dict[str, tuple[int, ...]]]:
 
     network, (side, channels) = network_of(name), NETWORKS[name]
     shapes = jax.eval_shape(lambda: network.init(jax.random.key(0), jnp.zeros((1, side, side, channels))))
-    state = to_torch(jax.tree.map(lambda s: np.broadcast_to(np.float32(0), s.shape), shapes), network.torch_name)
+    state = to_torch(network, jax.tree.map(lambda s: np.broadcast_to(np.float32(0), s.shape), shapes))
     return network, shapes, {k: v.shape for k, v in state.items()}
 
 

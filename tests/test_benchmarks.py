@@ -143,8 +143,6 @@ def test_medical_networks_are_compared_and_timed(script, tmp_path, monkeypatch):
     bench = script("bench_medical")
 
     class Same(nn.Module):
-        torch_name = None
-
         def __call__(self, x):
             return x
 

@@ -78,14 +78,13 @@ def _weights(args: argparse.Namespace) -> None:
         folded, given = fold_batchnorm(network, given, x)
         apply = folded.apply
         print(f"{len(folded.pairs)} of {count} BatchNorms are folded")
-    name = getattr(network, "torch_name", ".".join)
-    arrays = to_torch(given, name)
+    arrays = to_torch(network, given)
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.suffix == ".npz":
         np.savez(out, allow_pickle=False, **arrays)
     else:
         save_file(arrays, out)
-    found = np.asarray(apply(from_torch(given, read_weights(out), name, str(out)), x))
+    found = np.asarray(apply(from_torch(network, read_weights(out), given, str(out)), x))
     far = float(np.abs(found - wanted).max() / np.abs(wanted).max())
     if not far <= 1e-4:
         raise UserError(f"{out}: gives outputs that differ by {far:.1e} from the run's, expected at most 1e-4")

@@ -205,7 +205,7 @@ def load_weights(path: str | Path) -> tuple[ReleasedNetwork, Any]:
     network = ReleasedNetwork(ResNet(18, 0, "imagenet"))
     shapes = jax.eval_shape(lambda key: network.init(key, jnp.zeros((1, 64, 64, 3))), jax.random.key(0))
     trunk = {c: {"backbone": shapes[c]["backbone"]} for c in shapes}
-    names = set(to_torch(jax.tree.map(lambda x: np.broadcast_to(np.float32(0), x.shape), trunk), network.torch_name))
+    names = set(to_torch(network, jax.tree.map(lambda x: np.broadcast_to(np.float32(0), x.shape), trunk)))
     stem = next((k for k in weights if k.endswith("conv1.weight") and k.count("layer") == 0), "conv1.weight")
     prefix = stem.removesuffix("conv1.weight")
     own = lambda k: k.removeprefix(prefix)
@@ -213,7 +213,7 @@ def load_weights(path: str | Path) -> tuple[ReleasedNetwork, Any]:
     parts = [f"fc.{i}.{part}" for i in range(3) for part in ("weight", "bias")]
     renamed = dict(zip(head, parts)) if len(head) == len(parts) else {}
     given = {renamed[k] if k in renamed else own(k): v for k, v in weights.items()}
-    return network, jax.tree.map(jnp.asarray, from_torch(shapes, given, network.torch_name, str(path)))
+    return network, jax.tree.map(jnp.asarray, from_torch(network, given, shapes, str(path)))
 
 
 def predict_fd(network: ReleasedNetwork, variables: Any, images: Float[Any, "b h w 3"]) -> Float[Array, " b"]:

@@ -127,7 +127,7 @@ def load_weights(path: str | Path) -> tuple[UNetMobileNetV3, Any]:
     for prefix in ("model.", "module."):
         if weights and all(name.startswith(prefix) for name in weights):
             weights = {name.removeprefix(prefix): x for name, x in weights.items()}
-    return net, jax.tree.map(jnp.asarray, from_torch(shapes, weights, net.torch_name, str(path)))
+    return net, jax.tree.map(jnp.asarray, from_torch(net, weights, shapes, str(path)))
 
 
 class Hypers(NamedTuple):

@@ -78,7 +78,7 @@ def load_weights(path: str | Path) -> tuple[UNet, Any]:
     network = network_of(weights, str(path))
     example = jnp.zeros((1, network.multiple, network.multiple, 1))
     shapes = jax.eval_shape(lambda: network.init(jax.random.key(0), example))
-    return network, from_torch(shapes, weights, network.torch_name, str(path))
+    return network, from_torch(network, weights, shapes, str(path))
 
 
 def network_of(weights: Mapping[str, np.ndarray], source: str) -> UNet:

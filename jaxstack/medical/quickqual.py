@@ -144,7 +144,7 @@ def backbone(name: str = "efficientnet-lite0", *, random: int | None = None) -> 
         raise UserError(f"backbone={kind}: expected {kind}=FILE, its ImageNet weights are in no package")
     path = Path(file) if file else package_weights()
     weights = {k: v for k, v in read_weights(path).items() if k.split(".")[0] != head}
-    variables = from_torch(jax.eval_shape(init, jax.random.key(0)), weights, network.torch_name, str(path))
+    variables = from_torch(network, weights, jax.eval_shape(init, jax.random.key(0)), str(path))
     return Backbone(kind, network.apply, variables)
 
 

@@ -124,7 +124,7 @@ def load_weights(path: str | Path) -> tuple[Network, Any]:
     shapes = jax.eval_shape(lambda key: network.init(key, jnp.zeros((1, 64, 64, 2))), jax.random.key(0))
     pixels = {"mean": jnp.asarray(RELEASED_MOMENTS[0]), "std": jnp.asarray(RELEASED_MOMENTS[1])}
     shapes = {name: tree for name, tree in shapes.items() if name != "pixels"}
-    found = from_torch(shapes, weights, network.torch_name, str(path))
+    found = from_torch(network, weights, shapes, str(path))
     return network, jax.tree.map(jnp.asarray, dict(found)) | {"pixels": pixels}
 
 

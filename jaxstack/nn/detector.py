@@ -153,7 +153,7 @@ def backbone_weights(config: Config) -> Any:
     path = config.backbone_weights
     of_head = ("fc.", "classifier.", "conv_head.")
     weights = {name: x for name, x in read_weights(path).items() if not name.startswith(of_head)}
-    return from_torch(shapes, weights, net.torch_name, path)
+    return from_torch(net, weights, shapes, path)
 
 
 def from_file(config: Config) -> Callable[[Any, Any], Any]:

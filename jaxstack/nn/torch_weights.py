@@ -12,10 +12,11 @@ import collections
 import io
 import pickle
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import ml_dtypes
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -201,31 +202,40 @@ def _float32(x: np.ndarray) -> np.ndarray:
 
 
 _LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
-Namer = Callable[[tuple[str, ...]], str]
-"""Modules of a flax path -> the module's name in a state dict."""
 
 
-def _names(variables: Any, name: Namer) -> dict[str, tuple[tuple[str, ...], Any]]:
+def _names(network: Any, variables: Any) -> dict[str, tuple[tuple[str, ...], Any]]:
     """Names in the state dict -> (path in the variables, the leaf)."""
-    flat = flatten_dict(variables)
+    flat, name = flatten_dict(variables), getattr(network, "torch_name", ".".join)
     leaf = lambda last: _LEAVES.get(last, last)
     return {f"{name(path[1:-1])}.{leaf(path[-1])}": (path, x) for path, x in flat.items()}
 
 
-def from_torch(variables: Any, weights: Mapping[str, np.ndarray], name: Namer, source: str = "weights") -> Any:
+def _shapes(network: Any, weights: Mapping[str, np.ndarray]) -> Any:
+    """Shapes of a network's variables for images of 32x32 pixels and the channels that the weights are of."""
+    of = lambda channels: jax.eval_shape(network.init, jax.random.key(0), np.zeros((1, 32, 32, channels), np.float32))
+    found = of(3)
+    first = [k for k, (_, x) in _names(network, found).items() if len(x.shape) == 4 and x.shape[2] == 3]
+    given = [np.shape(weights[k])[1] for k in first if np.ndim(weights.get(k, 0)) == 4]
+    return of(given[0]) if given and given[0] != 3 else found
+
+
+def from_torch(network: Any, arrays: Mapping[str, np.ndarray], variables: Any = None, source: str = "weights") -> Any:
     """Variables of a network from a state dict.
 
     Args:
-        variables: of the network, arrays or their shapes (`jax.eval_shape` of its `init`).
-        weights: the state dict; `num_batches_tracked` is left out.
-        name: the network's `torch_name`.
-        source: what errors call the weights.
+        network: a flax module; its `torch_name` says what its layers are called, default: as in flax, with dots.
+        arrays: the state dict, from `read_weights` or from memory; `num_batches_tracked` is left out.
+        variables: of the network, arrays or their shapes (`jax.eval_shape` of its `init`); default: those for images of
+            32x32 pixels, with as many channels as the arrays have. A network whose weights depend on the size, or that
+            takes no images, needs them.
+        source: what errors call the arrays.
 
     Raises:
         UserError: listing the names that are missing, unknown, or of another shape.
     """
-    expected = _names(variables, name)
-    given = {k: np.asarray(v) for k, v in weights.items() if not k.endswith("num_batches_tracked")}
+    given = {k: np.asarray(v) for k, v in arrays.items() if not k.endswith("num_batches_tracked")}
+    expected = _names(network, _shapes(network, given) if variables is None else variables)
     shape = lambda x: _turned_back(np.broadcast_to(np.float32(0.0), x.shape)).shape
     faults = [f"{k} is missing" for k in expected if k not in given]
     faults += [f"{k} is unknown" for k in given if k not in expected]
@@ -240,11 +250,11 @@ def from_torch(variables: Any, weights: Mapping[str, np.ndarray], name: Namer, s
     return unflatten_dict({path: _turned(given[k].astype(np.float32)) for k, (path, _) in expected.items()})
 
 
-def to_torch(variables: Any, name: Namer) -> Weights:
-    """The state dict of a network's variables, float32; the inverse of `from_torch`."""
+def to_torch(network: Any, variables: Any) -> Weights:
+    """The state dict of a network's variables, or of some of them, float32; the inverse of `from_torch`."""
     return {
         k: np.ascontiguousarray(_turned_back(np.asarray(x, np.float32)))
-        for k, (_, x) in _names(variables, name).items()
+        for k, (_, x) in _names(network, variables).items()
     }
 
 

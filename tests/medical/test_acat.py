@@ -182,9 +182,7 @@ def test_the_networks_have_the_released_sizes_and_names():
     both = shapes(AcatNet("hsm", copies=3, reference_stem=True), scans)
     assert round(count(both["params"]) / 1e6, 2) == 47.95
     net = AcatNet("acat", copies=3, reference_stem=True)
-    names = to_torch(
-        jax.tree.map(lambda x: np.broadcast_to(np.float32(0), x.shape), shapes(net, scans)), net.torch_name
-    )
+    names = to_torch(net, jax.tree.map(lambda x: np.broadcast_to(np.float32(0), x.shape), shapes(net, scans)))
     assert names["conv1_s.weight"].shape == (2048, 3, 7, 7)
     assert names["layer1_s.0.downsample.0.weight"].shape == (256, 2048, 1, 1)
     for name in ("layer3.5.bn3.running_var", "layer1.0.downsample.1.bias", "fc.weight", "fusion.weight", "bn1_s.bias"):
@@ -198,7 +196,7 @@ def test_the_networks_have_the_released_sizes_and_names():
 def test_released_weights_are_read_without_their_unused_layers():
     net = AcatNet("acat", copies=3, reference_stem=True, **SMALL)
     given = filled(net)
-    weights = to_torch(given, net.torch_name)
+    weights = to_torch(net, given)
     extra = {"layer4_s.0.conv1.weight": np.zeros((8, 6, 3, 3), np.float32), "conv1.num_batches_tracked": np.zeros(())}
     back = from_released(net, shapes(net), weights | extra)
     jax.tree.map(np.testing.assert_array_equal, back, given)

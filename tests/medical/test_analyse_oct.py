@@ -228,7 +228,7 @@ def test_runs_and_weights_give_what_their_networks_say(coded, tmp_path, capsys):
     # a file of weights: scans are padded, whatever their size
     net = UNet((4, 6))
     variables = jax.jit(net.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
-    np.savez(tmp_path / "net.npz", **tw.to_torch(variables, net.torch_name))  # pyright: ignore[reportArgumentType]
+    np.savez(tmp_path / "net.npz", **tw.to_torch(net, variables))  # pyright: ignore[reportArgumentType]
     image = np.asarray(Image.open(folder / "eye0.png"))
     odd = tmp_path / "odd.png"
     Image.fromarray(image[:61, :83]).save(odd)

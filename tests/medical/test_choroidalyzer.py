@@ -126,7 +126,7 @@ def test_padding_is_explicit_and_weights_are_found_by_their_shapes(tmp_path):
     np.testing.assert_allclose(x, ch.preprocess(image.astype(np.float32) / 255, 32), atol=1e-6)
     net = UNet((4, 6, 8))
     variables = jax.jit(net.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
-    weights = tw.to_torch(variables, net.torch_name)
+    weights = tw.to_torch(net, variables)
     for prefix in ("", "module.", "model."):
         store(tmp_path / "net.npz", {prefix + k: v for k, v in weights.items()})
         same, loaded = ch.load_weights(tmp_path / "net.npz")

@@ -223,7 +223,7 @@ def test_weights_of_the_release_are_read_under_their_names(tmp_path):
     shapes = jax.eval_shape(net.init, jax.random.key(0), jnp.zeros((1, 32, 32, 1)))
     rng = np.random.default_rng(0)
     given = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), shapes)
-    state = to_torch(given, net.torch_name)
+    state = to_torch(net, given)
     assert "encoder.model.blocks.2.0.se.conv_reduce.weight" in state
     assert state["segmentation_head.0.weight"].shape == (1, 16, 3, 3)
     for prefix in ("", "module."):

@@ -352,7 +352,7 @@ def random_state(network, example, left_out=()):
     rng = np.random.default_rng(0)
     draw = lambda path, s: (0.05 * rng.normal(size=s.shape) + (path[-1].key in ("scale", "var"))).astype(np.float32)
     given = jax.tree_util.tree_map_with_path(draw, shapes)
-    return given, tw.to_torch({k: v for k, v in given.items() if k not in left_out}, network.torch_name)
+    return given, tw.to_torch(network, {k: v for k, v in given.items() if k not in left_out})
 
 
 def test_released_weights_are_read_and_checked(tmp_path, capsys, monkeypatch):

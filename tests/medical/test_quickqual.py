@@ -40,7 +40,7 @@ def test_real_weights_know_a_cup_of_coffee():
     net = zoo.network("efficientnet-lite0", 1000)
     weights = read_weights(quickqual.package_weights())
     assert len(weights) == 296
-    variables = from_torch(jax.eval_shape(net.init, jax.random.key(0), x), weights, net.torch_name)
+    variables = from_torch(net, weights, jax.eval_shape(net.init, jax.random.key(0), x))
     p = jax.nn.softmax(jax.jit(net.apply)(variables, x)[0])
     assert int(p.argmax()) == 967
     assert float(p.max()) > 0.9

@@ -375,7 +375,7 @@ def test_runs_and_weights_are_read_by_analyse_oct(tmp_path, capsys):
     # weights of the public names, with any prefix
     net = rn.ReachNet((4, 16), factors=(4,), residual=True, resolution=12, up_mode="interpolate")
     variables = random_variables(net)
-    weights = tw.to_torch(variables, net.torch_name)
+    weights = tw.to_torch(net, variables)
     for prefix in ("", "module."):
         np.savez(tmp_path / "net.npz", **{prefix + k: v for k, v in weights.items()})  # pyright: ignore[reportArgumentType]
         same, loaded = rn.load_weights(tmp_path / "net.npz")
@@ -383,7 +383,7 @@ def test_runs_and_weights_are_read_by_analyse_oct(tmp_path, capsys):
         assert all((a == b).all() for a, b in zip(jax.tree.leaves(loaded), jax.tree.leaves(variables), strict=True))
     # without attention and residual connections, and tensors that are missing
     bare = rn.ReachNet((4, 16), factors=(4,), attend=False)
-    np.savez(tmp_path / "bare.npz", **tw.to_torch(random_variables(bare), bare.torch_name))  # pyright: ignore[reportArgumentType]
+    np.savez(tmp_path / "bare.npz", **tw.to_torch(bare, random_variables(bare)))  # pyright: ignore[reportArgumentType]
     assert rn.load_weights(tmp_path / "bare.npz")[0] == bare
     np.savez(tmp_path / "part.npz", **{k: v for k, v in weights.items() if "upsample" not in k})  # pyright: ignore[reportArgumentType]
     with pytest.raises(UserError, match=r"part.npz: found no up_blocks.0.upsample.1.weight by which"):

@@ -46,7 +46,7 @@ def test_the_backbone_computes_what_pytorch_would_with_the_same_state_dict():
     shapes = {k: v for k, v in variables_of(network).items() if k != "pixels"}
     draw = lambda path, s: 0.7 * (abs(rng.normal(size=s.shape)) if path[-1].key == "var" else rng.normal(size=s.shape))
     given = jax.tree.map(lambda x: x.astype(np.float32), jax.tree_util.tree_map_with_path(draw, shapes))
-    w = tw.to_torch(given, network.torch_name)
+    w = tw.to_torch(network, given)
     image = rng.normal(size=(2, 38, 45)).astype(np.float32)
 
     def conv(x, name, stride, pad):
@@ -74,7 +74,7 @@ def test_the_backbone_computes_what_pytorch_would_with_the_same_state_dict():
     h = w["fc.1.weight"] @ x.mean((1, 2)) + w["fc.1.bias"]
     h = np.where(h >= 0, h, w["fc.2.weight"] * h)
     expected = w["fc.4.weight"] @ h + w["fc.4.bias"]
-    again = tw.from_torch(shapes, w, network.torch_name) | {"pixels": {"mean": jnp.zeros(2), "std": jnp.ones(2)}}
+    again = tw.from_torch(network, w, shapes) | {"pixels": {"mean": jnp.zeros(2), "std": jnp.ones(2)}}
     found = network.apply(again, jnp.moveaxis(image, 0, -1)[None])[0]
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
 

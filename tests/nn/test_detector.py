@@ -135,7 +135,7 @@ def test_a_backbone_begins_with_the_weights_of_a_file(tmp_path):
     shapes = jax.eval_shape(net.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
     rng = np.random.default_rng(0)
     whole = jax.tree.map(lambda x: np.float16(rng.normal()) * np.ones(x.shape, np.float32), shapes)
-    arrays = to_torch(whole, net.torch_name)
+    arrays = to_torch(net, whole)
     np.savez(config.backbone_weights, **arrays, **{"fc.weight": np.zeros((10, 512)), "fc.bias": np.zeros(10)})
     fresh = {kind: {"backbone": own, "neck": {}} for kind, own in shapes.items()}
     fresh = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), fresh)

@@ -38,7 +38,7 @@ def recorded():
 
 def prepared(name, dtype=jnp.float32):
     network, shapes, names = parity.shapes_of(name)
-    variables = from_torch(shapes, parity.weights_of(names), network.torch_name, name)
+    variables = from_torch(network, parity.weights_of(names), shapes, name)
     x = parity.images_of(name).transpose(0, 2, 3, 1)
     return network, jax.tree.map(lambda v: jnp.asarray(v, dtype), variables), jnp.asarray(x, dtype)
 
@@ -60,7 +60,7 @@ def test_outputs_and_statistics_are_those_of_pytorch(name, recorded):
     evaluated, (trained, changed) = run(variables, x)
     close(evaluated, recorded[f"{name}/eval"], 1e-5)
     close(trained, recorded[f"{name}/train"], 1e-4)
-    close(parity.statistics(to_torch(changed, network.torch_name)), recorded[f"{name}/statistics"], 1e-4)
+    close(parity.statistics(to_torch(network, changed)), recorded[f"{name}/statistics"], 1e-4)
 
 
 @pytest.mark.parametrize("name", [marked(name, name in QUICK) for name in parity.NETWORKS])
@@ -75,7 +75,7 @@ def test_gradients_are_those_of_pytorch(name, recorded):
             of = lambda params: network.apply({**variables, "params": params}, x, True, mutable=others)[0]
             return jax.grad(lambda params: (of(params) * weigh).sum())(variables["params"])
 
-        found = parity.digests(to_torch({"params": gradients(variables, x)}, network.torch_name))
+        found = parity.digests(to_torch(network, {"params": gradients(variables, x)}))
     wanted = recorded[f"{name}/gradients"]
     norms = np.maximum(wanted[:, 0], 1e-6 * wanted[:, 0].max())  # biases before BatchNorm have a gradient of zero
     assert float((np.abs(found - wanted) / norms[:, None]).max()) <= 1e-3

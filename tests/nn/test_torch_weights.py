@@ -190,7 +190,6 @@ NETWORKS = {
 @pytest.mark.parametrize("kind", NETWORKS)
 def test_networks_have_their_counts_and_names(kind):
     (count, last_layer), network = NETWORKS[kind], zoo.network(kind, 1000)
-    names = network.torch_name
     size = lambda v: sum(int(np.prod(x.shape)) for x in jax.tree.leaves(v["params"]))
     shapes = lambda net: jax.eval_shape(net.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
     whole = shapes(network)
@@ -198,8 +197,8 @@ def test_networks_have_their_counts_and_names(kind):
     assert count - size(shapes(zoo.network(kind, 0))) == last_layer
     rng = np.random.default_rng(0)
     variables = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), whole)
-    state = to_torch(variables, names)
-    back = from_torch(whole, state | {"x.num_batches_tracked": np.array(1)}, names)
+    state = to_torch(network, variables)
+    back = from_torch(network, state | {"x.num_batches_tracked": np.array(1)})
     jax.tree.map(np.testing.assert_array_equal, back, variables)
     key, shape = {
         "efficientnet-lite0": ("_blocks.1._depthwise_conv.weight", (96, 1, 3, 3)),
@@ -217,4 +216,4 @@ def test_networks_have_their_counts_and_names(kind):
     broken[f"{last}.bias"] = np.zeros(7)
     message = rf"w: {key} is missing; extra is unknown; {last}.bias has shape \[7\], expected \[1000\]"
     with pytest.raises(UserError, match=message):
-        from_torch(whole, broken, names, "w")
+        from_torch(network, broken, whole, "w")

@@ -21,7 +21,7 @@ def shapes(net, size, channels=1):
 def random_weights(net, size, seed=0):
     """A state dict of the network's names, He scale, with statistics that are not the start's."""
     rng = np.random.default_rng(seed)
-    names = tw.to_torch(jax.tree.map(lambda x: np.zeros(x.shape, np.float32), shapes(net, size)), net.torch_name)
+    names = tw.to_torch(net, jax.tree.map(lambda x: np.zeros(x.shape, np.float32), shapes(net, size)))
     out = {}
     for name, x in names.items():
         draw = rng.normal(size=x.shape)
@@ -124,8 +124,8 @@ def test_the_release_has_its_count_names_and_outputs():
     weights = random_weights(net, 128)
     assert len(weights) + sum(k.endswith("running_var") for k in weights) == 226  # with num_batches_tracked
     assert weights["up_blocks.4.upsample.0.weight"].shape == (32, 64, 1, 1)
-    variables = tw.from_torch(start, weights | {"in_conv.norm.num_batches_tracked": np.array(7)}, net.torch_name)
-    back = tw.to_torch(variables, net.torch_name)
+    variables = tw.from_torch(net, weights | {"in_conv.norm.num_batches_tracked": np.array(7)}, start)
+    back = tw.to_torch(net, variables)
     assert set(back) == set(weights)
     assert all((back[k] == weights[k]).all() for k in weights)
     x = np.random.default_rng(1).uniform(-1, 1, (1, 128, 256, 1)).astype(np.float32)
@@ -144,8 +144,8 @@ def test_reachnet_is_the_plain_form_at_every_size():
     assert weights["attention.attention.attn.qkv.weight"].shape == (48, 16)
     assert "attention.attention.attn.qkv.bias" not in weights
     assert weights["up_blocks.1.resid_connection.weight"].shape == (6, 8, 1, 1)  # of the joined 8 / 4 + 6 channels
-    variables = tw.from_torch(shapes(net, 8), weights, net.torch_name)
-    back = tw.to_torch(variables, net.torch_name)
+    variables = tw.from_torch(net, weights, shapes(net, 8))
+    back = tw.to_torch(net, variables)
     assert set(back) == set(weights)
     assert all((back[k] == weights[k]).all() for k in weights)
     apply = jax.jit(net.apply)
@@ -169,12 +169,12 @@ def test_interpolation_is_jaxs_and_its_order_leaves_the_function():
     x = jax.random.normal(KEY, (2, 8, 12, 1))
     first, last = (unet.UNet((4, 8, 6), 2, mode) for mode in ("conv_then_interpolate", "interpolate"))
     start = first.init(KEY, x)
-    names = {k.replace("upsample.0", "upsample.1"): v for k, v in tw.to_torch(start, first.torch_name).items()}
-    other = tw.from_torch(jax.eval_shape(lambda: last.init(KEY, x)), names, last.torch_name)
+    names = {k.replace("upsample.0", "upsample.1"): v for k, v in tw.to_torch(first, start).items()}
+    other = tw.from_torch(last, names, jax.eval_shape(lambda: last.init(KEY, x)))
     apply = lambda net, variables: jax.jit(net.apply)(variables, x)
     np.testing.assert_allclose(apply(first, start), apply(last, other), atol=1e-5)
     plain = unet.UNet((4, 8), 1, extra_out_conv=False)
-    assert "out_conv.weight" in tw.to_torch(plain.init(KEY, x), plain.torch_name)
+    assert "out_conv.weight" in tw.to_torch(plain, plain.init(KEY, x))
     # in training each parameter has a gradient and the statistics move
     variables = first.init(KEY, x)
 
@@ -206,4 +206,4 @@ def test_bad_shapes_and_channels_are_named():
     small, start = unet.UNet((4, 8)), unet.UNet((4, 8, 8))
     given, expected = random_weights(small, 8), shapes(start, 8)
     with pytest.raises(UserError, match=r"weights.pth: down_blocks.1.conv1.norm.running_mean is missing"):
-        tw.from_torch(expected, given, start.torch_name, "weights.pth")
+        tw.from_torch(start, given, expected, "weights.pth")

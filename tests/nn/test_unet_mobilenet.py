@@ -16,7 +16,7 @@ KEY = jax.random.key(0)
 def random_weights(net, rng):
     """A state dict drawn in the order of its names."""
     shapes = jax.eval_shape(net.init, KEY, jnp.zeros((1, 64, 64, 1)))
-    names = to_torch(jax.tree.map(lambda x: np.zeros(x.shape, np.float32), shapes), net.torch_name)
+    names = to_torch(net, jax.tree.map(lambda x: np.zeros(x.shape, np.float32), shapes))
     out = {}
     for name in sorted(names):
         x = rng.normal(size=names[name].shape)
@@ -35,7 +35,7 @@ def test_outputs_are_those_of_the_library():
     shapes, weights = random_weights(net, rng)
     assert sum(x.size for x in jax.tree.leaves(shapes["params"])) == 6_685_537
     x = rng.normal(size=(1, 1, 64, 96)).astype(np.float32).transpose(0, 2, 3, 1)
-    given = from_torch(shapes, weights, net.torch_name)
+    given = from_torch(net, weights, shapes)
     taps = mobilenet_v3.MobileNetV3(0)
     encoder = {k: v["encoder"] for k, v in given.items()}
 

@@ -217,7 +217,7 @@ def test_lenet_computes_what_pytorch_would_with_the_same_state_dict():
     network = zoo.network("lenet", 3)
     shapes = jax.eval_shape(lambda key: network.init(key, jnp.zeros((1, 32, 32, 2))), KEY)
     variables = jax.tree.map(lambda s: 0.2 * rng.normal(size=s.shape).astype(np.float32), shapes)
-    weights = tw.to_torch(variables, network.torch_name)
+    weights = tw.to_torch(network, variables)
     x = rng.normal(size=(2, 32, 32)).astype(np.float32)
 
     def conv(x, name):
@@ -230,6 +230,6 @@ def test_lenet_computes_what_pytorch_would_with_the_same_state_dict():
     for name in ("fc1", "fc2", "fc3"):
         h = weights[f"{name}.weight"] @ h + weights[f"{name}.bias"]
         h = np.maximum(h, 0) if name != "fc3" else h
-    again = tw.from_torch(shapes, weights, network.torch_name)
+    again = tw.from_torch(network, weights)  # two channels, as the first weights tell
     found = network.apply(again, x.transpose(1, 2, 0)[None])
     np.testing.assert_allclose(found[0], h, rtol=1e-3, atol=1e-4 * np.abs(h).max())

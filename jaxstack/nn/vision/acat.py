@@ -248,12 +248,12 @@ def from_released(net: AcatNet, variables: Any, weights: Mapping[str, np.ndarray
         UserError: as `from_torch`.
     """
     flat = jax.tree.map(lambda x: np.broadcast_to(np.float32(0.0), x.shape), variables)
-    used = {name.split(".")[0] for name in to_torch(flat, net.torch_name)}
+    used = {name.split(".")[0] for name in to_torch(net, flat)}
     unused = lambda top: (
         top not in used and (top.endswith("_s") or top in ("att_1", "att_2", "att_3", "fusion", "slice_attention"))
     )
     kept = {k: v for k, v in weights.items() if not unused(k.split(".")[0])}
-    return from_torch(variables, kept, net.torch_name, source)
+    return from_torch(net, kept, variables, source)
 
 
 def started_from(net: Any, plain: Any) -> Any:
