@@ -1,28 +1,28 @@
-"""Data sets made here: a behaviour is trained by PPO, and its episodes are recorded.
+"""Data sets made here: a behaviour is trained by PPO, DQN or SAC, and its episodes are recorded.
 
-The same environment, quality, seed and lengths give the same bytes. `random` plays uniformly; `expert` is the trained
-policy; `medium` the policy of the first update whose score, between random play (0) and the expert (1), reaches a
-third. `medium-replay` shares the episodes among policies on the way there, evenly spaced over the updates;
+The same environment, quality, behaviour, seed and lengths give the same bytes. `random` plays uniformly; `expert` is
+the trained policy; `medium` the policy of the first update whose score, between random play (0) and the expert (1),
+reaches a third. `medium-replay` shares the episodes among policies on the way there, evenly spaced over the updates;
 `medium-expert` has the episodes of both, as many transitions of each. Trained policies play as they were trained, by
-sampling.
+sampling, DQN's with the exploration of its update; the log-probability of each action is recorded.
 """
 
 import hashlib
-from typing import Any, Literal, get_args
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxstack import envs
-from jaxstack.agents.ppo import Config, ppo
+from jaxstack.agents import dqn, ppo, sac
 from jaxstack.agents.team_ppo import Hypers
 from jaxstack.core.errors import UserError
-from jaxstack.core.learner import Policy
+from jaxstack.core.learner import Key, Learner, Metrics, Policy
 from jaxstack.core.runner import RunOptions, train
 from jaxstack.data.offline import DatasetInfo, OfflineDataset, dataset
 from jaxstack.envs import rollout, vector
-from jaxstack.envs.base import Box, Discrete, Environment
+from jaxstack.envs.base import Box, Discrete, Environment, uniform_log_prob
 
 Quality = Literal["random", "medium-replay", "medium", "medium-expert", "expert"]
 MEDIUM = 1 / 3
@@ -31,10 +31,24 @@ SCORED = 100
 """Episodes behind the reference scores."""
 ENVS, LENGTH = 16, 256
 """Environments and steps of an update of PPO."""
+ROUNDS, EVERY = 100, 2
+"""Gradient steps of an update of DQN and of SAC; environment steps between those of DQN."""
 PLAY, SCORE, REPLAY = 1, 2, 3
 """Streams of keys: recorded episodes, those of the reference scores, and those of the policies before medium."""
 POLICIES = 5
 """Of medium-replay, the last of them medium's."""
+
+
+class Behaviour(NamedTuple):
+    """A learner whose policies are recorded."""
+
+    make: Callable[[str, tuple[str, ...], int], Learner]
+    """(environment, its options, environment steps) -> learner. Nothing in it but its number of steps depends on the
+    length of a run, so that a shorter run is the beginning of a longer one."""
+    steps: int
+    """Environment steps of a training, unless another number is asked for."""
+    update: Callable[[], int]
+    """Environment steps of an update, the least that can be asked for."""
 
 
 def collect(
@@ -43,8 +57,9 @@ def collect(
     seed: int = 0,
     *,
     env_args: tuple[str, ...] = (),
+    behaviour: str = "ppo",
     episodes: int = 100,
-    steps: int = 500_000,
+    steps: int | None = None,
 ) -> OfflineDataset:
     """Record episodes of a behaviour.
 
@@ -53,11 +68,12 @@ def collect(
         quality: random, medium-replay, medium, medium-expert or expert.
         seed: Of training and of play.
         env_args: Options of the environment, each `name=value`.
+        behaviour: What is trained: ppo, dqn (a fixed number of actions) or sac (real actions in finite bounds).
         episodes: Number of recorded episodes, for medium-expert of each policy.
-        steps: Environment steps that PPO trains for; the expert is its last policy.
+        steps: Environment steps of the training; default: `BEHAVIOURS[behaviour].steps`. The expert is the last policy.
 
     Returns:
-        The data set; `info` holds the scores of random play and, where PPO was trained, of the expert.
+        The data set; `info` holds the scores of random play and, where a behaviour was trained, of the expert.
 
     Raises:
         UserError: For wrong arguments, an environment with several agents or without a horizon, an expert that is not
@@ -65,8 +81,14 @@ def collect(
     """
     if quality not in get_args(Quality):
         raise UserError(f"quality={quality!r}: expected one of {', '.join(get_args(Quality))}")
+    if behaviour not in BEHAVIOURS:
+        raise UserError(f"behaviour={behaviour!r}: expected one of {', '.join(BEHAVIOURS)}")
     if episodes < 1:
         raise UserError(f"episodes={episodes}: expected at least 1")
+    trainer = BEHAVIOURS[behaviour]
+    steps = trainer.steps if steps is None else steps
+    if steps < trainer.update():
+        raise UserError(f"steps={steps}: expected at least {trainer.update()}, an update of {behaviour}")
     task = envs.make(env, **envs.parse_options(env_args))
     if task.spec.num_agents != 1 or task.spec.horizon is None:
         raise UserError(f"env={env!r}: expected one agent and a horizon, found {task.spec.num_agents} agents")
@@ -76,14 +98,14 @@ def collect(
         source = f"{SCORED} episodes of random play"
         info = DatasetInfo(env, env_args, quality, random, score_source=source, seed=seed)
         return _record(task, None, (), key, episodes, info)
-    learner = ppo(_config(env, env_args, steps))
+    name, learner = behaviour.upper(), trainer.make(env, env_args, steps)
     run = lambda count: train(learner, count, [seed], options=RunOptions(progress=False, eval_every=1))
     whole = run(learner.num_steps)
     assert learner.policy is not None
     expert = _score(task, learner.policy, _params(learner, whole.state), key)
     if expert <= random:
         raise UserError(
-            f"{env}: PPO earns {expert:.4g} after {steps} steps, expected more than random play, {random:.4g}"
+            f"{env}: {name} earns {expert:.4g} after {steps} steps, expected more than random play, {random:.4g}"
         )
     played = {"expert": whole.state}
     if quality != "expert":
@@ -91,9 +113,9 @@ def collect(
         past = returns >= random + MEDIUM * (expert - random)
         if not past.any():
             raise UserError(
-                f"{env}: PPO earns at most {returns.max():.4g}, expected a third of {random:.4g} to {expert:.4g}"
+                f"{env}: {name} earns at most {returns.max():.4g}, expected a third of {random:.4g} to {expert:.4g}"
             )
-        # nothing in the learner depends on its length, so that this is the beginning of the run above
+        # the beginning of the run above
         last = int(past.argmax()) + 1
         if quality == "medium-replay":
             before = np.unique(np.linspace(1, last, POLICIES).round().astype(int))
@@ -102,7 +124,7 @@ def collect(
             played["medium"] = run(last).state
             played = {name: played[name] for name in ("medium", "expert") if name in quality}
     params = [_params(learner, state) for state in played.values()]
-    source = f"{SCORED} episodes of random play and of PPO after {steps} steps"
+    source = f"{SCORED} episodes of random play and of {name} after {steps} steps"
     info = DatasetInfo(env, env_args, quality, random, expert, source, seed, _digest(params))
     if quality == "medium-replay":
         counts = [len(x) for x in np.array_split(np.arange(episodes), len(params))]
@@ -136,9 +158,9 @@ def shortened(data: OfflineDataset, rows: int) -> OfflineDataset:
     return data._replace(**{k: v[:kept] for k, v in data.arrays().items()})
 
 
-def _config(env: str, env_args: tuple[str, ...], steps: int) -> Config:
-    """PPO for any small task; the learning rate is constant, so that a shorter run is the beginning of a longer one."""
-    return Config(
+def _ppo(env: str, env_args: tuple[str, ...], steps: int) -> Learner:
+    """PPO for any small task, its learning rate constant."""
+    config = ppo.Config(
         env=env,
         env_args=env_args,
         total_steps=steps,
@@ -153,6 +175,41 @@ def _config(env: str, env_args: tuple[str, ...], steps: int) -> Config:
         eval_episodes=32,
         hypers=Hypers(lr=1e-3, gamma=0.95, ent_coef=0.0),
     )
+    return ppo.ppo(config)
+
+
+def _dqn(env: str, env_args: tuple[str, ...], steps: int) -> Learner:
+    """Double DQN with a dueling head."""
+    options: dict[str, Any] = dict(rounds=ROUNDS, train_every=EVERY, double=True, dueling=True, eval_episodes=32)
+    learner = dqn.dqn(dqn.Config(env=env, env_args=env_args, total_steps=steps, **options))
+    return _as_played(learner)._replace(with_length=None)  # exploration falls over `steps`, however few are run
+
+
+def _sac(env: str, env_args: tuple[str, ...], steps: int) -> Learner:
+    """Soft actor-critic."""
+    config = sac.Config(env=env, env_args=env_args, total_steps=steps, rounds=ROUNDS, eval_episodes=32)
+    return _as_played(sac.sac(config))
+
+
+BEHAVIOURS = {
+    "ppo": Behaviour(_ppo, 500_000, lambda: ENVS * LENGTH),
+    "dqn": Behaviour(_dqn, 100_000, lambda: ROUNDS * EVERY),
+    "sac": Behaviour(_sac, 20_000, lambda: ROUNDS),
+}
+
+
+def _as_played(learner: Learner) -> Learner:
+    """A learner that is evaluated as its episodes are recorded, with its exploration."""
+    policy, task = learner.policy, learner.env
+    assert policy is not None
+
+    def evaluate(state: Any, key: Key) -> Metrics:
+        count = learner.config.eval_episodes
+        vec, params = vector.vectorise(task, count), policy.params(state)
+        act, draw = _act(policy, params, vec)
+        return rollout.evaluate(vec, act, key, policy.init_carry(params, count), task.spec.horizon, draw)
+
+    return learner._replace(evaluate=evaluate)
 
 
 def _params(learner: Any, state: Any) -> Any:
@@ -167,17 +224,21 @@ def _digest(params: Any) -> str:
     return total.hexdigest()[:16]
 
 
-def _act(task: Environment, policy: Policy | None, params: Any, vec: vector.VecEnv) -> tuple[Any, Any]:
-    """How a behaviour acts in `rollout`, and its random numbers; real actions are clipped to their bounds."""
+def _act(policy: Policy | None, params: Any, vec: vector.VecEnv) -> tuple[Any, Any]:
+    """How a behaviour acts in `rollout`, and its random numbers; extras are the log-probabilities of its actions."""
     if policy is None:
-        return rollout.random_policy(vec)
-    space = task.spec.action_space
+        uniform, draw = rollout.random_policy(vec)
 
-    def act(key: jax.Array, carry: Any, vs: vector.VecState) -> tuple[Any, jax.Array, tuple]:
-        carry, action = policy.act(params, carry, vs.ts.obs, vs.ts.action_mask, vs.first, key)
-        if isinstance(space, Box):
-            action = jnp.clip(action, *(jnp.asarray(b, jnp.float32) for b in (space.low, space.high)))
-        return carry, action, ()
+        def random(noise: jax.Array, carry: Any, vs: vector.VecState) -> tuple[Any, jax.Array, jax.Array]:
+            log_prob = uniform_log_prob(vec.env.spec, (vec.num_envs,), vs.ts.action_mask)
+            return *uniform(noise, carry, vs)[:2], log_prob
+
+        return random, draw
+    sample = policy.sample
+    assert sample is not None
+
+    def act(key: jax.Array, carry: Any, vs: vector.VecState) -> tuple[Any, jax.Array, jax.Array]:
+        return sample(params, carry, vs.ts.obs, vs.ts.action_mask, vs.first, key)
 
     return act, jax.random.split
 
@@ -188,7 +249,7 @@ def _score(task: Environment, policy: Policy | None, params: Any, key: jax.Array
 
     @jax.jit
     def play(params: Any, key: jax.Array) -> jax.Array:
-        act, draw = _act(task, policy, params, vec)
+        act, draw = _act(policy, params, vec)
         carry = () if policy is None else policy.init_carry(params, SCORED)
         return rollout.episodes(vec, act, key, carry, task.spec.horizon or 1, draw).returns.mean()
 
@@ -204,7 +265,7 @@ def _record(
 
     @jax.jit
     def play(params: Any) -> rollout.Step:
-        act, draw = _act(task, policy, params, vec)
+        act, draw = _act(policy, params, vec)
         carry = () if policy is None else policy.init_carry(params, episodes)
         vs = vector.init(vec, k_start)
         return rollout.collect(vec, act, k_play, vs, carry, task.spec.horizon or 1, draw).steps
@@ -221,4 +282,5 @@ def _record(
         next_obs=rows(steps.final_obs[:, :, 0]),
         terminated=rows(steps.terminated),
         truncated=rows(steps.truncated),
+        log_prob=rows(steps.extras[:, :, 0]),
     )

@@ -128,7 +128,7 @@ class Task(NamedTuple):
     cfg: Config
     vec: vector.VecEnv
     inputs: Inputs
-    net: nn.Module
+    net: "QNetwork"
     buffer: Replay
 
     @property
@@ -377,7 +377,14 @@ def policy(task: Task) -> Policy:
         other = action_from(task.spec, action_noise(task.spec, k_action, (len(obs),)))
         return carry, jnp.where(coin < p["eps"], other, greedy)
 
-    return Policy(params=lambda s: {"net": s.params, "eps": epsilon(task, s)}, init_carry=lambda p, b: (), act=act)
+    def sample(p: Any, carry: Any, obs: Array, action_mask: Array | None, first: Array, key: Key):
+        carry, action = act(p, carry, obs, action_mask, first, key)
+        greedy = act(p, carry, obs, action_mask, first, None)[1]
+        chance = p["eps"] / task.net.actions + (1.0 - p["eps"]) * (action == greedy)
+        return carry, action, jnp.log(chance)
+
+    params = lambda s: {"net": s.params, "eps": epsilon(task, s)}
+    return Policy(params=params, init_carry=lambda p, b: (), act=act, sample=sample)
 
 
 def stored_episodes(learner: Learner, state: State, newest: int | None = None) -> list[np.ndarray]:

@@ -19,7 +19,7 @@ from jaxstack.agents.offline import Batch, State, Task
 from jaxstack.core.config import require
 from jaxstack.core.learner import Key, Learner, Metrics
 from jaxstack.nn import optimisers
-from jaxstack.nn.distributions import Normal
+from jaxstack.nn.distributions import Bounded
 from jaxstack.nn.ensembles import Critics, Net, Norm, forward
 
 LARGEST_WEIGHT = 100.0
@@ -62,7 +62,7 @@ class Nets(NamedTuple):
     critics: Critics
     value_net: Net
 
-    def actor(self, params: Any, obs: Array) -> "Bounded":
+    def actor(self, params: Any, obs: Array) -> Bounded:
         """Distributions of actions [B, A], with one deviation for all states."""
         mean = jnp.tanh(forward(self.actor_net, params["mean"], obs))
         return Bounded(mean, jnp.exp(jnp.clip(params["log_std"], *LOG_STD)) * jnp.ones_like(mean))
@@ -70,15 +70,6 @@ class Nets(NamedTuple):
     def value(self, params: Any, obs: Array) -> Array:
         """V [B]."""
         return forward(self.value_net, params, obs)[:, 0]
-
-
-class Bounded(Normal):
-    """A normal whose samples are clipped to [-1, 1] where they are played."""
-
-    def sample_from(self, noise: Array) -> tuple[Array, Array]:
-        """Return actions [B, A] and the log-probabilities [B] of what was drawn."""
-        drawn = super().sample_from(noise)
-        return jnp.clip(drawn, -1.0, 1.0), self.log_prob(drawn)
 
 
 def expectile_loss(u: Array, expectile: Array | float) -> Array:

@@ -296,13 +296,20 @@ def make_learner(
     )
 
 
-def policy_of(task: Task, actor: Callable[[Any, Array], Any]) -> Policy:
-    """How an actor plays, see `make_learner`: its mode, with a key a sample."""
+def policy_of(task: Task, actor: Callable[[Any, Array], Any], density: bool = False) -> Policy:
+    """How an actor plays, see `make_learner`: its mode, with a key a sample; `density` says that `sample_from` gives
+    the log-density of what is played."""
 
     def act(p: Any, carry: Any, obs: Array, action_mask: Any, first: Array, key: Key | None) -> tuple[Any, Array]:
         return carry, _environment_action(task, actor, p, obs, key)
 
-    return Policy(acting, lambda p, b: (), act)
+    def sample(p: Any, carry: Any, obs: Array, action_mask: Any, first: Array, key: Key) -> tuple[Any, Array, Array]:
+        dist, noise = _distribution(actor, p, obs), _noise(task, key, len(obs))
+        action, log_prob = dist.sample_from(noise)
+        half = (np.asarray(task.high, np.float32) - np.asarray(task.low, np.float32)) / 2
+        return carry, in_bounds(task, action), (log_prob - np.log(half).sum())[:, None]
+
+    return Policy(acting, lambda p, b: (), act, sample if density else None)
 
 
 def evaluation(task: Task, actor: Callable[[Any, Array], Any]) -> Callable[[Any, Key], Metrics]:
@@ -325,11 +332,18 @@ def acting(s: Any) -> dict[str, Any]:
 
 def _environment_action(task: Task, actor: Callable, p: Any, obs: Array, key: Key | None) -> Array:
     """Observations [B, 1, *obs_shape] -> actions [B, 1, *action_shape] in the environment's bounds."""
-    out = actor(p["actor"], (obs.reshape(len(obs), -1).astype(jnp.float32) - p["mean"]) / p["std"])
+    out = _distribution(actor, p, obs)
     if hasattr(out, "mode"):
-        noise = None if key is None else jax.random.normal(key, (len(obs), task.action_size), jnp.float32)
-        out = out.mode() if noise is None else out.sample_from(noise)[0]
+        out = out.mode() if key is None else out.sample_from(_noise(task, key, len(obs)))[0]
     return in_bounds(task, out)
+
+
+def _distribution(actor: Callable, p: Any, obs: Array) -> Any:
+    return actor(p["actor"], (obs.reshape(len(obs), -1).astype(jnp.float32) - p["mean"]) / p["std"])
+
+
+def _noise(task: Task, key: Key, count: int) -> Array:
+    return jax.random.normal(key, (count, task.action_size), jnp.float32)
 
 
 def in_bounds(task: Task, action: Array) -> Array:

@@ -1,7 +1,8 @@
-"""Updates of learners with a deterministic actor: TD3+BC (Fujimoto and Gu, 2021) and ReBRAC (Tarasov et al., 2023).
+"""Updates of learners with a deterministic actor: TD3 (Fujimoto et al., 2018), TD3+BC (Fujimoto and Gu, 2021) and
+ReBRAC (Tarasov et al., 2023).
 
-Pure functions of a state, a batch and noise, for td3_bc, rebrac and imitate-then-improve. Targets bootstrap from the
-smaller of two averaged critics at the averaged actor's action with clipped noise; actor and averages follow every
+Pure functions of a state, a batch and noise, for td3, td3_bc, rebrac and imitate-then-improve. Targets bootstrap from
+the smaller of two averaged critics at the averaged actor's action with clipped noise; actor and averages follow every
 second update of the critics.
 """
 
@@ -80,9 +81,13 @@ def actor_loss(nets: Nets, actor: Any, critic: Any, batch: Batch, hypers: Any) -
     if nets.regularised:
         value = nets.critics(critic, batch.obs, action).min(0)
         return hypers.beta1 * error.sum(-1).mean() - scaled(value)
+    return error.mean() - hypers.alpha * scaled(first_critic(nets, critic, batch.obs, action))
+
+
+def first_critic(nets: Nets, critic: Any, obs: Array, action: Array) -> Array:
+    """Q_1 [B]."""
     first = jax.tree.map(lambda x: x[:1], critic)
-    value = nets.critics._replace(size=1)(first, batch.obs, action)[0]
-    return error.mean() - hypers.alpha * scaled(value)
+    return nets.critics._replace(size=1)(first, obs, action)[0]
 
 
 def scaled(value: Array) -> Array:
@@ -97,6 +102,7 @@ def update(
     number: Array,
     noise: Array,
     critic_loss: Callable[[Any, Array], Array] | None = None,
+    policy_loss: Callable[[Any, Any], Array] | None = None,
 ) -> tuple[State, Metrics]:
     """One update of the critics and, every second one, of actor and averages.
 
@@ -107,6 +113,7 @@ def update(
         number: of the step, from 0; without an axis of seeds, so that vmapped seeds skip what is not due.
         noise: standard normal numbers [B, A].
         critic_loss: (critics' parameters, targets [B]) -> loss; default: `regression`.
+        policy_loss: (actor's parameters, critics') -> loss; default: `actor_loss`.
     """
     goal = jax.lax.stop_gradient(target_values(nets, s, batch, noise))
     loss = critic_loss or (lambda critic, goal: regression(nets, critic, batch, goal))
@@ -114,8 +121,8 @@ def update(
     params, opt_state = offline.descend(s.params, s.opt_state, "critic", grads, s.hypers.lr)
 
     def improve(params: Any, opt_state: Any, target: Any) -> tuple:
-        policy = lambda actor: actor_loss(nets, actor, params["critic"], batch, s.hypers)
-        value, grads = jax.value_and_grad(policy)(params["actor"])
+        own = policy_loss or (lambda actor, critic: actor_loss(nets, actor, critic, batch, s.hypers))
+        value, grads = jax.value_and_grad(own)(params["actor"], params["critic"])
         params, opt_state = offline.descend(params, opt_state, "actor", grads, s.hypers.lr)
         return params, opt_state, optax.incremental_update(params, target, s.hypers.tau), Mean(value, jnp.float32(1.0))
 

@@ -26,7 +26,7 @@ from jaxstack.core.learner import Key, Learner, Metrics, Policy, as_hypers
 from jaxstack.envs import rollout, vector
 from jaxstack.envs.base import Environment, global_state
 from jaxstack.nn import networks
-from jaxstack.nn.distributions import Actions, TeamDistribution, actions_of
+from jaxstack.nn.distributions import Actions, Normal, TeamDistribution, actions_of
 from jaxstack.nn.minibatches import Samples, minibatch_sgd, sequences, transitions
 from jaxstack.nn.observations import Inputs, inputs_of, joint_state, reading
 from jaxstack.nn.team import TeamNet, TeamSpec
@@ -467,13 +467,25 @@ def policy(task: Task) -> Policy:
         weights, _ = task.team.materialise(s.params, s.aux_state, None)
         return {"weights": weights, "obs_norm": s.norms.obs}
 
-    def act(p: Any, carry: Any, obs: Array, action_mask: Array | None, first: Array, key: Key | None):
+    def distribution_of(p: Any, carry: Any, obs: Array, action_mask: Array | None, first: Array):
         obs = observe(task, p["obs_norm"], obs)
         carry, raw = task.team.actor(p["weights"], carry, obs[None], first[None])
-        dist = task.actions.distribution(raw[0], task.team.log_std(p["weights"]), action_mask)
+        return carry, task.actions.distribution(raw[0], task.team.log_std(p["weights"]), action_mask)
+
+    def act(p: Any, carry: Any, obs: Array, action_mask: Array | None, first: Array, key: Key | None):
+        carry, dist = distribution_of(p, carry, obs, action_mask, first)
         return carry, dist.mode() if key is None else dist.sample(key)
 
-    return Policy(params=params, init_carry=lambda p, b: task.team.carry(b)[0], act=act)
+    def sample(p: Any, carry: Any, obs: Array, action_mask: Array | None, first: Array, key: Key):
+        carry, dist = distribution_of(p, carry, obs, action_mask, first)
+        action, space = dist.sample(key), task.env.spec.action_space
+        if not isinstance(dist, Normal):
+            return carry, action, dist.log_prob(action)
+        low, high = (jnp.broadcast_to(jnp.asarray(b, jnp.float32), space.shape) for b in (space.low, space.high))
+        action = jnp.clip(action, low, high)
+        return carry, action, dist.log_prob_within(action, low, high)
+
+    return Policy(params=params, init_carry=lambda p, b: task.team.carry(b)[0], act=act, sample=sample)
 
 
 def _actor(task: Task, weights: Any, obs_norm: Any, greedy: bool = False) -> tuple[rollout.Act, rollout.Draw]:

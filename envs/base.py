@@ -384,6 +384,21 @@ def action_from(spec: Spec, noise: Array, action_mask: Array | None = None) -> A
     return jnp.asarray(low + noise * (high - low), jnp.float32)
 
 
+def uniform_log_prob(spec: Spec, lead: tuple[int, ...] = (), action_mask: Array | None = None) -> Array:
+    """Log-probabilities [*lead, A] of what `action_from` makes of uniform noise: log-densities where actions are
+    real."""
+    space = spec.action_space
+    if isinstance(space, Discrete):
+        count = np.asarray(spec.action_sizes or space.n) if action_mask is None else action_mask.sum(-1)
+        each = -jnp.log(jnp.asarray(count, jnp.float32))
+    elif isinstance(space, MultiDiscrete):
+        each = -jnp.log(jnp.asarray(space.nvec, jnp.float32)).sum()
+    else:
+        low, high = np.clip(space.low, -1e3, None), np.clip(space.high, None, 1e3)
+        each = -jnp.log(jnp.broadcast_to(jnp.asarray(high - low, jnp.float32), space.shape)).sum()
+    return jnp.broadcast_to(each, (*lead, spec.num_agents))
+
+
 def sample_action(spec: Spec, key: jax.Array, ts: TimeStep) -> Array:
     """Uniform legal actions for ONE timestep: [A] or [A, k]."""
     return action_from(spec, action_noise(spec, key), ts.action_mask)

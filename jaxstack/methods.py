@@ -458,6 +458,15 @@ METHODS: tuple[Method, ...] = (
         tests="tests/agents/test_sac.py",
     ),
     Method(
+        "td3",
+        "agent",
+        "TD3: addressing function approximation error in actor-critic methods",
+        2018,
+        ("1802.09477",),
+        "jaxstack.agents.td3_online:td3",
+        tests="tests/agents/test_td3.py",
+    ),
+    Method(
         "ippo",
         "agent",
         "PPO for each agent of a team, with shared or separate parameters",

@@ -21,6 +21,9 @@ AGENT = dict(num_envs=2, num_steps=4, num_minibatches=1, num_epochs=1, hidden=(4
 TEAM = AGENT | dict(env="matrix_game", env_args=("num_agents=2", "horizon=4"))
 DATA = dict(env="gymnax/Pendulum-v1", env_args=("max_steps_in_episode=4",), batch_size=4, num_updates=3)
 DATA |= dict(actor_hidden=(4,), critic_hidden=(4,), eval_episodes=2)
+REPLAY = dict(env="gymnax/Pendulum-v1", env_args=("max_steps_in_episode=4",), total_steps=12, num_envs=2, rounds=2)
+REPLAY |= dict(updates=2, learning_starts=4, batch_size=4, buffer_size=64, actor_hidden=(4,), critic_hidden=(4,))
+REPLAY |= dict(eval_episodes=2)
 TINY = {
     "ppo": AGENT | dict(env="gymnax/CartPole-v1"),
     "dqn": dict(
@@ -35,20 +38,8 @@ TINY = {
         hidden=(4,),
         eval_episodes=2,
     ),
-    "sac": dict(
-        env="gymnax/Pendulum-v1",
-        env_args=("max_steps_in_episode=4",),
-        total_steps=12,
-        num_envs=2,
-        rounds=2,
-        updates=2,
-        learning_starts=4,
-        batch_size=4,
-        buffer_size=64,
-        actor_hidden=(4,),
-        critic_hidden=(4,),
-        eval_episodes=2,
-    ),
+    "sac": REPLAY,
+    "td3": REPLAY,
     "ippo": TEAM,
     "mappo": TEAM,
     "hypermarl": TEAM | dict(hyper_hidden=(4,)),

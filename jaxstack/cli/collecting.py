@@ -6,11 +6,14 @@ from typing import Any
 from jaxstack.cli.parsing import Commands, whole
 
 QUALITIES = ("random", "medium-replay", "medium", "medium-expert", "expert")
+BEHAVIOURS = ("ppo", "dqn", "sac")
 
 
 def add_commands(commands: Commands) -> None:
     """Add the commands of this file."""
-    p = commands.add("collect", _collect, "Record a data set for offline learners: random play, or a behaviour of PPO.")
+    p = commands.add(
+        "collect", _collect, "Record a data set for offline learners: random play, or a trained behaviour."
+    )
     p.add_argument("env", metavar="ENV", help="one agent, with a horizon")
     p.add_argument("--quality", choices=QUALITIES, required=True, help="medium: the first update past a third")
     p.add_argument(
@@ -21,7 +24,14 @@ def add_commands(commands: Commands) -> None:
     )
     p.add_argument("--seed", type=whole, default=0)
     p.add_argument("--episodes", type=whole, default=100, help="recorded episodes (default: 100)")
-    p.add_argument("--steps", type=whole, default=500_000, help="environment steps that PPO trains for (default: 5e5)")
+    p.add_argument(
+        "--behaviour",
+        choices=BEHAVIOURS,
+        default="ppo",
+        help="what is trained: ppo, dqn for a fixed number of actions, sac for real ones (default: ppo)",
+    )
+    lengths = "5e5 of ppo, 1e5 of dqn, 2e4 of sac"
+    p.add_argument("--steps", type=whole, help=f"environment steps of the training (default: {lengths})")
     p.add_argument("--env-args", nargs="*", default=(), metavar="NAME=VALUE", help="options of the environment")
 
 
@@ -35,6 +45,7 @@ def _collect(args: argparse.Namespace, _: list[str]) -> Any:
     except UserError as e:
         raise UserError(f"--out {e}") from e
     options: dict[str, Any] = dict(env_args=tuple(args.env_args), episodes=args.episodes, steps=args.steps)
+    options |= dict(behaviour=args.behaviour)
     data = behaviour.collect(args.env, args.quality, args.seed, **options)
     path = save_dataset(args.out, data, behaviour.choices(args.env, options["env_args"]))
     print("\n".join(data.describe()))

@@ -102,6 +102,10 @@ class Policy(NamedTuple):
     """(params, B) -> recurrent carry; an empty tuple for feed-forward policies."""
     act: Callable[..., tuple[Any, Any]]
     """(params, carry, obs, action_mask, first [B] bool, key or None) -> (carry, action); no key means the mode."""
+    sample: Callable[..., tuple[Any, Any, Any]] | None = None
+    """(params, carry, obs, action_mask, first, key) -> (carry, the action that `act` draws with this key, inside the
+    environment's bounds, its log-probability [B, A]), for policies that know it. Of real actions it is a log-density in
+    the environment's units; at a bound to which draws are clipped, the logarithm of the probability of that bound."""
     rewarded: Callable[[Any, Any], Any] = lambda carry, reward: carry
     """(carry, reward [B, A] of the transition since the last `act`) -> carry, for policies that read rewards. Who plays
     calls it before the next `act`."""

@@ -177,15 +177,20 @@ def _arrow(path: Path, folder: Path, form: str) -> Iterator[tuple[str, dict[str,
             return np.asarray(column.flatten()).reshape(len(column), -1)
         return column.to_numpy(zero_copy_only=False)
 
+    infos, chance = LOG_PROB.split("/")
+    whole = ("observations", LOG_PROB)
     numbers = sorted(int(x.name) for x in (folder / "data").iterdir() if x.is_dir() and x.name.isdigit())
     for number in numbers:
         where = folder / "data" / str(number)
         table = tables.dataset(where, format=form, ignore_prefixes=["_", ".", "metadata.json"]).to_table()
-        found = {k: plain(table.column(k).combine_chunks()) for k in KEYS if k in table.column_names}
+        columns = {k: table.column(k).combine_chunks() for k in (*KEYS, infos) if k in table.column_names}
+        found = {k: plain(x) for k, x in columns.items() if k != infos}
+        if infos in columns and pa.types.is_struct(columns[infos].type) and chance in plain(columns[infos]):
+            found[LOG_PROB] = plain(columns[infos].field(chance)).reshape(-1)
         # all columns are as long as the observations
         yield (
             f"episode_{number}",
-            {k: x if k == "observations" or isinstance(x, list) else x[:-1] for k, x in found.items()},
+            {k: x if k in whole or isinstance(x, list) else x[:-1] for k, x in found.items()},
         )
 
 

@@ -149,6 +149,14 @@ class Normal:
         """[..., A]."""
         return self._clean(self.each.log_prob(action)).sum(-1)
 
+    def log_prob_within(self, action: Array, low: Array, high: Array) -> Array:
+        """Return log-probabilities [..., A] of samples that were clipped to [low, high] [k] (Fujita and Maeda, 2018):
+        in a dimension at a bound that of all beyond it, elsewhere the log-density."""
+        below = jax.scipy.special.log_ndtr((low - self.mean) / self.std)
+        above = jax.scipy.special.log_ndtr((self.mean - high) / self.std)
+        inside = jnp.asarray(self.each.log_prob(action))
+        return self._clean(jnp.where(action <= low, below, jnp.where(action >= high, above, inside))).sum(-1)
+
     def entropy(self) -> Array:
         """[..., A], nats."""
         return self._clean(self.each.entropy()).sum(-1)
@@ -163,6 +171,15 @@ class Normal:
 
     def _clean(self, x: Any) -> Array:
         return x if self.valid is None else jnp.where(self.valid, x, 0.0)
+
+
+class Bounded(Normal):
+    """A normal whose samples are clipped to [-1, 1] where they are played."""
+
+    def sample_from(self, noise: Array) -> tuple[Array, Array]:
+        """Return actions [B, A] and the log-probabilities [B] of what was drawn."""
+        drawn = super().sample_from(noise)
+        return jnp.clip(drawn, -1.0, 1.0), self.log_prob(drawn)
 
 
 TeamDistribution = MultiCategorical | Normal

@@ -29,6 +29,7 @@ REPLAYERS = {
     "dqn": OFF_POLICY | dict(env_args=("kind=match",), train_every=2, hidden=(8,)),
     "sac": OFF_POLICY | dict(env_args=("kind=target",), updates=2, actor_hidden=(8,), critic_hidden=(8,)),
 }
+REPLAYERS["td3"] = REPLAYERS["sac"]
 ALONE = ("ppo", *REPLAYERS)
 VARIANTS = {name: (name, {}) for name in (*PLAYERS, *REPLAYERS)} | {
     "mappo, recurrent": ("mappo", {"gru": 4, "sharing": "full+id"}),
@@ -151,7 +152,7 @@ def test_policies_act_and_survive_a_bundle(name, tmp_path):
     obs, first = jax.random.normal(jax.random.key(1), (many, count, 2)), jnp.zeros(many, bool)
     params = one.policy.params(state)
     carry, action = one.policy.act(params, one.policy.init_carry(params, many), obs, None, first, None)
-    assert action.shape == ((many, count, 1) if name in ("dico", "sac") else (many, count))
+    assert action.shape == ((many, count, 1) if name in ("dico", "sac", "td3") else (many, count))
     _, drawn = one.policy.act(params, one.policy.init_carry(params, many), obs, None, first, jax.random.key(2))
     assert drawn.shape == action.shape
     assert bool(jnp.any(drawn != action))
@@ -159,7 +160,9 @@ def test_policies_act_and_survive_a_bundle(name, tmp_path):
     carry2, again = loaded.act(obs)
     np.testing.assert_array_equal(again, action)
     assert_close(carry, carry2, 0, 0)
-    np.testing.assert_array_equal(loaded.act(obs, key=jax.random.key(2))[1], drawn)
+    # compiled, a product and a sum at the end are one operation
+    rounding = 1e-6 if name == "td3" else 0
+    np.testing.assert_allclose(loaded.act(obs, key=jax.random.key(2))[1], drawn, rtol=rounding)
 
 
 @EACH

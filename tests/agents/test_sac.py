@@ -6,7 +6,7 @@ import pytest
 import reference_updates as ref
 
 from jaxstack import agents
-from jaxstack.agents import sac, soft
+from jaxstack.agents import off_policy, sac, soft
 from jaxstack.agents.offline import Batch
 from jaxstack.core import replay
 from jaxstack.core.errors import UserError
@@ -28,7 +28,7 @@ def close(mine, theirs, **tolerance):
 
 def test_an_update_equals_numpy():
     one = agents.make("sac", **TINY, lr=1e-2, gamma=0.9, tau=0.1)
-    nets = sac.make_task(one.config).nets
+    nets = sac.nets_of(one.config)
     s = jax.jit(one.init)(jax.random.key(0), as_hypers(one.hypers))
     bigger = lambda tree: jax.tree.map(lambda x: x + 0.4 * jax.random.normal(jax.random.key(x.size), x.shape), tree)
     s = s._replace(params=bigger(s.params), target=bigger(s.target))
@@ -66,9 +66,9 @@ def test_an_update_equals_numpy():
 
 def test_play_is_random_first_and_cut_episodes_keep_their_last_observation():
     one = agents.make("sac", **TINY)
-    task = sac.make_task(one.config)
+    task = sac.task_of(sac.nets_of(one.config))
     s = jax.jit(one.init)(jax.random.key(0), as_hypers(one.hypers))
-    once = jax.jit(lambda s, key: sac.one_round(task, s, key))
+    once = jax.jit(lambda s, key: off_policy.one_round(task, s, key, 0))
     found = []
     for n in range(4):
         before = s
@@ -90,11 +90,11 @@ def test_play_is_random_first_and_cut_episodes_keep_their_last_observation():
     assert np.abs(stored.action).max() <= 1
     # the first three rounds play uniformly, whatever the actor says
     shifted = found[0][0]._replace(params=jax.tree.map(lambda x: x + 5.0, found[0][0].params))
-    same = sac.play(task, shifted, jax.random.key(9)).steps.extras
-    np.testing.assert_array_equal(same, sac.play(task, found[0][0], jax.random.key(9)).steps.extras)
+    same = off_policy.play(task, shifted, jax.random.key(9)).steps.extras
+    np.testing.assert_array_equal(same, off_policy.play(task, found[0][0], jax.random.key(9)).steps.extras)
     later = found[3][1]
     other = later._replace(params=jax.tree.map(lambda x: x + 5.0, later.params))
-    a, b = (sac.play(task, s, jax.random.key(9)).steps.extras for s in (later, other))
+    a, b = (off_policy.play(task, s, jax.random.key(9)).steps.extras for s in (later, other))
     assert not np.allclose(a, b)
 
 

@@ -90,11 +90,13 @@ def test_the_library_reads_what_is_written_and_writes_what_is_read(tmp_path, mon
         np.testing.assert_array_equal(episode.observations[1:], data.next_obs[rows])
         for name, x in (("actions", data.action), ("rewards", data.reward), ("terminations", data.terminated)):
             np.testing.assert_array_equal(getattr(episode, name), x[rows])
+        np.testing.assert_array_equal(episode.infos["log_prob"][1:], data.log_prob[rows])
         parts = {k: getattr(episode, k) for k in ("observations", "actions", "rewards", "terminations", "truncations")}
+        parts["infos"] = episode.infos
         buffers.append(library.data_collector.EpisodeBuffer(**parts))
     made = dict(action_space=theirs.action_space, observation_space=theirs.observation_space, data_format=form)
     library.create_dataset_from_buffers("walk/made-v0", buffers, **made)
     got = load_dataset("walk/made-v0")
     assert got.info.env == "walk/made-v0"
-    for name in ("obs", "action", "reward", "next_obs", "terminated", "truncated"):
+    for name in ("obs", "action", "reward", "next_obs", "terminated", "truncated", "log_prob"):
         np.testing.assert_array_equal(got.arrays()[name], data.arrays()[name])
