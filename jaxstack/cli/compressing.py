@@ -196,7 +196,9 @@ def _prune(args: argparse.Namespace) -> None:
         if (n + 1) % shown == 0 or n + 1 == removals:
             print(f"{n + 1} of {removals} channels removed: {' '.join(map(str, sp.widths(pruned.masks)))} left")
     left, small = sp.compress({"params": pruned.params, **pruned.stats}, pruned.masks)
-    made = classifier.classifier(config, mid_features=left, num_updates=max(1, removals * updates))
+    made = classifier.classifier(
+        config, mid_features=left, num_updates=max(1, removals * updates), **classifier.UNTAUGHT
+    )
     new = with_variables(made, small, made.config.num_updates, state.hypers)
     _store(args, (config, state), made, new, {"keep": keep, "updates": updates})
 

@@ -55,7 +55,8 @@ def _distil(args: argparse.Namespace, _: list[str]) -> None:
     if learner.name != "classifier":
         raise UserError(f"{args.run_dir}: found a run of {learner.name}, expected one of classifier")
     config = learner.config
-    small = configs.replace(config, ema=False, **(dict(model=args.model, **classifiers.PLAIN) if args.model else {}))
+    other = dict(model=args.model, **classifiers.PLAIN) if args.model else {}
+    small = configs.replace(config, ema=False, **classifiers.UNTAUGHT, **other)
     for where, each in ((args.run_dir, config), ("--model", small)):
         if each.model in ("mlp", "cnn"):
             raise UserError(f"{where}: found the network {each.model}, expected one with stages: lenet or wrn-D-W")

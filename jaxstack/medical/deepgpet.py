@@ -21,9 +21,9 @@ from jaxstack.core.config import require, require_at_least
 from jaxstack.core.errors import UserError
 from jaxstack.core.learner import Key, Learner
 from jaxstack.core.source import Source
+from jaxstack.data.augment import blurred
 from jaxstack.data.sources import ArrayData, SplitData
 from jaxstack.medical import choroid, gpet, io
-from jaxstack.medical.fundus import blurred
 from jaxstack.medical.phantoms_oct import oct_set
 from jaxstack.medical.segmentation import boundary_error, dice, iou, weighted_bce
 from jaxstack.nn.supervised import Optimiser, State, linen, supervised, variables

@@ -13,6 +13,7 @@ from PIL import Image
 
 from jaxstack.core.errors import UserError
 from jaxstack.core.learner import Key
+from jaxstack.data.augment import blurred
 from jaxstack.medical.io import read_colour
 from jaxstack.nn.conv import Conv
 from jaxstack.nn.vision.layers import max_pool
@@ -97,21 +98,6 @@ def read_table(folder: str | Path, name: str, column: str) -> list[tuple[int, Pa
     if not rows or not {"file", column} <= set(rows[0]):
         raise UserError(f"{table}: found columns {', '.join(rows[0]) if rows else 'none'}, expected file, {column}")
     return [(line, Path(folder) / (row["file"] or ""), row[column] or "") for line, row in enumerate(rows, 2)]
-
-
-def blurred(image: Float[Array, "h w c"], sigma: Array) -> Float[Array, "h w c"]:
-    """Gaussian blur of `sigma` pixels, which may be traced; 0 changes nothing.
-
-    Products with two band matrices whose rows sum to one, so that edges do not darken.
-    """
-    width = jnp.maximum(sigma, 1e-3)
-
-    def band(n: int) -> Array:
-        far = jnp.arange(n, dtype=jnp.float32)
-        kernel = jnp.exp(-0.5 * jnp.square((far[:, None] - far) / width))
-        return kernel / kernel.sum(1, keepdims=True)
-
-    return jnp.einsum("ai,ijc,bj->abc", band(image.shape[0]), image, band(image.shape[1]))
 
 
 def degrade(key: Key, image: Float[Array, "n n 3"], severity: Array) -> Float[Array, "n n 3"]:

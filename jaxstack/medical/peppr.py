@@ -15,8 +15,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxstack.core.errors import UserError
+from jaxstack.data.augment import blurred
 from jaxstack.medical import global_maps
-from jaxstack.medical.fundus import blurred
 from jaxstack.medical.multilabel import aucs
 
 Fill = Literal["mean", "mean-image", "blur", "noise"]

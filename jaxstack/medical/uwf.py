@@ -22,9 +22,9 @@ from jaxstack.core import config as configs
 from jaxstack.core.config import require, require_at_least, require_unit
 from jaxstack.core.learner import Key, Learner
 from jaxstack.core.source import Source
+from jaxstack.data.augment import blurred, erased, mixup
 from jaxstack.data.sources import ArrayData, SplitData
 from jaxstack.medical.explain import Parts
-from jaxstack.medical.fundus import blurred
 from jaxstack.medical.phantoms_uwf import LABELS
 from jaxstack.medical.uwf_data import Eyes, phantom_eyes, read_folder
 from jaxstack.nn.optimisers import Schedule
@@ -144,40 +144,6 @@ def normalise(images: Any, moments: Moments) -> Any:
 def smooth_labels(labels: Any, low: Any = 0.05, high: Any = 0.01) -> Array:
     """Asymmetric smoothing: y (1 - (low + high)) + low, so that 0 becomes low and 1 becomes 1 - high."""
     return jnp.asarray(labels, jnp.float32) * (1.0 - (low + high)) + low
-
-
-def mixup(key: Key, x: Array, y: Array, alpha: Any) -> tuple[Array, Array]:
-    """Mix a batch with its reverse: l x + (1 - l) x[::-1], the targets alike, one l ~ Beta(alpha, alpha).
-
-    Args:
-        key: of l.
-        x: [B, ...]; an odd B is left as it is.
-        y: targets [B, L].
-        alpha: may be traced; 0 leaves the batch.
-    """
-    if len(x) % 2:
-        return x, y
-    drawn = jax.random.beta(key, jnp.maximum(alpha, 1e-3), jnp.maximum(alpha, 1e-3))
-    share = jnp.where(jnp.asarray(alpha) > 0, drawn, 1.0).astype(jnp.float32)
-    return mixed(x, share), mixed(y, share)
-
-
-def mixed(x: Array, share: Any) -> Array:
-    """share x + (1 - share) x[::-1]."""
-    return share * x + (1.0 - share) * x[::-1]
-
-
-def erased(key: Key, image: Float[Array, "h w c"]) -> Float[Array, "h w c"]:
-    """An image with a random box of 5 to 30% of its area replaced by N(0, 1) noise; sides relate as .3 to 3.3."""
-    height, width, _ = image.shape
-    k = jax.random.split(key, 5)
-    area = jax.random.uniform(k[0], (), minval=0.05, maxval=0.3) * height * width
-    ratio = jnp.exp(jax.random.uniform(k[1], (), minval=np.log(0.3), maxval=np.log(3.3)))
-    tall, wide = (jnp.minimum(jnp.sqrt(area * r), n) for r, n in ((ratio, height), (1.0 / ratio, width)))
-    top, left = (jax.random.uniform(key) * (n - side) for key, n, side in ((k[2], height, tall), (k[3], width, wide)))
-    y, x = jnp.arange(height)[:, None], jnp.arange(width)[None]
-    inside = (y >= top) & (y < top + tall) & (x >= left) & (x < left + wide)
-    return jnp.where(inside[..., None], jax.random.normal(k[4], image.shape), image)
 
 
 def moved(

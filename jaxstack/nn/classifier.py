@@ -17,15 +17,18 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxstack.core import config as configs
-from jaxstack.core.config import require, require_at_least, require_unit
+from jaxstack.core.config import require, require_at_least, require_positive, require_unit
+from jaxstack.core.errors import UserError
 from jaxstack.core.learner import Key, Learner
 from jaxstack.core.source import Source
 from jaxstack.data import augment, images
 from jaxstack.data.sources import ArrayData, SplitData
+from jaxstack.nn import teachers
+from jaxstack.nn.attention_transfer import attention_weight, with_taps
 from jaxstack.nn.conv import Conv
 from jaxstack.nn.losses import TASKS
 from jaxstack.nn.optimisers import Schedule
-from jaxstack.nn.supervised import Model, Optimiser, linen, supervised
+from jaxstack.nn.supervised import Model, Optimiser, accuracy, linen, supervised, variables
 from jaxstack.nn.vision import wrn, zoo
 from jaxstack.nn.vision.layers import Variance
 from jaxstack.nn.vision.separable import count_params, crs_factors, labels
@@ -49,6 +52,12 @@ class Hypers(NamedTuple):
     negative_smoothing: float = 0.0
     """Of yes-or-no labels: a label of 0 counts as so much."""
     ema_decay: float = 0.99
+    temperature: float = 4.0
+    """Of both sides in distillation."""
+    distil_weight: float = 0.9
+    """Share of the teacher against the labels in distillation."""
+    beta: float = 1000.0
+    """Weight of attention transfer for three stages of images of 32x32; for others in proportion to their pixels."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +120,14 @@ class Config(configs.Config):
     """What comes in at the edge of a moved image."""
     flip: bool = False
     """Mirror every other training image left to right."""
+    augment: tuple[str, ...] = ()
+    """Then change training images in this order, each NAME or NAME=NUMBER: affine (degrees), blur (pixels), colour
+    (share), cutout (pixels), erase (chance), mixup (alpha; of whole batches, last)."""
+    teacher: str = ""
+    """A run of `classifier` with the same classes and image size, whose first seed teaches."""
+    distil: teachers.Distil = "kd"
+    """What of the teacher is learnt: kd (its softmax), at (where its stages look, needs stages of the same sizes), or
+    kd+at."""
     batch_size: int = 64
     data_parallel: int = 1
     """Devices that share a batch's rows."""
@@ -140,6 +157,12 @@ class Config(configs.Config):
         require(self, "features", bool(self.features) and min(self.features) >= 1, "widths >= 1")
         side = image_shape(self)[0]
         require(self, "shift", self.shift < side, f"less than the {side} pixels of an image")
+        mixing = "mixup" in dict(augment.parse(self.augment, side))
+        require(self, "batch_size", not mixing or self.batch_size % 2 == 0, "an even number with mixup")
+        require(self, "distil", bool(self.teacher) or self.distil == "kd", "none without --teacher RUN")
+        require_unit(self, "hypers.distil_weight")
+        require_positive(self, "hypers.temperature")
+        require_at_least(self, 0, "hypers.beta")
         network(self)
         enough = self.model != "vgg-16" or side >= 32
         require(self, "model", enough, f"images of 32 pixels or more, found {side}: give --size 32")
@@ -166,8 +189,13 @@ class Network(nn.Module):
         return nn.Dense(self.classes)(x.mean((1, 2)) if self.convolutions else x)
 
 
+NAME = "classifier"
 PLAIN: dict[str, Any] = dict(mid_features=(), kinds=(), pointwise="", pointwise_size=None, scaled_decay=False)
 """Fields of a config that replace parts of a network, at rest: the network that its name says."""
+
+
+UNTAUGHT: dict[str, Any] = dict(teacher="", distil="kd")
+"""Fields of a config that learns from labels alone."""
 
 
 def facts(config: Config) -> images.Facts:
@@ -192,15 +220,33 @@ def arrays(config: Config, which: Literal["train", "valid", "test"]) -> images.I
 
 
 def augmented(config: Config, key: Key, batch: tuple[Array, Any]) -> tuple[Array, Any]:
-    """A batch (images, labels) whose images are moved and mirrored as the config says."""
+    """A batch (images, labels) whose images are moved, mirrored and changed as the config says, but not mixed."""
     x, y = batch
     x = augment.shift(key, x, config.shift, config.edge) if config.shift else x
-    return augment.flip(jax.random.fold_in(key, 1), x) if config.flip else x, y
+    x = augment.flip(jax.random.fold_in(key, 1), x) if config.flip else x
+    if config.augment:
+        known, changes = facts(config), augment.parse(config.augment, image_shape(config)[0])
+        bright = x.astype(jnp.float32) / known.white
+        own = jax.random.fold_in(key, 2)
+        x = known.white * augment.changed(own, bright, changes, config.edge, (known.mean, known.std))
+    return x, y
+
+
+def training_batch(config: Config, key: Key, batch: tuple[Array, Array]) -> tuple[Array, Array]:
+    """A batch (images, labels) as training gets it: `augmented`, and with mixup mixed, classes as shares [B, C]."""
+    x, y = augmented(config, key, batch)
+    alpha = dict(augment.parse(config.augment, image_shape(config)[0])).get("mixup")
+    if alpha is None:
+        return x, y
+    known = facts(config)
+    shares = jax.nn.one_hot(y, known.classes) if known.task == "classes" else y
+    return augment.mixup(jax.random.fold_in(key, 3), x, shares, alpha)
 
 
 def source(config: Config) -> Source:
     """Batches of the training part, in shuffled epochs of each seed's own."""
-    change = (lambda key, batch: augmented(config, key, batch)) if config.shift or config.flip else None
+    some = config.shift or config.flip or config.augment
+    change = (lambda key, batch: training_batch(config, key, batch)) if some else None
     return ArrayData(arrays(config, "train"), config.batch_size, per_seed=True, augment=change)
 
 
@@ -244,8 +290,52 @@ def model_of(config: Config) -> Model:
     return linen(network(config), example, prepare=lambda x: prepared(config, x))
 
 
+def _with_stages(config: Config) -> Model:
+    """`model_of` with outputs (logits, taps); without taps where nothing is learnt of them."""
+    if "at" not in config.distil:
+        model = model_of(config)
+        alone = lambda v, x, key: (lambda logits, stats: ((logits, ()), stats))(*model.train(v, x, key))
+        return Model(model.init, alone, lambda v, x: (model.apply(v, x), ()))
+    if config.model in ("mlp", "cnn"):
+        raise UserError(f"distil={config.distil!r}: found the network {config.model}, expected one of {zoo.NAMES}")
+    example = jnp.zeros((1, *image_shape(config)), jnp.uint8)
+    return with_taps(network(config), example, prepare=lambda x: prepared(config, x))
+
+
+def _student(config: Config, optimiser: Optimiser, common: dict[str, Any]) -> Learner:
+    """The learner of a student. Raises `UserError` for a teacher of other images, classes or stages."""
+    known, row = teachers.stored_teacher(config.teacher, NAME, Config, classifier)
+    where, kind = f"teacher={config.teacher}", config.distil
+    own, found = ((facts(c).task, facts(c).classes, list(image_shape(c))) for c in (config, known))
+    if own != found or own[0] != "classes":
+        sides = [f"{count} {task} for images {shape}" for task, count, shape in (found, own)]
+        raise UserError(
+            f"{where}: found {sides[0]}, expected {sides[1]}{'' if own[0] == 'classes' else ', of classes'}"
+        )
+    student, teacher = (_with_stages(configs.replace(c, teacher=config.teacher, distil=kind)) for c in (config, known))
+    asked = lambda given, x: teachers.taught(teacher.apply(given, x), kind)
+    loss = teachers.distil_loss(kind, attention_weight(image_shape(config), 1.0))
+    x, y = jnp.zeros((1, *image_shape(config)), jnp.uint8), jnp.zeros(1, jnp.int32)
+    once = lambda: loss(student.apply(student.init(jax.random.key(0)), x), (y, asked(row, x)), config.hypers)
+    try:
+        jax.eval_shape(once)
+    except UserError as e:
+        raise UserError(f"{where}: {e}") from None
+    alike = lambda outputs, targets, hypers: accuracy(outputs[0], targets[1][0].argmax(-1), hypers)
+    metrics = {"accuracy": lambda outputs, targets, hypers: accuracy(outputs[0], targets, hypers), "agreement": alike}
+    common |= dict(teacher=asked, teachers=jax.tree.map(lambda v: v[None], row))
+    learner = supervised(student, loss, metrics, optimiser, **common)
+    alone = model_of(config)
+    learner = learner._replace(predict=lambda s, inputs: alone.apply(variables(s), inputs))
+    return teachers.with_one_teacher(learner, row)
+
+
 def classifier(config: Config = Config(), /, **changes: Any) -> Learner:
-    """The learner of a config or of field values, hyperparameters among them. Raises `UserError`."""
+    """The learner of a config or of field values, hyperparameters among them; with `teacher`, that of a student.
+
+    Raises:
+        UserError: for options or a teacher that do not fit.
+    """
     config = configs.replace(config, **changes) if changes else config
     optimiser = Optimiser(
         config.optimiser,
@@ -258,22 +348,21 @@ def classifier(config: Config = Config(), /, **changes: Any) -> Learner:
         cycles=config.cycles,
     )
     loss, metrics, objective = TASKS[facts(config).task]
-    return supervised(
-        model_of(config),
-        loss,
-        metrics,
-        optimiser,
+    common: dict[str, Any] = dict(
         num_steps=config.num_updates,
         hypers=config.hypers,
         ema=config.ema,
         data_parallel=config.data_parallel,
         config=config,
-        name="classifier",
+        name=NAME,
         batch_size=config.batch_size,
         source=source,
         eval_source=eval_source,
         objective=objective,
     )
+    if config.teacher:
+        return _student(config, optimiser, common)
+    return supervised(model_of(config), loss, metrics, optimiser, **common)
 
 
 def measures(learner: Learner, states: Any) -> dict[str, Any]:

@@ -16,9 +16,10 @@ def label_cross_entropy(logits: Array, labels: Array, hypers: Any) -> Array:
     """Binary cross entropy in nats [B], the mean over labels, of logits [B, L] and labels [B, L] of 0 and 1.
 
     A label of 1 counts as 1 - `positive_smoothing`, one of 0 as `negative_smoothing`: a value for each side, as missed
-    and wrongly given labels are not equally frequent.
+    and wrongly given labels are not equally frequent. Labels between, of mixed images, lie between.
     """
-    wanted = jnp.where(labels > 0.5, 1.0 - hypers.positive_smoothing, hypers.negative_smoothing)
+    high, low = 1.0 - hypers.positive_smoothing, hypers.negative_smoothing
+    wanted = labels * high + (1.0 - labels) * low
     each = -wanted * jax.nn.log_sigmoid(logits) - (1.0 - wanted) * jax.nn.log_sigmoid(-logits)
     return each.mean(-1)
 

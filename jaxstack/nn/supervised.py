@@ -309,16 +309,21 @@ def supervised(
 
 
 def cross_entropy(logits: Array, labels: Array, hypers: Any) -> Array:
-    """Softmax cross entropy in nats [B] of logits [B, C] and labels [B], of which `label_smoothing` goes evenly to all
-    C classes (Szegedy et al., 2016)."""
+    """Softmax cross entropy in nats [B] of logits [B, C] and labels [B], or shares of the classes [B, C], of which
+    `label_smoothing` goes evenly to all C classes (Szegedy et al., 2016)."""
     logp = jax.nn.log_softmax(logits)
-    own = jnp.take_along_axis(logp, labels[:, None].astype(jnp.int32), 1)[:, 0]
+    if labels.ndim == 2:
+        own = (labels * logp).sum(-1)
+    else:
+        own = jnp.take_along_axis(logp, labels[:, None].astype(jnp.int32), 1)[:, 0]
     return -(1.0 - hypers.label_smoothing) * own - hypers.label_smoothing * logp.mean(-1)
 
 
 def accuracy(logits: Array, labels: Array, hypers: Any) -> Array:
-    """1 where the largest of logits [B, C] is the label [B]; labels may come with a teacher's outputs."""
+    """1 where the largest of logits [B, C] is the label [B], or the largest of shares [B, C]; labels may come with a
+    teacher's outputs."""
     labels = labels[0] if isinstance(labels, tuple) else labels
+    labels = labels.argmax(-1) if labels.ndim == 2 else labels
     return (logits.argmax(-1) == labels).astype(jnp.float32)
 
 

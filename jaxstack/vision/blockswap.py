@@ -532,7 +532,7 @@ def student_config(
     """A teacher's config with other types of blocks, and the paper's optimisation: SGD with a cosine, no averages."""
     return configs.replace(
         config,
-        **classifiers.PLAIN | {"kinds": tuple(kinds)},
+        **classifiers.PLAIN | {"kinds": tuple(kinds)} | classifiers.UNTAUGHT,
         num_updates=num_updates,
         batch_size=batch_size,
         optimiser="sgd",

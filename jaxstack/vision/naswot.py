@@ -20,6 +20,7 @@ from jaxtyping import Array
 
 from jaxstack.core.errors import UserError
 from jaxstack.core.learner import Key
+from jaxstack.data import augment
 from jaxstack.nn.conv import conv2d
 from jaxstack.nn.supervised import Hypers, Model, Optimiser, cross_entropy, supervised, variables
 
@@ -264,12 +265,7 @@ def perturbed(key: Key, x: Array, scoring: Scoring) -> Array:
         x = x + scoring.noise * jax.random.normal(k_noise, x.shape)
     if scoring.cutout:
         centre = jax.random.randint(k_cut, (len(x), 2), 0, jnp.array(x.shape[1:3]))
-        low = centre - scoring.cutout // 2
-        inside = lambda axis: (
-            (jnp.arange(x.shape[axis + 1]) >= low[:, axis, None])
-            & (jnp.arange(x.shape[axis + 1]) < low[:, axis, None] + scoring.cutout)
-        )
-        x = jnp.where((inside(0)[:, :, None] & inside(1)[:, None, :])[..., None], 0.0, x)
+        x = jax.vmap(augment.with_square, (0, 0, None))(x, centre, scoring.cutout)
     if scoring.dropout:
         x = x * jax.random.bernoulli(k_drop, 1.0 - scoring.dropout, (len(x), 1, 1, x.shape[3]))
     return x

@@ -10,18 +10,16 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from jaxtyping import Array
 
 from jaxstack.core import config as configs
-from jaxstack.core import runner
 from jaxstack.core.config import require, require_at_least, require_positive
 from jaxstack.core.errors import UserError
-from jaxstack.core.learner import Key, Learner
-from jaxstack.core.rundir import read_plan
+from jaxstack.core.learner import Learner
 from jaxstack.core.stages import Stage, Staged
 from jaxstack.nn import detector as detectors
 from jaxstack.nn.supervised import variables
+from jaxstack.nn.teachers import stored_teacher, with_one_teacher
 from jaxstack.nn.vision.boxes import level_counts, locations
 from jaxstack.nn.vision.detection import Outputs
 from jaxstack.vision import pgd as guided
@@ -150,25 +148,6 @@ def student(config: Config, taught_by: detectors.Config, teachers: Any) -> Learn
     )
 
 
-def stored_teacher(run_dir: str) -> tuple[detectors.Config, Any]:
-    """Config and variables of a detector's run, of its first seed that lives.
-
-    Raises:
-        UserError: for a run of another method, of several settings, or without a checkpoint.
-    """
-    plan, where = read_plan(run_dir), f"teacher={run_dir}"
-    if plan["agent"] != "detector":
-        raise UserError(f"{where}: found a run of {plan['agent']}, expected one of detector")
-    if len({*plan.get("settings", [0])}) > 1:
-        raise UserError(f"{where}: found a sweep of several settings, expected a run of one")
-    config = configs.from_dict(detectors.Config, plan["config"], f"{run_dir}/run.yaml: config")
-    states, alive = runner.stored(detectors.detector(config), run_dir)
-    if not alive.any():
-        raise UserError(f"{where}: found no seed whose numbers are finite, expected one")
-    row = int(np.flatnonzero(alive)[0])
-    return config, jax.tree.map(lambda x: np.asarray(x[row]), variables(states))
-
-
 def pgd(config: Config = Config(), /, **changes: Any) -> Staged | Learner:
     """The method of a config or of field values, hyperparameters among them.
 
@@ -180,13 +159,8 @@ def pgd(config: Config = Config(), /, **changes: Any) -> Staged | Learner:
     """
     config = configs.replace(config, **changes) if changes else config
     if config.teacher:
-        known, row = stored_teacher(config.teacher)
-        learner = student(config, known, jax.tree.map(lambda x: x[None], row))
-
-        def init(key: Key, hypers: Any) -> Any:
-            return learner.init(key, hypers, jax.tree.map(jax.numpy.asarray, row))
-
-        return learner._replace(init=init, given=None)
+        known, row = stored_teacher(config.teacher, "detector", detectors.Config, detectors.detector)
+        return with_one_teacher(student(config, known, jax.tree.map(lambda x: x[None], row)), row)
     large = teacher_config(config)
 
     def taught(states: Mapping[str, Any]) -> Learner:

@@ -14,6 +14,7 @@ from jaxstack import cli
 from jaxstack.claims import dart as study
 from jaxstack.core.errors import UserError
 from jaxstack.core.runner import train
+from jaxstack.data import augment
 from jaxstack.medical import dart, fundus, phantoms
 
 POWERS = tuple(2**k for k in range(1, 9))
@@ -117,10 +118,10 @@ def test_degradations_grow_with_severity_and_leave_the_truth():
     np.testing.assert_array_equal(degrade(keys, eye, 0.5)[3], degrade(keys[3:4], eye, 0.5)[0])
     # blur: nothing at 0, a Gaussian's weights on a point, rows that sum to one
     point = jnp.zeros((21, 21, 1)).at[10, 10, 0].set(1.0)
-    np.testing.assert_allclose(fundus.blurred(point, jnp.float32(0.0)), point, atol=1e-7)
-    spread = fundus.blurred(point, jnp.float32(1.5))
+    np.testing.assert_allclose(augment.blurred(point, jnp.float32(0.0)), point, atol=1e-7)
+    spread = augment.blurred(point, jnp.float32(1.5))
     np.testing.assert_allclose(spread[10, 12, 0] / spread[10, 10, 0], np.exp(-0.5 * (2 / 1.5) ** 2), rtol=1e-4)
-    np.testing.assert_allclose(fundus.blurred(jnp.ones((9, 9, 3)), jnp.float32(3.0)), 1.0, rtol=1e-5)
+    np.testing.assert_allclose(augment.blurred(jnp.ones((9, 9, 3)), jnp.float32(3.0)), 1.0, rtol=1e-5)
     turned = dart.turned(jax.random.key(1), jnp.stack([eye] * 64))
     ways = {np.asarray(t).tobytes() for t in turned}
     square = [np.rot90(np.asarray(e), k) for e in (eye, eye[::-1]) for k in range(4)]

@@ -12,6 +12,7 @@ from scipy.signal import correlate2d
 
 from jaxstack import cli
 from jaxstack.core.errors import UserError
+from jaxstack.data import augment
 from jaxstack.medical import explain, multilabel, uwf, uwf_data
 from jaxstack.medical.phantoms_uwf import LABELS
 from jaxstack.nn import optimisers
@@ -101,20 +102,20 @@ MOMENTS = ((0.3, 0.2), (0.1, 0.05))
 def test_smoothing_mixup_and_schedule_are_closed_forms():
     np.testing.assert_allclose(uwf.smooth_labels(np.array([False, True])), [0.05, 0.99], rtol=1e-6)
     x, y = jax.random.normal(KEY, (4, 3, 2)), jax.random.uniform(KEY, (4, 8))
-    np.testing.assert_array_equal(uwf.mixed(x, 1.0), x)
-    np.testing.assert_array_equal(uwf.mixed(x[::-1], 0.3), uwf.mixed(x, 0.7)[::1][::-1][::-1])
+    np.testing.assert_array_equal(augment.mixed(x, 1.0), x)
+    np.testing.assert_array_equal(augment.mixed(x[::-1], 0.3), augment.mixed(x, 0.7)[::1][::-1][::-1])
     np.testing.assert_array_equal(x[::-1][::-1], x)
     keys = jax.random.split(KEY, 2000)
-    both = jax.jit(jax.vmap(lambda k: uwf.mixup(k, x, y, 0.6)))(keys)
+    both = jax.jit(jax.vmap(lambda k: augment.mixup(k, x, y, 0.6)))(keys)
     np.testing.assert_allclose(both[1].sum(1), jnp.broadcast_to(y.sum(0), (2000, 8)), rtol=1e-5)  # sums are kept
     np.testing.assert_allclose(both[1].mean(0), (y + y[::-1]) / 2, atol=0.02)
     # images and targets share the share, which is Beta(.6, .6)
     share = (both[0][:, 0, 0, 0] - x[3, 0, 0]) / (x[0, 0, 0] - x[3, 0, 0])
     np.testing.assert_allclose(share, (both[1][:, 0, 0] - y[3, 0]) / (y[0, 0] - y[3, 0]), atol=1e-3)
     assert sp.kstest(np.asarray(share), "beta", args=(0.6, 0.6)).pvalue > 1e-3
-    for kept in (uwf.mixup(KEY, x, y, 0.0), uwf.mixup(KEY, x, y, 0.0)):
+    for kept in (augment.mixup(KEY, x, y, 0.0), augment.mixup(KEY, x, y, 0.0)):
         np.testing.assert_array_equal(kept[0], x)
-    np.testing.assert_array_equal(uwf.mixup(KEY, x[:3], y[:3], 0.6)[1], y[:3])  # an odd batch
+    np.testing.assert_array_equal(augment.mixup(KEY, x[:3], y[:3], 0.6)[1], y[:3])  # an odd batch
     # 40 epochs of 1000 steps: four cosines
     rate = lambda epoch: float(optimisers.learning_rate("restarts", 1000 * epoch, 40_000, 0.1, cycles=4))
     assert [rate(0), rate(10), rate(30)] == pytest.approx([0.1] * 3)
@@ -133,7 +134,7 @@ def test_augmentation_keeps_its_order_and_ranges():
     assert uwf.moved(image, 0.0, 1.0, np.pi / 4)[4, 9, 1] == pytest.approx(0.5, abs=1e-4)  # x + y tan
     np.testing.assert_allclose(uwf.moved(image, 0.0, 1.0, 0.0, (1.0, -1.0)), image[:, ::-1], atol=1e-6)
     np.testing.assert_allclose(uwf.moved(image, 0.0, 1.0, 0.0, (-1.0, 1.0)), image[::-1], atol=1e-6)
-    holes = jax.vmap(lambda k: uwf.erased(k, jnp.full((40, 50, 2), 9.0)))(jax.random.split(KEY, 200))
+    holes = jax.vmap(lambda k: augment.erased(k, jnp.full((40, 50, 2), 9.0)))(jax.random.split(KEY, 200))
     share = np.asarray((holes[..., 0] != 9).mean((1, 2)))
     assert share.min() > 0.03
     assert share.max() < 0.32

@@ -503,7 +503,7 @@ def test_layers_that_do_not_fit_are_refused():
         low.lowered(x, w, window=window, choice=Choice(layout="chwn"))
     with pytest.raises(UserError, match="channels: WRN does not say which are coupled"):
         compression.channel_prune(zoo.network("wrn-10-1"), {}, 0.5)
-    with pytest.raises(UserError, match=r"widths: found \(1, 2\), expected 6 numbers of 1 or more"):
+    with pytest.raises(UserError, match=r"mid_features: found \(1, 2\), expected 6 numbers of 1 or more"):
         zoo.network("vgg-small", mid_features=(1, 2))
     with pytest.raises(UserError, match="vgg-small: found images of 2x2, expected at least 4x4"):
         low.count_macs(zoo.network("vgg-small"), (1, 2, 2, 1))

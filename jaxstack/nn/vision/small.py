@@ -42,7 +42,7 @@ def chosen_widths(widths: Sequence[int] | None, default: Sequence[int]) -> tuple
     if widths is None:
         return tuple(default)
     if len(widths) != len(default) or min(widths) < 1:
-        raise UserError(f"widths: found {tuple(widths)}, expected {len(default)} numbers of 1 or more")
+        raise UserError(f"mid_features: found {tuple(widths)}, expected {len(default)} numbers of 1 or more")
     return tuple(widths)
 
 
