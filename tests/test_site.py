@@ -25,7 +25,7 @@ def test_links_lead_to_files_of_the_site():
         text = re.sub(r"```.*?```|`[^`]*`", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
         for link in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text):
             target = (page.parent / link).resolve()
-            if "://" not in link and not (target.exists() and target.is_relative_to(DOCS)):
+            if "://" not in link and not (target.is_file() and target.is_relative_to(DOCS)):
                 missing.append((page.name, link))
     assert missing == []
 
