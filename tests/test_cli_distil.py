@@ -58,10 +58,10 @@ def test_what_cannot_be_distilled_is_named(tmp_path, capsys):
     for argv, message in (
         ([str(plain), *out], "found the network mlp, expected one with stages: lenet or wrn-D-W"),
         ([str(teacher), *out, "--model", "cnn"], "--model: found the network cnn"),
-        ([str(teacher), *out, "--model", "wrn-10-0.125"], "attention: found stages of"),
+        ([str(teacher), *out, "--model", "wrn-10-0.125"], "--model wrn-10-0.125: attention: found stages of"),
         ([str(teacher), *out, "--model", "resnet"], "model='resnet': expected one of"),
         ([str(teacher), "--out", str(teacher)], "holds a run already"),
-        ([str(teacher), *out, "--rounds", "0"], "num_rounds=0: expected at least 1"),
+        ([str(teacher), *out, "--rounds", "0"], "--rounds 0: expected at least 1"),
         ([str(teacher), *out, "--lr", "0"], "--lr 0.0"),
         ([str(tmp_path / "none"), *out], "no run found"),
     ):

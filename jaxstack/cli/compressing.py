@@ -45,7 +45,11 @@ def add_commands(commands: Commands) -> None:
 def _compress(args: argparse.Namespace, _: list[str]) -> None:
     from jaxstack.core import rundir
     from jaxstack.core.errors import UserError
+    from jaxstack.vision.structured_pruning import CRITERIA
 
+    known = (*CRITERIA, "blockswap")
+    if args.method not in known:
+        raise UserError(f"--method {args.method}: expected one of {', '.join(known)}")
     swaps = args.method == "blockswap"
     for option, value, instead in (("--budget", args.budget, "--keep"), ("--keep", args.keep, "--budget")):
         if value is not None and swaps == (option == "--keep"):

@@ -49,6 +49,9 @@ def _distil(args: argparse.Namespace, _: list[str]) -> None:
     RunDir.check(args.out)
     if not (args.lr > 0 and args.generator_lr > 0):
         raise UserError(f"--lr {args.lr}, --generator-lr {args.generator_lr}: expected numbers > 0")
+    for name in ("rounds", "batch_size", "student_steps"):
+        if (value := getattr(args, name)) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value}: expected at least 1")
     if args.few < 0 or args.few_updates < 1 or args.generator_width < 2:
         raise UserError("--few, --few-updates, --generator-width: expected at least 0, 1 and 2")
     learner, state = runs.one_row(args, acts=False)
@@ -71,7 +74,10 @@ def _distil(args: argparse.Namespace, _: list[str]) -> None:
     setup = kt.Setup(teacher, student, image, generator, args.batch_size, student_steps=args.student_steps)
     beta = attention_weight(image) if args.beta is None else args.beta
     hypers = kt.Hypers(lr=args.lr, generator_lr=args.generator_lr, beta=beta)
-    zero = kt.zero_shot(setup, teachers, args.rounds, hypers, source)
+    try:
+        zero = kt.zero_shot(setup, teachers, args.rounds, hypers, source)
+    except UserError as e:  # stages that differ
+        raise UserError(f"--model {small.model}: {e}") from None
     result = runner.train(zero, seeds=[args.seed], eval_every=-1)
     found = kt.student_variables(result.state)
     measured = {} if source is None else {k: float(v[0]) for k, v in runner.evaluate(zero, result.state).items()}

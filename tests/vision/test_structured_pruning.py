@@ -245,7 +245,7 @@ def test_the_command_stores_a_smaller_run(run_dir, tmp_path, capsys):
     [
         (["--keep", "0"], "--keep 0: expected a share in (0, 1]"),
         (["--keep", "1.5"], "--keep 1.5: expected a share in (0, 1]"),
-        (["--method", "l2"], "unknown criterion 'l2'"),
+        (["--method", "l2"], "--method l2: expected one of fisher, l1"),
         (["--updates", "0"], "--updates 0, --lr 0.0008: expected at least 1 update"),
         (["--batch-size", "5000"], "batch_size=5000: expected 1 to 1258"),
         (["--train-seed", "7"], "--train-seed 7: expected one of the run's seeds [0]"),
