@@ -42,7 +42,7 @@ def test_every_page_is_in_the_navigation_or_linked_from_a_page():
     assert {str(p.relative_to(DOCS)) for p in PAGES} <= named | linked
 
 
-@pytest.mark.parametrize("name", ["training", "sequence-models", "customise"])
+@pytest.mark.parametrize("name", ["training", "sequence-models", "customise", "images"])
 def test_python_of_a_page_runs_as_it_stands(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "book.txt").write_text("Once upon a time there was a fox. " * 40, encoding="utf-8")
@@ -54,7 +54,7 @@ def test_python_of_a_page_runs_as_it_stands(name, tmp_path, monkeypatch):
 
 LINES = [
     line.split("#")[0].strip()
-    for name in ("index", "training", "sequence-models", "customise", "sweeps", "gpu", "detection")
+    for name in ("index", "training", "sequence-models", "customise", "sweeps", "gpu", "detection", "images")
     for block in blocks(DOCS / f"{name}.md", "bash")
     for line in block.splitlines()
     if line.startswith("jaxstack ")
