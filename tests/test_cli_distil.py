@@ -11,6 +11,7 @@ from jaxstack.core import program, runner
 from jaxstack.core.errors import UserError
 from jaxstack.data import images
 from jaxstack.nn.classifier import classifier
+from jaxstack.report import plots
 
 SHORT = "--rounds 2 --batch-size 4 --student-steps 1 --generator-width 4 --few 1 --few-updates 1 --seed 5".split()
 
@@ -43,6 +44,10 @@ def test_a_student_is_a_run_that_other_commands_take(tmp_path, capsys, monkeypat
     assert cli.main(["evaluate", str(student)]) == 0
     assert "eval/accuracy" in capsys.readouterr().out
     assert cli.main(["resume", str(student), "--steps", "8"]) == 0
+    units = []
+    monkeypatch.setattr(plots, "learning_curves", lambda *_, unit, **__: units.append(unit))
+    assert cli.main(["plot", str(student)]) == 0
+    assert units == ["samples of each seed"]  # no environment's steps
     # the data are gone: the student is made all the same
     monkeypatch.setattr(images, "digits", lambda which, seed=0: (_ for _ in ()).throw(UserError("digits: gone")))
     again = tmp_path / "again"

@@ -50,7 +50,7 @@ def _plot(args: argparse.Namespace, _: list[str]) -> None:
     }
     common = [*(methods if len(methods) == 1 else []), *(places if len(places) == 1 else [])]
     title = " on ".join(filter(None, common)) if args.title is None else args.title
-    acts = all(place and not plan["config"].get("dataset") for (_, plan), place in zip(found.values(), where))
+    acts = all(plan["config"].get("env") and not plan["config"].get("dataset") for _, plan in found.values())
     unit = "" if acts or args.x == "step" else "samples of each seed"
     print(plots.learning_curves(curves, args.out, metric, args.x, title, smooth=args.smooth, unit=unit))
 
