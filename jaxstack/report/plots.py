@@ -277,7 +277,7 @@ def dependence(
             at[~good], np.zeros((~good).sum()), "x", color=COLOURS[1], transform=bottom, clip_on=False, label="failed"
         )
     if log:
-        axes.set_xscale("log")
+        _log_axis(axes, "x")
     axes.set_xlabel(name)
     axes.set_ylabel(label)
     return _save(figure, axes, path, title)
@@ -327,8 +327,9 @@ def scatter(
     drawn = axes.scatter(x[good], y[good], c=values[good], cmap="viridis", s=60, label=points)
     if not good.all():
         axes.scatter(x[~good], y[~good], marker="x", color=COLOURS[1], s=60, label="failed")
-    axes.set_xscale("log" if log[0] else "linear")
-    axes.set_yscale("log" if log[1] else "linear")
+    for which, wanted in zip("xy", log):
+        if wanted:
+            _log_axis(axes, which)
     axes.set_xlabel(names[0])
     axes.set_ylabel(names[1])
     figure.colorbar(drawn, ax=axes, label=label)
@@ -478,6 +479,19 @@ def _canvas(width: float, height: float, dpi: int = 110) -> Any:
     figure = Figure(figsize=(width, height), dpi=dpi, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def _log_axis(axes: Any, which: str) -> None:
+    """Make an axis, "x" or "y", logarithmic; one of less than a decade has a few plain numbers instead of powers."""
+    from matplotlib import ticker
+
+    getattr(axes, f"set_{which}scale")("log")
+    low, high = getattr(axes, f"get_{which}lim")()
+    if high < 10 * low:
+        axis = getattr(axes, f"{which}axis")
+        axis.set_major_locator(ticker.MaxNLocator(5))
+        axis.set_minor_locator(ticker.NullLocator())
+        axis.set_major_formatter(ticker.StrMethodFormatter("{x:,g}"))
 
 
 def _figure(width: float = 7.0, height: float = 4.2) -> tuple[Any, Any]:

@@ -116,3 +116,15 @@ def test_panels_of_arms_and_curves(tmp_path, monkeypatch):
         plots.curve_panels([("e", "score", "time", "cubic", table)], "x")
     with pytest.raises(UserError, match="found time 0 on a logarithmic axis"):
         plots.curve_panels([("e", "score", "time", "log", {"a": ([0, 1], [[1.0, 2.0]] * 2)})], "x")
+
+
+def test_a_short_logarithmic_axis_has_few_plain_numbers():
+    _, axes = plots._figure()
+    axes.scatter([145_000, 288_000], [0.1, 6.0])
+    for which in "xy":
+        plots._log_axis(axes, which)
+    axes.figure.canvas.draw()
+    texts = [tick.get_text() for tick in axes.get_xticklabels(which="both") if tick.get_text()]
+    assert 3 <= len(texts) <= 7
+    assert "200,000" in texts
+    assert "10^{0}" in "".join(tick.get_text() for tick in axes.get_yticklabels())  # over decades as usual
