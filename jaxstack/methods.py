@@ -199,6 +199,9 @@ METHODS: tuple[Method, ...] = (
         "Gradient-based hyperparameter optimization over long horizons",
         2021,
         arxiv=("2007.07869",),
+        factory="jaxstack.optim.fds_training:fds",
+        claim="jaxstack.claims.fds:claim",
+        tests="tests/optim/test_fds.py",
     ),
     Method(
         "weight-constrained-sgld",

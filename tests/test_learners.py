@@ -123,6 +123,8 @@ TINY["noisy-early-stopping"] = TINY["forward-correction"] | dict(looks_every=2, 
 # its own loss does not change with a shift of the embedding: Adam would follow the rounding of a bias without gradient
 TINY["deepccg"] = dict(hidden=(4,), embedding=2, memory=10, batch_size=400, loss="er", head="linear")
 TINY["weight-constrained-sgld"] = dict(train_images=40, hidden=(4,), batch_size=8, num_updates=3)
+TINY["fds"] = dict(train_images=40, hidden=(4,), batch_size=8, epochs=1, outer_steps=1, retrain_epochs=1)
+TINY["fds"] |= dict(shift=1, flip=True)
 TINY["uwf-diseases"] = dict(
     size=(32, 40), widths=(2, 2, 2, 2), hidden=4, num_train=8, num_valid=3, batch_size=4, num_updates=3, cycles=1
 )
@@ -176,6 +178,7 @@ STAGED = {
     "ptgood": (1 + 2 + 2 + 4, "actor_lr"),
     "acat": (1 + 1 + 2, "lr"),
     "pgd": (2 + 3, "lr"),
+    "fds": (1 + 5, "lr"),
 }
 
 
