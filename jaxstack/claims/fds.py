@@ -472,6 +472,7 @@ claim = Claim(
                 ),
                 Check(SEARCH, "FDS", f"{ACCURACY}, 50 epochs", "above", 0.0, RIVALS, report=True, **PAIRED),
             ),
+            minutes=7,
         ),
     },
     baselines=("a value per step", *RIVALS),
