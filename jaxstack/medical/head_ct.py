@@ -263,12 +263,16 @@ def prepare(
             are then [2, (2 jitter + 1) T, S, S / 2], the slices as they are chosen in the middle.
 
     Raises:
-        UserError: for too few slices, pixels that are not square, no brain, or a tilt above 10 degrees.
+        UserError: for too few slices, pixels that are not square, values of a picture, no brain, or a tilt above 10
+            degrees.
     """
     chosen = uniform_slices(len(volume.hu), slices)
     _, down, right = volume.spacing
     if abs(down - right) > 0.01 * right:
         raise UserError(f"found pixels of {down:g} x {right:g} mm, expected square ones")
+    low, high = float(volume.hu.min()), float(volume.hu.max())
+    if high - low <= 2.0:  # brightness of a picture; brain and bone are hundreds apart
+        raise UserError(f"found values of {low:g} to {high:g}, expected Hounsfield units of a head")
     hu = volume.hu[chosen]
     mask = brain_mask(hu, right)
     line = find_midline(hu, mask, right)
