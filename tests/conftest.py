@@ -59,7 +59,7 @@ def untrained():
         return jnp.asarray(1.0 + np.abs(drawn) if name in ("scale", "var", "std") else drawn, x.dtype)
 
     def states_of(learner, seeds):
-        shapes = jax.eval_shape(lambda: program.initial(learner, list(range(seeds)), None))[0]
+        shapes = program.shapes_of(learner, range(seeds))[0]
         return jax.tree_util.tree_map_with_path(leaf, shapes)
 
     def store(learner, folder, seeds=1):

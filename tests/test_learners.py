@@ -12,6 +12,7 @@ from jaxstack import learners
 from jaxstack.core import stages
 from jaxstack.core.errors import UserError
 from jaxstack.core.runner import load_state, resume, train
+from jaxstack.core.source import DATA_STREAM
 from jaxstack.data.files import save_dataset
 from jaxstack.data.offline import dataset
 from jaxstack.methods import LEARNERS
@@ -143,6 +144,8 @@ TINY["acat"] = dict(
     num_updates=1,
     tune_updates=2,
 )
+# biases before a normalisation have no gradient, and Adam scales its rounding up: its averages are compared instead
+UNSCALED = {"choroidalyzer": "opt_state", "reachnet": "opt_state"}
 OPTIONS = dict(progress=False, chunk=1)
 
 
@@ -163,9 +166,22 @@ def _search_for_nan():
 
 
 def leaves(tree):
-    return [
-        jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x for x in jax.tree.leaves(tree)
-    ]
+    key = lambda x: jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+    return [np.asarray(jax.random.key_data(x) if key(x) else x) for x in jax.tree.leaves(tree)]
+
+
+def third_step(learner, states, seeds, row):
+    """The third step of a run of `seeds`, taken from its states by one of the rows alone."""
+    one = lambda states: jax.tree.map(lambda x: x[row], states)
+    if learner.source is None:
+        return jax.jit(lambda states: learner.step(one(states))[0])(states)
+    source = learner.source(learner.config)
+    items = jax.tree.map(lambda x: np.zeros((1, *np.shape(x)), np.asarray(x).dtype), source.item(seeds))
+    source.items(2, 1, seeds, items)
+    item = jax.tree.map(lambda x: x[0, row] if source.per_seed else x[0], items)
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(DATA_STREAM), seeds[row]), 2)
+    step = lambda states, constants: learner.step(one(states), source.batch(constants, item, key))[0]
+    return jax.jit(step)(states, source.constants())
 
 
 def test_every_learner_has_a_tiny_config():
@@ -229,19 +245,12 @@ def test_a_learner_trains_resumes_is_stored_and_names_bad_input(name, tmp_path):
     assert losses
     assert np.isfinite(whole.metrics[losses]).all(None)
     assert learner.objective[0] in whole.metrics
-    before, after = (
-        leaves(s.params)
-        for s in (
-            jax.vmap(lambda k: learner.init(k, learner.hypers))(jnp.stack([jax.random.key(s) for s in (0, 3)])),
-            whole.state,
-        )
-    )
-    assert any(bool(jnp.any(a != b)) for a, b in zip(before, after, strict=True))
     # stored and read
     for a, b in zip(leaves(load_state(learner, tmp_path / "whole")), leaves(whole.state), strict=True):
         np.testing.assert_array_equal(a, b)
     # resumed: bitwise identical
     shutil.rmtree(tmp_path / "whole" / "checkpoints" / "3")  # as if it had been stopped after two steps
+    earlier = load_state(learner, tmp_path / "whole")
     got = resume(learner, tmp_path / "whole", **OPTIONS)
     for a, b in zip(leaves(whole.state), leaves(got.state), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -249,16 +258,13 @@ def test_a_learner_trains_resumes_is_stored_and_names_bad_input(name, tmp_path):
     other = train(learners.make(name, **options, lr=0.2), seeds=[0, 3], **OPTIONS)
     assert [p.name for p in other.ledger.programs if not p.reused] == []
     assert not np.array_equal(other.metrics[losses], whole.metrics[losses], equal_nan=True)
-    # a seed among others takes the step it takes alone, up to rounding
-    batch = ()
-    if learner.source is not None:
-        source = learner.source(learner.config)
-        item = jax.tree.map(lambda x: x[1] if source.per_seed else x, source.item([0, 3]))
-        batch = (source.batch(source.constants(), item, jax.random.key(0)),)
-    both = jax.jit(jax.vmap(lambda s: learner.step(s, *batch)))(got.state)[0]
-    alone = jax.jit(learner.step)(jax.tree.map(lambda x: x[1], got.state), *batch)[0]
-    for a, b in zip(leaves(both.params), leaves(alone.params), strict=True):
+    # a seed among others took the third step that it takes alone, up to rounding
+    alone, part = third_step(learner, earlier, [0, 3], 1), UNSCALED.get(name, "params")
+    for a, b in zip(leaves(getattr(whole.state, part)), leaves(getattr(alone, part)), strict=True):
         np.testing.assert_allclose(a[1], b, rtol=1e-3, atol=1e-5)
+    # it learned something
+    changed = zip(leaves(earlier.params), leaves(whole.state.params), strict=True)
+    assert any((a != b).any() for a, b in changed)
     with pytest.raises(UserError, match="lr=-1"):
         learners.make(name, **options, lr=-1.0)
     with pytest.raises(UserError, match="unknown option 'no_such_option'"):

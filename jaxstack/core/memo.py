@@ -36,6 +36,9 @@ _reading: OrderedDict[Any, bool] = OrderedDict()
 """Keys, without the numbers of configs, of things whose tracing reads such numbers."""
 READING = 64
 """So many of them are remembered; one that is forgotten is noticed again."""
+_shapes: OrderedDict[Any, Any] = OrderedDict()
+SHAPES = 16
+"""Results of `shapes` that are kept."""
 
 
 class Same:
@@ -62,7 +65,7 @@ class Given(NamedTuple):
 def programs(*things: Any) -> Iterator[OrderedDict[Any, Any]]:
     """The store for programs made from `things` under JAX's present settings, see `keep`; tracing is to happen inside
     the block. Things that differ in numbers of configs alone share a store, unless tracing reads such a number."""
-    settings = tuple((name, repr(getattr(jax.config, name, value))) for name, value in jax.config.values.items())
+    settings = _settings()
 
     def key(numbers: bool) -> Any:
         return settings, numbers, tuple(fingerprint(x, numbers) for x in things)
@@ -105,10 +108,25 @@ def jit(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def shapes(thing: Any, trace: Callable[..., Any], *args: Any) -> Any:
+    """`jax.eval_shape(trace, *args)`, or what was found before for arguments of these shapes and a thing alike, which
+    is what `trace` computes from."""
+    key = _settings(), fingerprint(thing, True), signature(args)
+    if key not in _shapes:
+        keep(_shapes, key, jax.eval_shape(trace, *args), SHAPES)
+    _shapes.move_to_end(key)
+    return _shapes[key]
+
+
 def forget() -> None:
     """Let go of all programs."""
     _known.clear()
     _reading.clear()
+    _shapes.clear()
+
+
+def _settings() -> Any:
+    return tuple((name, repr(getattr(jax.config, name, value))) for name, value in jax.config.values.items())
 
 
 def signature(tree: Any) -> Any:

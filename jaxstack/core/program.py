@@ -76,6 +76,17 @@ def initial(
     return state, guard.start(count)
 
 
+def shapes_of(
+    learner: Learner, seeds: Sequence[int] | np.ndarray, hypers: Any = None, given: Any = None, trace: Any = None
+) -> tuple[Any, guard.Alive]:
+    """Shapes of what `initial` returns for these arguments, whose leaves may be shapes too; traced once for learners
+    alike. `trace`: a function of (seeds, hypers, given) that does what `initial` does."""
+    hypers = jax.tree.map(np.asarray, as_hypers(learner.hypers if hypers is None else hypers))
+    args = (np.asarray(seeds, np.uint32), hypers, learner.given if given is None else given)
+    run = lambda *args: initial(learner, *args)
+    return memo.shapes(memo.Given(learner.init, 2), trace or run, *args)
+
+
 def build(
     learner: Learner,
     seeds: Sequence[int],
@@ -113,7 +124,7 @@ def build(
         known = ("shapes", memo.signature(rows))
         if known not in store:
             with book.clock():
-                memo.keep(store, known, jax.eval_shape(start, *rows))
+                memo.keep(store, known, shapes_of(learner, *rows[:3], lambda *args: start(*args, rows[3])))
         shapes = store[known]
         place = layout(learner, shapes[0], devices, env_devices)
         where = None if place.mesh is None else (place.state, jax.tree.map(lambda _: place.seeds, shapes[1]))

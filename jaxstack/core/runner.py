@@ -228,7 +228,7 @@ def resume(
 def _restore(job: Job, run: RunDir | None) -> tuple[int, Any, dict[str, Any], list[Row]]:
     """(step, (state, alive), meta, rows before it) of the newest checkpoint whose files and metrics are as they were
     written; step 0, None and no meta when there is none yet. What is newer and damaged is named and set aside."""
-    template = jax.eval_shape(lambda: program.initial(job.learner, job.seeds, job.hypers))
+    template = program.shapes_of(job.learner, job.seeds, job.hypers)
 
     def read(run: RunDir) -> tuple[int, Any, dict[str, Any], list[Row]]:
         with contextlib.closing(Checkpoints(run.checkpoints)) as store:

@@ -61,7 +61,7 @@ def stored(learner: Learner, run_dir: str | Path) -> tuple[Any, np.ndarray]:
         return stored(learner, Path(run_dir) / plan["stages"][-1])
     # shapes alone: rows of what is given are those of another number of seeds in a group
     rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct((len(plan["seeds"]), *x.shape[1:]), x.dtype), learner.given)
-    template = jax.eval_shape(lambda given: program.initial(learner, plan["seeds"], None, given), rows)
+    template = program.shapes_of(learner, plan["seeds"], None, rows)
     with contextlib.closing(Checkpoints(Path(run_dir) / "checkpoints", read_only=True)) as store:
         _, (state, alive), _, _ = store.restore(template)
     return state, np.asarray(alive.failed_step) == 0
@@ -125,7 +125,7 @@ def save(
         UserError: For a directory with content, or states that do not fit.
     """
     seeds, num_steps = check_seeds(seeds), steps_of(learner, None, None)
-    template = jax.eval_shape(lambda: program.initial(learner, seeds, None))[0]
+    template = program.shapes_of(learner, seeds)[0]
     shapes = lambda tree: {jax.tree_util.keystr(k): x.shape for k, x in jax.tree_util.tree_leaves_with_path(tree)}
     found, expected = shapes(states), shapes(template)
     for name in sorted({*found, *expected}):

@@ -12,7 +12,7 @@ from toy_learners import Hypers, ToyConfig, assert_same, classifier, regression
 from jaxstack import agents
 from jaxstack.core import memo
 from jaxstack.core.errors import UserError
-from jaxstack.core.runner import train
+from jaxstack.core.runner import load_state, resume, train
 from jaxstack.data.sources import ArrayData, HostData, RandomData
 from jaxstack.measures import conventions, crossplay, partners
 
@@ -55,6 +55,28 @@ def test_only_what_has_other_shapes_is_compiled():
     assert len(fresh(train(regression(ToyConfig(width=5)), 4, 2, **QUIET))) == 3
     with pytest.raises(UserError, match="max_compiles=1"):
         train(regression(), 4, 5, max_compiles=1, **QUIET)
+
+
+BEGUN = []
+
+
+def test_a_stored_run_is_read_without_tracing_its_beginning_again(tmp_path):
+    def make(size=3):
+        def init(key, hypers=Hypers()):
+            BEGUN.append(size)
+            return regression(ToyConfig(width=size)).init(key, hypers)
+
+        return regression(ToyConfig(width=size))._replace(init=init)
+
+    whole = train(make(), 4, 2, run_dir=tmp_path / "run", **QUIET)
+    assert BEGUN
+    BEGUN.clear()
+    assert_same(load_state(make(), tmp_path / "run"), whole.state)
+    assert_same(resume(make(), tmp_path / "run", **QUIET).state, whole.state)
+    assert BEGUN == []
+    with pytest.raises(UserError, match="no usable checkpoint"):  # another one's shapes are not these
+        load_state(make(4), tmp_path / "run")
+    assert BEGUN
 
 
 def test_a_learner_with_another_function_is_another():
