@@ -20,6 +20,7 @@ from jaxstack.cli import (
     compressing,
     counterfactuals,
     distilling,
+    edge,
     explaining,
     exporting,
     figures,
@@ -69,6 +70,7 @@ Train agents and sequence models in JAX, whole runs and all seeds in one program
   jaxstack analyse-oct PATH --model RUN --out DIR    thickness, area and vessels of the choroid, as a table
   jaxstack detect-stroke PATH --model RUN --out DIR  strokes on CT scans and their sides, as a table
   jaxstack weights uwf-diseases FILE --check      released weights of a medical method give what is published
+  jaxstack plan-edge --devices F --model opt-1.3b            a training step on phones and laptops, beside other ways
   jaxstack score-forecasts F G --observed O --training T   forecasts of whole trajectories, and of their tails
   jaxstack compare RUN RUN ...                    which is better: IQM, probability of improvement, intervals
   jaxstack plot RUN RUN ...                       learning curves with intervals
@@ -193,6 +195,7 @@ def parser() -> argparse.ArgumentParser:
         tuning,
         stacking,
         distilling,
+        edge,
         forecasting,
         phantoms,
         fundus,

@@ -1,0 +1,1 @@
+"""Training on devices at the edge: a file per method."""
