@@ -381,10 +381,9 @@ def absolute_error(outputs: Array, values: Array, hypers: Any) -> Array:
     return jnp.abs(outputs - values)
 
 
-def dart(config: Config = Config(), /, **changes: Any) -> Learner:
-    """The learner of a config or of field values, hyperparameters among them. Raises `UserError`."""
-    config = configs.replace(config, **changes) if changes else config
-    network = Network(config.widths, config.hidden, lambda: moments(config))
+def _learner(config: Config, moments: Any, source: Any, eval_source: Any, name: str) -> Learner:
+    """The learner of a config, the trait's moments () -> (mean, deviation), and config -> batches."""
+    network = Network(config.widths, config.hidden, moments)
     model = linen(network, jnp.zeros((1, config.size, config.size, 3)))
 
     def predict(state: State, images: Array) -> Array:
@@ -400,10 +399,73 @@ def dart(config: Config = Config(), /, **changes: Any) -> Learner:
         num_steps=config.num_updates,
         hypers=config.hypers,
         config=config,
-        name="dart",
+        name=name,
         batch_size=config.batch_size,
         source=source,
         eval_source=eval_source,
         objective=("eval/mae", "min"),
     )
     return learner._replace(predict=predict)
+
+
+def dart(config: Config = Config(), /, **changes: Any) -> Learner:
+    """The learner of a config or of field values, hyperparameters among them. Raises `UserError`."""
+    config = configs.replace(config, **changes) if changes else config
+    return _learner(config, lambda: moments(config), source, eval_source, "dart")
+
+
+def approximate_trait(
+    trait_fn: Callable[[np.ndarray], Any],
+    images: np.ndarray,
+    degrade_fn: Callable[[Key, Array], Array] | None = None,
+    config: Config = Config(),
+    /,
+    **changes: Any,
+) -> Learner:
+    """The learner of any trait, such as density or tortuosity, of photographs at hand.
+
+    Args:
+        trait_fn: photographs [M, N, N, 3] uint8 -> the trait of each, [M]; called once, with the clean ones.
+        images: photographs [M, N, N, 3] uint8, of which every tenth is for validation.
+        degrade_fn: (key, images [B, N, N, 3] in 0..1) -> worse copies of them, pure; default: `degraded` with
+            severities from 0 to `config.severity`.
+        config: of network and training; its size becomes that of the images.
+        changes: field values in place of the config's.
+
+    Returns:
+        A learner as `dart`'s, for `jaxstack.train`; it predicts in the units of `trait_fn`.
+
+    Raises:
+        UserError: for other images, fewer than 10, or values that are not finite, not one for each, or all equal.
+    """
+    images = np.asarray(images)
+    square = images.ndim == 4 and images.shape[1] == images.shape[2] and images.shape[3] == 3
+    if not square or images.dtype != np.uint8 or len(images) < 10:
+        found = f"{list(images.shape)} {images.dtype}"
+        raise UserError(f"images: found {found}, expected [M, N, N, 3] uint8 with M of at least 10")
+    values = np.asarray(trait_fn(images), np.float32)
+    if values.shape != (len(images),) or not np.isfinite(values).all():
+        raise UserError(f"trait_fn: gave {list(values.shape)} values, expected {len(images)} finite ones")
+    config = configs.replace(config, size=images.shape[1], **changes)
+    held = np.random.default_rng(config.data_seed).permutation(len(values)) % 10 == 0
+    mean, std = float(values[~held].mean()), float(values[~held].std())
+    if not std > 0:
+        raise UserError(f"trait_fn: all {(~held).sum()} values are {mean:g}: there is nothing to learn")
+    targets = standardised(values, mean, std).astype(np.float32)
+    worse = degrade_fn or (lambda key, x: degraded(key, x, 0.0, config.severity) if config.severity else x)
+
+    def change(key: Key, batch: tuple[Array, Array]) -> tuple[Array, Array]:
+        k_turn, k_degrade = jax.random.split(key)
+        x = batch[0].astype(jnp.float32) / 255.0
+        return worse(k_degrade, turned(k_turn, x) if config.turn else x), batch[1]
+
+    def batches(_: Config) -> Source:
+        return ArrayData((images[~held], targets[~held]), config.batch_size, per_seed=True, augment=change)
+
+    def held_out(_: Config) -> Source:
+        """Clean, and in fixed worse copies."""
+        clean = images[held].astype(np.float32) / 255.0
+        poor = np.asarray(worse(jax.random.key(0), jnp.asarray(clean)))
+        return SplitData((np.concatenate([clean, poor]), np.tile(targets[held], 2)), 100)
+
+    return _learner(config, lambda: (mean, std), batches, held_out, "approximate-trait")

@@ -150,6 +150,34 @@ def test_trait_units_head_and_mean_predictor():
     np.testing.assert_allclose(errors.mean(), np.abs(values - values.mean()).mean() / values.std(), rtol=1e-5)
 
 
+def test_any_trait_of_clean_images_is_approximated():
+    rng = np.random.default_rng(0)
+    images = np.clip(rng.integers(40, 200, (60, 1, 1, 1)) + rng.integers(-20, 20, (60, 32, 32, 3)), 0, 255)
+    images = images.astype(np.uint8)
+    bright = lambda x: 100.0 + x.mean((1, 2, 3))
+    seen = []
+
+    def dim(key, x):
+        seen.append(x.shape)
+        return x * jax.random.uniform(key, (len(x), 1, 1, 1), minval=0.95)
+
+    options = dict(widths=(4, 4, 4, 4), hidden=8, batch_size=18, num_updates=60)
+    learner = dart.approximate_trait(bright, images, dim, **options)
+    result = train(learner, seeds=1, progress=False, eval_every=-1)
+    assert {shape[1:] for shape in seen} == {(32, 32, 3)}
+    state = jax.tree.map(lambda x: x[0], result.state)
+    found = np.asarray(learner.predict(state, images.astype(np.float32) / 255))
+    assert np.corrcoef(found, bright(images))[0, 1] > 0.9  # in the trait's units, of images that were not dimmed
+    assert abs(found.mean() - bright(images).mean()) < 25
+    for wrong, message in (
+        ((bright, images[:9], dim), r"images: found \[9, 32, 32, 3\] uint8, expected \[M, N, N, 3\] uint8"),
+        ((lambda x: np.ones(len(x)), images), "trait_fn: all 54 values are 1: there is nothing to learn"),
+        ((lambda x: np.ones(3), images), r"trait_fn: gave \[3\] values, expected 60 finite ones"),
+    ):
+        with pytest.raises(UserError, match=message):
+            dart.approximate_trait(*wrong, **options)
+
+
 def test_crops_as_released():
     image = np.zeros((120, 200, 3), np.uint8)
     image[30:70, 50:150] = 200
