@@ -17,6 +17,7 @@ import numpy as np
 
 from jaxstack import agents, envs
 from jaxstack.agents.imitate_then_improve import counted
+from jaxstack.claims import d4rl
 from jaxstack.claims.harness import Check, Claim, Curve, Experiment, Row, Scale
 from jaxstack.core import stages
 from jaxstack.core.runner import RunOptions
@@ -246,6 +247,8 @@ def scale(budget: Budget, seeds: int, minutes: float) -> Scale:
     )
 
 
+FULL = scale(Budget(100_000, 20_000, 256, 2_500), 10, 0.0)
+
 claim = Claim(
     method="imitate-then-improve",
     paper="Jelley, McInroe, Devlin & Storkey (2024)",
@@ -255,10 +258,13 @@ claim = Claim(
         "alone lies between; on random data the gain shrinks."
     ),
     scope=(
-        "One sparse task with data of a noisy controller and of random play, small networks. D4RL's tasks are not "
-        "played here. Exact fitted-Q iterations on a chain."
+        "One sparse task with data of a noisy controller and of random play, small networks. D4RL's tasks are played "
+        "at full scale alone, where their data are given by path. Exact fitted-Q iterations on a chain."
     ),
-    scales={"small": scale(Budget(), 10, 59.0), "full": scale(Budget(100_000, 20_000, 256, 2_500), 10, 0.0)},
+    scales={
+        "small": scale(Budget(), 10, 59.0),
+        "full": FULL._replace(experiments=(*FULL.experiments, *d4rl.EXPERIMENTS), checks=(*FULL.checks, *d4rl.CHECKS)),
+    },
     baselines=("TD3+BC", "EDAC"),
     ours="AC",
     curves=tuple(Curve(name, "return", "updates", "linear") for name in (WITH, WITHOUT, SOFT)),
