@@ -90,7 +90,9 @@ class Config(offline.OfflineConfig):
         require_at_least(self, 0, "pretrain_steps", "conservative", "cloning")
         require_at_least(self, 1, "num_critics")
         require_unit(self, "td_component")
-        require(self, "pretrain_steps", self.pretrain_steps < self.num_updates, f"less than {self.num_updates=}")
+        require(
+            self, "pretrain_steps", self.pretrain_steps < self.num_updates, f"less than num_updates={self.num_updates}"
+        )
         edac = self.base == "edac"
         require(self, "conservative", not (edac and self.conservative), "0 with base edac, which has cloning")
         require(self, "cloning", edac or not self.cloning, f"0 with base {self.base}")

@@ -46,6 +46,7 @@ def mountain_car(obs: Float[Array, "B S"]) -> Bool[Array, " B"]:
 
 TERMINATIONS: dict[str, Ends] = {
     "gymnax/MountainCarContinuous-v0": mountain_car,
+    **dict.fromkeys([f"gymnax/{x}" for x in ("Pendulum-v1", "Reacher-misc", "Swimmer-misc", "PointRobot-misc")], never),
     "hopper": hopper,
     "walker2d": walker2d,
     "ant": ant,

@@ -74,9 +74,16 @@ def is_dataset(name: str) -> bool:
 
 
 def check_target(path: str | Path) -> None:
-    """Raise `UserError` for a name under which `save_dataset` writes nothing."""
-    if Path(path).suffix != ".npz":
-        minari.check_target(Path(path))
+    """Make the folder that `save_dataset` writes into. Raises `UserError` where it could write nothing."""
+    path = Path(path)
+    if path.suffix != ".npz":
+        minari.check_target(path)
+    elif path.is_dir():
+        raise UserError(f"{path}: found a folder, expected the name of a file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"{path}: cannot be written ({e.strerror})") from e
 
 
 def save_dataset(path: str | Path, data: OfflineDataset, actions: minari.Actions = None) -> Path:
@@ -96,7 +103,6 @@ def save_dataset(path: str | Path, data: OfflineDataset, actions: minari.Actions
         minari.write(path, data, actions)
         return path
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("wb") as file:
             np.savez_compressed(file, info=np.array(minari.info_text(data.info)), **data.arrays())
     except OSError as e:

@@ -122,7 +122,7 @@ def sac_outputs(params, obs):
     return x @ layers[-1]["kernel"] + layers[-1]["bias"]
 
 
-def test_bad_input_is_named(capsys):
+def test_bad_input_is_named(capsys, tmp_path):
     for env, quality, options, message in (
         (
             "gymnax/Pendulum-v1",
@@ -139,11 +139,16 @@ def test_bad_input_is_named(capsys):
     ):
         with pytest.raises(UserError, match=message):
             behaviour.collect(env, quality, **options)
-    assert cli.main(["collect", "gymnax/Pendulum-v1", "--quality", "random", "--out", "x.txt"]) == 2
-    assert (
-        "--out x.txt: expected a name ending in .npz, or in -v and a number for a folder of Minari"
-        in capsys.readouterr().err
-    )
+    (tmp_path / "folder.npz").mkdir()
+    (tmp_path / "file").write_text("")
+    for out, message in (  # all before anything is trained
+        ("x.txt", "--out x.txt: expected a name ending in .npz, or in -v and a number for a folder of Minari"),
+        (tmp_path / "folder.npz", "folder.npz: found a folder, expected the name of a file"),
+        (tmp_path / "file" / "x.npz", "x.npz: cannot be written"),
+        (tmp_path / "file" / "x-v0", "x-v0: cannot be written"),
+    ):
+        assert cli.main(["collect", "gymnax/Pendulum-v1", "--quality", "expert", "--out", str(out)]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_what_is_shortened_keeps_whole_episodes():

@@ -316,7 +316,7 @@ def test_iterations_on_a_chain_are_those_of_the_bound():
 
 def test_bad_input_is_named(file):
     for options, message in (
-        (dict(pretrain_steps=6), "pretrain_steps=6: expected less than"),
+        (dict(pretrain_steps=6), "pretrain_steps=6: expected less than num_updates=6"),
         (dict(td_component=1.5), r"td_component=1.5: expected a number in \[0, 1\]"),
         (dict(base="edac", conservative=1.0), "conservative=1.0: expected 0 with base edac"),
         (dict(cloning=1.0), "cloning=1.0: expected 0 with base td3_bc"),

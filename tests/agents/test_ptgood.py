@@ -121,7 +121,12 @@ def test_ends_are_those_of_the_tasks():
     assert terminations.ant(obs([0.5, 0], [0.1, 0], [1.1, 0])).tolist() == [False, True, True]
     assert terminations.humanoid(obs([1.5, 0], [0.9, 0])).tolist() == [False, True]
     assert terminations.mountain_car(obs([0.5, 0.01], [0.5, -0.01], [0, 0])).tolist() == [True, False, False]
-    assert terminations.of("gymnax/Pendulum-v1", can_terminate=False) is terminations.never
+    for env, can_terminate in (
+        ("gymnax/Acrobot-v1", False),
+        ("gymnax/Pendulum-v1", True),
+        ("gymnax/Reacher-misc", True),
+    ):
+        assert terminations.of(env, can_terminate) is terminations.never
     assert terminations.of("brax/hopper", can_terminate=True) is terminations.hopper
     with pytest.raises(UserError, match="env='gymnax/CartPole-v1': found no termination function"):
         terminations.of("gymnax/CartPole-v1", can_terminate=True)
