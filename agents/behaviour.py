@@ -180,7 +180,8 @@ def _ppo(env: str, env_args: tuple[str, ...], steps: int) -> Learner:
 
 def _dqn(env: str, env_args: tuple[str, ...], steps: int) -> Learner:
     """Double DQN with a dueling head."""
-    options: dict[str, Any] = dict(rounds=ROUNDS, train_every=EVERY, double=True, dueling=True, eval_episodes=32)
+    options: dict[str, Any] = dict(rounds=ROUNDS, train_every=EVERY, double=True, dueling=True, batch_size=128)
+    options |= dict(eval_episodes=32, hypers=dqn.Hypers(lr=3e-4))
     learner = dqn.dqn(dqn.Config(env=env, env_args=env_args, total_steps=steps, **options))
     return _as_played(learner)._replace(with_length=None)  # exploration falls over `steps`, however few are run
 

@@ -163,8 +163,8 @@ def test_what_is_shortened_keeps_whole_episodes():
     ("env", "name", "steps"),
     [
         ("gymnax/Pendulum-v1", "ppo", 300_000),
-        ("gymnax/Pendulum-v1", "sac", 10_000),
-        ("gymnax/CartPole-v1", "dqn", 50_000),
+        ("gymnax/Pendulum-v1", "sac", 20_000),
+        ("gymnax/CartPole-v1", "dqn", 100_000),
     ],
 )
 def test_qualities_lie_where_their_names_say(env, name, steps):
