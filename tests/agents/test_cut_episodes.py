@@ -1,4 +1,4 @@
-"""The values that truncated episodes bootstrap from, against one critic call for each step."""
+"""What PPO learns from: values of truncated episodes, against one critic call for each step, and log-probabilities."""
 
 import jax
 import jax.numpy as jnp
@@ -54,3 +54,22 @@ def test_next_values_are_those_of_the_true_next_inputs(agent, count, gru):
         np.testing.assert_allclose(got[t][cut], after[0][cut], atol=1e-5)
         if t + 1 < STEPS:
             np.testing.assert_array_equal(got[t][~cut], value[t + 1][~cut])
+
+
+@pytest.mark.parametrize(("agent", "kind", "count", "gru"), [("ppo", "target", 1, 0), ("mappo", "match", 2, 4)])
+def test_ratios_are_one_before_the_first_update(agent, kind, count, gru):
+    learner = make(agent, kind, count, num_envs=4, num_steps=8, hidden=(4,), total_steps=64, gru=gru)
+    task = network(agent, learner.config)
+
+    @jax.jit
+    def run(key):
+        state = learner.init(key, as_hypers(learner.hypers))
+        _, batch, _ = team_ppo.gather_batch(task, state, key)
+        drawn = team_ppo.samples(task, batch)
+        minibatch = drawn.take(jnp.arange(drawn.count // 2))
+        weights, _ = task.team.materialise(state.params, state.aux_state, None)
+        return jnp.exp(team_ppo.distribution(task, weights, minibatch).log_prob(minibatch.action) - minibatch.logp)
+
+    ratio = run(jax.random.key(0))
+    assert ratio.size == 16 * count
+    np.testing.assert_allclose(ratio, 1.0, atol=1e-6)
