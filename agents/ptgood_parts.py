@@ -20,8 +20,9 @@ from jaxstack.core.replay import Replay
 from jaxstack.envs import terminations, vector
 from jaxstack.nn import bottleneck, dynamics
 from jaxstack.nn.bottleneck import ADAM, Encoders, Mixture
+from jaxstack.nn.distributions import TanhNormal
 from jaxstack.nn.dynamics import Dynamics, Rows
-from jaxstack.nn.ensembles import Critics, Net
+from jaxstack.nn.ensembles import Critics, Net, forward
 
 LOG_STD = (-20.0, 2.0)
 ALPHA = 0.1
@@ -197,6 +198,15 @@ class Task(NamedTuple):
         return Net(self.cfg.encoder_hidden, FEATURES)
 
 
+class ReleasedNets(soft.Nets):
+    """Networks of the released code, in which tanh brings log deviations into their bounds."""
+
+    def actor(self, params: Any, obs: Array) -> TanhNormal:
+        mean, raw = jnp.split(forward(self.actor_net, params, obs), 2, axis=-1)
+        low, high = self.log_std
+        return TanhNormal(mean, low + 0.5 * (high - low) * (jnp.tanh(raw) + 1.0))
+
+
 def make_task(cfg: Config) -> Task:
     """Raises `UserError` where config and environment do not fit."""
     env = offline.make_task(cfg)
@@ -204,7 +214,7 @@ def make_task(cfg: Config) -> Task:
     critics = Critics(Net(cfg.critic_hidden, 1, "before", activation="elu"), 2)
     return Task(
         cfg,
-        soft.Nets(env, actor, critics, LOG_STD),
+        (ReleasedNets if cfg.reference_compat else soft.Nets)(env, actor, critics, LOG_STD),
         Dynamics(env.obs_size, env.action_size, cfg.model_hidden, cfg.members, cfg.elites),
         Encoders(env.obs_size + env.action_size, cfg.encoder_hidden, cfg.codes),
         vector.vectorise(env.env, 1),

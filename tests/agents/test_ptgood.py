@@ -351,6 +351,16 @@ def test_online_batches_are_a_third_each():
     assert counts.min() > 0.8 * 3000 / len(found)
 
 
+def test_deviations_are_clipped_and_as_released_squashed():
+    obs, raw = normal(0, 5, 2), np.float32([[0.5, -30.0], [0.2, 40.0], [1.0, -3.0]])
+    for compat in (False, True):
+        nets = parts_of.make_task(Config(**(SMALL | dict(actor_hidden=())), reference_compat=compat)).nets
+        layer = {"Dense_0": {"kernel": raw[:2], "bias": raw[2]}}
+        out = (obs @ raw[:2] + raw[2])[:, 1:]
+        want = -9 + 11 * np.tanh(out) if compat else np.clip(out, -20, 2)
+        np.testing.assert_allclose(np.log(nets.actor(layer, obs).before.std), want, rtol=1e-4, atol=1e-5)
+
+
 def test_imagined_play_never_starts_at_an_end():
     task = begun(reference_compat=True)[0]
     data = rows(8, 0.0)
