@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.scipy.special import digamma
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 BLOCK = 512
 """Rows whose distances to all others are held at once."""
@@ -95,8 +95,103 @@ def posterior_divergence(
     action: Int[Array, " n"], near_z: Int[Array, "n k"], near_zx: Int[Array, "n k"], classes: int, alpha: float
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Return (I(X; A | Z), H(A | Z)): the mean of KL(p_ZX || p_Z) and of the entropy of p_Z."""
-    p, q = (posterior(action, index, classes, alpha) for index in (near_zx, near_z))
+    return _divergence(*(posterior(action, index, classes, alpha) for index in (near_zx, near_z)))
+
+
+def _divergence(p: Array, q: Array) -> tuple[Array, Array]:
+    """(mean KL(p || q), mean entropy of q) of distributions [n, C]."""
     return (p * (jnp.log(p) - jnp.log(q))).sum(-1).mean(), -(q * jnp.log(q)).sum(-1).mean()
+
+
+def smallest(values: Float[Array, "m n"], k: int) -> Bool[Array, "m n"]:
+    """Mark the k smallest entries of each column, the first ones of equal values.
+
+    The bound is bisected among the bit patterns of numbers, which are in the numbers' order, until k entries of every
+    column are below it: much faster than sorting a part of each column.
+
+    Args:
+        values: at least 0, so no NaN.
+        k: 1 to m.
+    """
+    kind = jnp.int64 if values.dtype == jnp.float64 else jnp.int32
+    bits = jax.lax.bitcast_convert_type(values, kind)
+
+    def below(bound: Array) -> Array:
+        # a sum of rows, which runs along the columns; computed once, not in each fusion that reads it
+        rows = [(row < bound).astype(jnp.int32) for row in bits]
+        return jax.lax.optimization_barrier(functools.reduce(jnp.add, rows))
+
+    def narrower(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        low, high, count = state
+        middle = low + (high - low >> 1)
+        found = below(middle)
+        unsure = (count > k) & (high - low > 1)
+        enough = unsure & (found >= k)
+        return (
+            jnp.where(unsure & ~enough, middle, low),
+            jnp.where(enough, middle, high),
+            jnp.where(enough, found, count),
+        )
+
+    start = bits.min(0), bits.max(0) + 1, jnp.full(values.shape[1], len(values), jnp.int32)
+    wide = lambda s: ((s[2] > k) & (s[1] - s[0] > 1)).any()
+    _, high, count = jax.lax.while_loop(wide, narrower, start)
+
+    def without_last(inside: Array) -> Array:
+        equal = bits == high - 1
+        return inside & ~(equal & (jnp.cumsum(equal, 0) > equal.sum(0) - (count - k)))
+
+    return jax.lax.cond((count > k).any(), without_last, lambda inside: inside, bits < high)
+
+
+def label_counts(labels: Int[Array, "m n"], inside: Bool[Array, "m n"], classes: int, most: int) -> Int[Array, "n c"]:
+    """Count each label among the marked entries of each column.
+
+    Args:
+        labels: ids 0..classes-1.
+        inside: the entries that count.
+        classes: number of labels C.
+        most: entries of a column that are marked at most; the counts of several labels share an integer.
+    """
+    width = most.bit_length()
+    each, found = max(31 // width, 1), []
+    for first in range(0, classes, each):
+        mine = inside & (labels >= first) & (labels < first + each)
+        packed = jnp.where(mine, 1 << (width * jnp.clip(labels - first, 0, each - 1)), 0).sum(0)
+        found += [packed >> (width * i) & (1 << width) - 1 for i in range(min(each, classes - first))]
+    return jnp.stack(found, -1)
+
+
+def label_divergence(
+    near: Neighbours,
+    given: Int[Array, "r n"],
+    action: Int[Array, "r n"],
+    classes: int,
+    k: int,
+    alpha: float,
+) -> tuple[Float[Array, " r"], Float[Array, " r"]]:
+    """Return `posterior_divergence` of several labellings, X being the standardised one-hot code of `given`.
+
+    In X two rows of labels a, b are 1 / var_a + 1 / var_b apart, and 0 where they agree.
+
+    Args:
+        near: neighbours in Z, those that are re-ranked.
+        given, action: labels 0..classes-1.
+        classes, k, alpha: as of `cmi_discrete`.
+    """
+    # columns of neighbours, so that sums over them run along the rows of the sample
+    index, square = jax.lax.optimization_barrier((near.index.T, near.square.T))
+
+    def one(labels: tuple[Array, Array]) -> tuple[Array, Array]:
+        x, a = labels
+        scale = 1.0 / jnp.square(jnp.maximum(jax.nn.one_hot(x, classes, dtype=square.dtype).std(0), 1e-12))[x]
+        apart = jnp.where(x[index] == x, 0.0, scale + scale[index])
+        both, a = smallest(jax.lax.optimization_barrier(square + apart), k), a[index]
+        smooth = lambda count: (count + alpha) / (k + alpha * classes)
+        first = label_counts(a[:k], jnp.ones((k, a.shape[1]), bool), classes, k)
+        return _divergence(smooth(label_counts(a, both, classes, k)), smooth(first))
+
+    return jax.lax.map(one, (given, action))
 
 
 def candidates(n: int, k: int, factor: int = 5) -> int:
@@ -174,14 +269,18 @@ def mi_ross_each(
     `spare` rows of rare classes that need more are compared with all points, and all rows if there are more of them.
     """
     n = len(x)
-    near = neighbours(x, min(depth, n - 1)).index
+    near = neighbours(x, min(depth, n - 1)).index.T
+    place = 1 + jnp.arange(len(near))[:, None]
 
     def one(action: Array) -> Array:
         size = jnp.stack([(action == c).sum() for c in range(classes)])[action]
         own, use = jnp.clip(size - 1, 1, k), size > 1
-        reached = jnp.cumsum(action[near] == action[:, None], axis=1) >= own[:, None]
-        within = 1 + jnp.argmax(reached, axis=1)
-        missing = use & ~reached.any(1)
+        same = action[near] == action
+        within = last = jnp.zeros(n, place.dtype)
+        for count in range(1, k + 1):  # the next row of the own class, behind the list where there is none
+            last = jnp.where(same & (place > last), place, len(near) + 1).min(0)
+            within = jnp.where(own == count, last, within)
+        missing = use & (within > len(near))
 
         def compared(rows: Array, index: Array) -> Array:
             square = _square(x, rows, index)

@@ -381,13 +381,7 @@ def _conditional(z: Array, x: Array, taken: Array, classes: int, k: int, alpha: 
 @functools.partial(jax.jit, static_argnames=("classes", "k", "alpha"))
 def _coupling(z: Array, given: Array, taken: Array, classes: int, k: int, alpha: float) -> tuple[Array, Array]:
     """The same with X the one-hot action `given` [R, n]: only the re-ranking is repeated."""
-    near = info.neighbours(z, info.candidates(len(z), k))
-
-    def one(pair: tuple[Array, Array]) -> tuple[Array, Array]:
-        both = info.joint(near, info.standardise(jax.nn.one_hot(pair[0], classes)), k)
-        return info.posterior_divergence(pair[1], near.index[:, :k], both, classes, alpha)
-
-    return jax.lax.map(one, (given, taken))
+    return info.label_divergence(info.neighbours(z, info.candidates(len(z), k)), given, taken, classes, k, alpha)
 
 
 @functools.partial(jax.jit, static_argnames=("classes", "k", "alpha"))

@@ -263,17 +263,56 @@ def kernel_dense(x: Array, g: Array, *, window: Window) -> Array:
     if window.size == (1, 1):
         whole = kernel_pack(x, g, window=window._replace(groups=1))
     else:
-        x, w = padded(x, window)
+        # without a border of its own the image is up to four times as fast, unless the cotangent is larger
+        small = all(b <= a for a, b in zip(x.shape[1:3], g.shape[1:3])) and min(map(min, window.padding)) >= 0
+        x, w = (x, window) if small and window.spread == (1, 1) else padded(x, window)
         whole = lax.conv_general_dilated(
             jnp.transpose(x, (3, 1, 2, 0)),
             jnp.transpose(g, (1, 2, 0, 3)),
             w.dilation,
-            "VALID",
+            w.padding,
             rhs_dilation=w.stride,
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
         whole = jnp.transpose(whole[:, : w.size[0], : w.size[1]], (1, 2, 0, 3))
     return of_blocks(whole, window.groups) if window.groups > 1 else whole
+
+
+def conv_point(x: Array, kernel: Array, *, window: Window) -> Array:
+    """A 1x1 kernel as one matrix product; where there is a stride, without padding."""
+    if window.stride != (1, 1):
+        (x,) = shifts(x, window)
+    out = lax.dot(x.reshape(-1, x.shape[3]), kernel[0, 0]).reshape(*x.shape[:3], -1)
+    return padded(out, window)[0] if window.stride == (1, 1) else out
+
+
+def conv_rows(x: Array, kernel: Array, *, window: Window) -> Array:
+    """XLA's convolution with more rows than the image has, which are cut off: so it is Eigen's, on all cores.
+
+    What YNNPACK would compute, which XLA prefers for all other convolutions of more than 16 channels, runs on one core
+    unless there are several blocks of output channels.
+    """
+    (above, below), columns = window.padding
+    more = x.shape[1] - _out(x.shape[1:3], window)[0] + 1
+    return conv_plain(x, kernel, window=window._replace(padding=((above, below + more), columns)))[:, :-more]
+
+
+def on_all_cores(x: Array, kernel: Array, window: Window) -> bool:
+    """Whether `conv_rows` was measured to be faster: few output channels, many rows, work for several cores."""
+    more = x.shape[1] - _out(x.shape[1:3], window)[0] + 1
+    return (
+        cores() > 1
+        and window.stride == window.spread == (1, 1)
+        and kernel.shape[3] <= ONE_BLOCK
+        and 0 < more * MOST_WASTE <= x.shape[1]
+        and multiply_adds(x.shape, kernel.shape, window) >= MUCH_WORK
+    )
+
+
+def cores() -> int:
+    """That this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def conv_im2col(x: Array, kernel: Array, *, window: Window) -> Array:
@@ -307,6 +346,12 @@ KERNEL_FORMS = {"lax": kernel_plain, "pack": kernel_pack, "dense": kernel_dense,
 
 FEW_GROUPS = 8
 """So many convolutions one after the other are faster than one of all groups."""
+ONE_BLOCK = 64
+"""Output channels that one core computes in YNNPACK's convolutions."""
+MOST_WASTE = 16
+"""Rows of an image for each one that `conv_rows` adds."""
+MUCH_WORK = 1 << 22
+"""Multiply-adds of a convolution for which it is worth while to wake other cores."""
 FEW_ROWS = 1024
 """So many pixels of a batch are faster by a product per group than by one of all groups."""
 TUNED: dict[str, str] = {}
@@ -392,6 +437,11 @@ def conv_cpu(x: Array, kernel: Array, *, window: Window) -> Array:
         return conv_split(x, kernel, window=window)
     if window.groups > 1 and x.shape[0] * math.prod(_out(x.shape[1:3], window)) <= FEW_ROWS:
         return conv_pack(x, kernel, window=window)
+    unpadded = window.spread == (1, 1) and window.padding == ((0, 0), (0, 0))
+    if window.groups == 1 and window.size == (1, 1) and (window.stride == (1, 1) or unpadded):
+        return conv_point(x, kernel, window=window)
+    if window.groups == 1 and on_all_cores(x, kernel, window):
+        return conv_rows(x, kernel, window=window)
     return conv_dense(x, kernel, window=window)
 
 

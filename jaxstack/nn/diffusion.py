@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxstack.core.errors import UserError
 from jaxstack.nn.conv import Conv
+from jaxstack.nn.vision.layers import GroupNorm
 
 EpsFn = Callable[[Array, Array], Array]
 Range = tuple[float, float]
@@ -140,7 +141,7 @@ def embedded(times: Int[Array, " b"], features: int) -> Float[Array, "b f"]:
 
 
 def _norm(x: Array) -> Array:
-    return nn.GroupNorm(num_groups=min(32, max(x.shape[-1] // 4, 1)), epsilon=1e-5)(x)
+    return GroupNorm(min(32, max(x.shape[-1] // 4, 1)))(x)
 
 
 def _half(x: Array) -> Array:

@@ -50,6 +50,30 @@ def test_discrete_cmi_is_the_nested_reference(columns):
     np.testing.assert_allclose(single, cmi, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_the_smallest_of_each_column(dtype):
+    rng = np.random.default_rng(6)
+    with jax.enable_x64(dtype == "float64"):
+        for values in (rng.random((40, 30)), rng.integers(0, 4, (40, 30)), np.zeros((40, 30))):  # few and many ties
+            for k in (1, 7, 40):
+                found = np.asarray(info.smallest(jnp.asarray(values, dtype), k))
+                first = np.argsort(values.astype(dtype), 0, kind="stable")[:k]
+                assert (np.sort(np.nonzero(found.T)[1].reshape(30, k), 1) == np.sort(first.T, 1)).all()
+
+
+@pytest.mark.parametrize("classes", [2, 9])
+def test_labels_as_a_source_are_their_one_hot_codes(classes):
+    """`label_divergence` against the estimate that takes any X; 9 labels' counts fill more than one integer."""
+    rng = np.random.default_rng(7)
+    z = jnp.asarray(rng.normal(size=(300, 4)), jnp.float32)
+    given, action = jnp.asarray(rng.integers(0, classes, (2, 2, 300)))
+    near = info.neighbours(z, info.candidates(300, 10))
+    found = np.stack(info.label_divergence(near, given, action, classes, 10, 0.5))
+    for i in range(2):
+        x = info.standardise(jax.nn.one_hot(given[i], classes))
+        np.testing.assert_allclose(found[:, i], info.cmi_discrete(z, x, action[i], classes, 10, 0.5), rtol=1e-5)
+
+
 def test_a_copy_of_the_condition_adds_nothing():
     rng = np.random.default_rng(1)
     z = jnp.asarray(rng.normal(size=(300, 4)), jnp.float32)

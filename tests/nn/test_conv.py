@@ -58,10 +58,36 @@ def test_every_form_computes_the_same(case):
     x, kernel, window, _, plain = arrays(case, jnp.float32)
     out, back = jax.vjp(plain, x, kernel)
     g = jnp.cos(out)
-    for form in (conv.conv_pack, conv.conv_dense):
+    alone = [conv.conv_rows] if window.groups == 1 else []
+    for form in (conv.conv_pack, conv.conv_dense, *alone):
         np.testing.assert_allclose(form(x, kernel, window=window), out, rtol=1e-4, atol=1e-4)
     for form in (conv.kernel_pack, conv.kernel_dense, conv.kernel_plain):
         np.testing.assert_allclose(form(x, g, window=window), back(g)[1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("stride", "spread", "padding"), [(1, 1, 0), (2, 1, 0), (1, 2, 0), (1, 2, -1), (1, 1, 1)])
+def test_one_pixel_is_a_matrix_product(stride, spread, padding):
+    pads = ((padding, 0), (0, padding))
+    window = conv.Window((1, 1), (stride, stride), (spread, spread), (1, 1), pads, 1)
+    x, kernel = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(((2, 5, 6, 4), (1, 1, 4, 3))))
+    found, wanted = (form(x, kernel, window=window) for form in (conv.conv_point, conv.conv_plain))
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_all_cores_are_asked_where_that_pays(monkeypatch):
+    monkeypatch.setattr(conv, "cores", lambda: 2)
+    x, kernel = jnp.ones((32, 16, 16, 64)), jnp.ones((3, 3, 64, 64))
+    asks = lambda x, kernel, **o: conv.on_all_cores(x, kernel, conv.window_of(x.shape, kernel.shape, 1, **o))
+    assert asks(x, kernel)
+    assert not asks(x, jnp.ones((3, 3, 64, 128)))  # two blocks of channels: the other cores have work
+    assert not asks(x, kernel, stride=2)
+    assert not asks(x, kernel, padding=0)
+    assert not asks(x[:, :8, :8], kernel)  # one row more is an eighth
+    assert not asks(x[:1, :, :, :8], kernel[:, :, :8, :8])
+    found = jax.jit(functools.partial(conv.conv2d, padding=1))(x, kernel)
+    np.testing.assert_allclose(found, conv.conv_plain(x, kernel, window=conv.window_of(x.shape, kernel.shape, 1)))
+    monkeypatch.setattr(conv, "cores", lambda: 1)
+    assert not asks(x, kernel)
 
 
 @pytest.mark.parametrize("axes", [(0, 0), (0, None), (None, 0), (1, 3)])

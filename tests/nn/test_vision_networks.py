@@ -85,6 +85,19 @@ def test_batch_norm_is_flax_with_the_running_variance_that_is_asked_for(variance
         BatchNorm("biased").apply(old, x)
 
 
+def test_group_norm_is_that_of_flax():
+    mine, theirs = layers.GroupNorm(3), nn.GroupNorm(3, epsilon=1e-5)
+    with jax.enable_x64(True):
+        x = 3.0 + jax.random.normal(jax.random.key(0), (2, 5, 4, 12), jnp.float64)
+        variables = {"params": {"scale": jnp.linspace(0.5, 2.0, 12), "bias": jnp.arange(12.0)}}
+        assert jax.tree.map(jnp.shape, mine.init(jax.random.key(1), x)) == jax.tree.map(jnp.shape, variables)
+        loss = lambda module: lambda x: jnp.sin(module.apply(variables, x)).sum()
+        for of in (lambda module: module.apply(variables, x), lambda module: jax.grad(loss(module))(x)):
+            np.testing.assert_allclose(of(mine), of(theirs), rtol=1e-8, atol=1e-9)
+    with pytest.raises(UserError, match="num_groups=5: expected a divisor of 12 channels"):
+        layers.GroupNorm(5).init(jax.random.key(0), x)
+
+
 def test_masks_taps_and_a_block_without_middle_channels():
     x = jax.random.normal(KEY, (2, 8, 8, 3))
     network = WRN(10, 0.5, mid_features=(5, 6, 7))

@@ -25,7 +25,7 @@ from jaxstack.nn.vision.boxes import (
     square_anchors,
 )
 from jaxstack.nn.vision.detection_loss import Kind, Targets, atss_targets, fcos_ranges, fcos_targets
-from jaxstack.nn.vision.layers import BatchNorm, Variance, conv
+from jaxstack.nn.vision.layers import BatchNorm, GroupNorm, Variance, conv
 from jaxstack.nn.vision.mobilenet_v3 import MobileNetV3
 from jaxstack.nn.vision.resnet import ResNet
 
@@ -134,7 +134,7 @@ class Head(nn.Module):
         tower = lambda kind: [
             (
                 made(self.channels, f"{kind}{i}", use_bias=False),
-                nn.GroupNorm(groups, epsilon=1e-5, name=f"{kind}_gn{i}"),
+                GroupNorm(groups, name=f"{kind}_gn{i}"),
             )
             for i in range(self.towers)
         ]

@@ -62,6 +62,34 @@ class BatchNorm(nn.Module):
         return x * factor + (bias - mean * factor)
 
 
+class GroupNorm(nn.Module):
+    """Normalisation by groups of an image's channels (Wu and He, 2018), with the parameters of flax's.
+
+    Pixels are summed for each channel, then channels for each group: sums over few channels at once are slow on CPUs.
+    """
+
+    num_groups: int
+    epsilon: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """[N, ..., C] -> [N, ..., C]. Raises `UserError` for channels that the groups do not divide."""
+        width = x.shape[-1]
+        if width % self.num_groups:
+            raise UserError(f"num_groups={self.num_groups}: expected a divisor of {width} channels")
+        scale = self.param("scale", nn.initializers.ones, (width,))
+        bias = self.param("bias", nn.initializers.zeros, (width,))
+        axes = tuple(range(1, x.ndim - 1))
+
+        def grouped(x: Array) -> Array:
+            means = x.mean(axes).reshape(len(x), self.num_groups, -1).mean(-1)
+            return jnp.expand_dims(jnp.repeat(means, width // self.num_groups, 1), axes)
+
+        mean = grouped(x)
+        var = jax.nn.relu(grouped(jnp.square(x)) - jnp.square(mean))
+        return (x - mean) * (scale * jax.lax.rsqrt(var + self.epsilon)) + bias
+
+
 def conv(features: int, size: int = 3, stride: int = 1, **options: Any) -> Conv:
     """A convolution without bias, padded on all sides as PyTorch's `padding=size // 2`."""
     options = dict(use_bias=False, kernel_init=fan_out_normal) | options
