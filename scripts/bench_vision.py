@@ -7,6 +7,7 @@
 
 forward     logits in evaluation, aim at least 1.0 times the speed of torch
 train       forward, backward and SGD with momentum, aim 0.7
+detector    a training step of the small FCOS detector on drawn scenes: targets, loss, gradient, clipped SGD, aim 0.7
 fisher      Fisher potential of WRN-40-2 (BlockSwap), against a backward pass to all weights as in public code, aim 1.3
 naswot      a score of a NAS-Bench-201 cell with new weights, against the clone's network and passes, aim 2
 zero-shot   a round of zero-shot knowledge transfer from WRN-40-2 to WRN-16-1, aim 0.8
@@ -40,6 +41,8 @@ LARGE = ("densenet121", "mobilenet-v3-large", "efficientnet-lite0")
 TRAINED = ("wrn-40-2", "resnet-18", "mobilenet-v2")
 MAPS = ("dense", "generic", "lowrank", "shuffle", "acdc", "tt", "tucker", "hashed", "hashed-full")
 CELL = "|nor_conv_3x3~0|+|nor_conv_3x3~0|avg_pool_3x3~1|+|skip_connect~0|nor_conv_3x3~1|skip_connect~2|"
+SEEN = ("size", "scale", "radius")
+"""Of a detector's config, what its loss reads."""
 LAYOUTS = ("default", "channels_last")
 
 
@@ -60,10 +63,32 @@ class Job(NamedTuple):
 def sizes(args: argparse.Namespace) -> dict[str, int]:
     if args.tiny:
         return dict(
-            small=8, large=32, train=2, fisher=2, score=4, channels=4, cells=1, zero=4, rows=2, side=4, width=16
+            small=8,
+            large=32,
+            train=2,
+            scenes=2,
+            fisher=2,
+            score=4,
+            channels=4,
+            cells=1,
+            zero=4,
+            rows=2,
+            side=4,
+            width=16,
         )
     return dict(
-        small=32, large=128, train=32, fisher=128, score=64, channels=16, cells=5, zero=32, rows=32, side=16, width=64
+        small=32,
+        large=128,
+        train=32,
+        scenes=16,
+        fisher=128,
+        score=64,
+        channels=16,
+        cells=5,
+        zero=32,
+        rows=32,
+        side=16,
+        width=64,
     )
 
 
@@ -137,10 +162,11 @@ def train(args: argparse.Namespace, folder: Path) -> Any:
         model, optimiser = linen(network, batch[0][:1]), Optimiser("sgd", "constant", decay=None)
         hypers = Hypers(lr=0.01, weight_decay=5e-4)
         learner = supervised(model, cross_entropy, optimiser=optimiser, num_steps=1000, hypers=hypers)
-        yield stepped(f"train step, {name}, batch {count}", learner, variables, batch, name)
+        ask = both("train", network=name, classes=10)
+        yield stepped(f"train step, {name}, batch {count}", learner, variables, batch, ask)
 
 
-def stepped(case: str, learner: Any, variables: Any, batch: Any, network: str) -> Job:
+def stepped(case: str, learner: Any, variables: Any, batch: Any, peers: dict[str, dict[str, Any]]) -> Job:
     """A job whose call is a step of a supervised learner, from one state to the next."""
     import jax
     import jax.numpy as jnp
@@ -156,7 +182,30 @@ def stepped(case: str, learner: Any, variables: Any, batch: Any, network: str) -
         held[0] = step(held[0][0], batch)
         return held[0]
 
-    return Job(case, 0.7, call, lambda: first, both("train", network=network, classes=10))
+    return Job(case, 0.7, call, lambda: first, peers)
+
+
+def detector(args: argparse.Namespace, folder: Path) -> Any:
+    import jax
+    import jax.numpy as jnp
+    from flax.traverse_util import flatten_dict
+
+    from jaxstack.data import boxes
+    from jaxstack.nn import detector as detectors
+    from jaxstack.nn.supervised import Optimiser, variables
+
+    count = sizes(args)["scenes"]
+    config = detectors.Config(batch_size=count)
+    config = detectors.configs.replace(config, hypers=detectors.Hypers(lr=0.01))
+    optimiser = Optimiser("sgd", "constant", clip=True)
+    learner = detectors.learner_of(config, metrics={}, optimiser=optimiser)
+    given = variables(jax.jit(learner.init)(jax.random.key(0), config.hypers))
+    x, truth = boxes.part(config.data, "train", config.size, config.split_seed, count).read(range(count))
+    store(folder, "weights", **{"/".join(path): leaf for path, leaf in flatten_dict(given).items()})
+    store(folder, "batch", x=x, boxes=truth.boxes, labels=truth.labels, valid=truth.valid)
+    batch = jax.tree.map(jnp.asarray, (x, truth))
+    ask = both("detector", strides=detectors.strides(config), **{k: getattr(config, k) for k in SEEN})
+    yield stepped(f"detector step, FCOS, width {config.width}, batch {count}", learner, given, batch, ask)
 
 
 def fisher(args: argparse.Namespace, folder: Path) -> Any:
@@ -261,6 +310,7 @@ def structured(args: argparse.Namespace, folder: Path) -> Any:
 CASES = {
     "forward": forward,
     "train": train,
+    "detector": detector,
     "fisher": fisher,
     "naswot": naswot,
     "zero-shot": zero_shot,

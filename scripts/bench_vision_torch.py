@@ -19,6 +19,7 @@ import numpy as np
 import torch  # pyright: ignore[reportMissingImports]
 import torch.nn.functional as F  # pyright: ignore[reportMissingImports]
 import torch_networks as nets
+from torch_detector import Detector
 
 Call = Callable[[], Any]
 FORMATS = {"default": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -61,6 +62,31 @@ def train(folder: Path, ask: dict[str, Any]) -> tuple[Call, Any]:
         optimiser.zero_grad(set_to_none=True)
         loss = F.cross_entropy(module(x), y)
         loss.backward()
+        optimiser.step()
+        return loss.detach()
+
+    return call, float(call())
+
+
+def detector(folder: Path, ask: dict[str, Any]) -> tuple[Call, Any]:
+    """A training step of the FCOS detector: targets, loss, gradient, clipping, SGD whose decay is of kernels alone."""
+    with np.load(folder / "weights.npz", allow_pickle=False) as file:
+        weights = {k: np.array(v) for k, v in file.items()}
+    module = Detector(weights, *(ask[name] for name in ("size", "strides", "scale", "radius")))
+    module = module.to(memory_format=FORMATS[ask["layout"]])
+    data, sides = arrays(folder, "batch"), ([], [])
+    images = data["x"].permute(0, 3, 1, 2).contiguous(memory_format=FORMATS[ask["layout"]])
+    truth = data["boxes"], data["labels"].long(), data["valid"].bool()
+    for weight in module.parameters():
+        sides[weight.ndim > 1].append(weight)
+    groups = [dict(params=sides[0], weight_decay=0.0), dict(params=sides[1], weight_decay=1e-4)]
+    optimiser = torch.optim.SGD(groups, lr=0.01, momentum=0.9)
+
+    def call() -> Any:
+        optimiser.zero_grad(set_to_none=True)
+        loss = module.loss(images, *truth)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(module.parameters(), 35.0)
         optimiser.step()
         return loss.detach()
 
@@ -192,7 +218,7 @@ def structured(folder: Path, ask: dict[str, Any]) -> tuple[Call, Any]:
     return call, call()[0, :, 0, 0].tolist()
 
 
-KINDS = {f.__name__: f for f in (forward, train, fisher, naswot, zero_shot, structured)}
+KINDS = {f.__name__: f for f in (forward, train, detector, fisher, naswot, zero_shot, structured)}
 
 
 def main() -> None:
