@@ -1,5 +1,7 @@
 """Data sets made by `jaxstack collect`: equal keys give equal bytes, rows are those that were played."""
 
+from typing import get_args
+
 import jax
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ from scipy.stats import norm
 
 from jaxstack import cli
 from jaxstack.agents import behaviour
+from jaxstack.cli import collecting
 from jaxstack.core.errors import UserError
 from jaxstack.data.files import load_dataset
 from jaxstack.data.offline import dataset
@@ -123,6 +126,8 @@ def sac_outputs(params, obs):
 
 
 def test_bad_input_is_named(capsys, tmp_path):
+    assert tuple(behaviour.BEHAVIOURS) == collecting.BEHAVIOURS
+    assert get_args(behaviour.Quality) == collecting.QUALITIES
     for env, quality, options, message in (
         (
             "gymnax/Pendulum-v1",

@@ -156,6 +156,14 @@ def test_policies_act_and_survive_a_bundle(name, tmp_path):
     _, drawn = one.policy.act(params, one.policy.init_carry(params, many), obs, None, first, jax.random.key(2))
     assert drawn.shape == action.shape
     assert bool(jnp.any(drawn != action))
+    if one.policy.sample is not None:  # the same actions, inside the bounds
+        carry0, key = one.policy.init_carry(params, many), jax.random.key(2)
+        _, played, log_prob = one.policy.sample(params, carry0, obs, None, first, key)
+        space = one.env.spec.action_space
+        want = np.clip(drawn, space.low, space.high) if hasattr(space, "low") else drawn
+        np.testing.assert_array_equal(played, want)
+        assert log_prob.shape == (many, count)
+        assert bool(jnp.isfinite(log_prob).all())
     loaded = load_policy(save_policy(tmp_path / "p", one, state))
     carry2, again = loaded.act(obs)
     np.testing.assert_array_equal(again, action)
