@@ -22,6 +22,9 @@ from jaxstack.core.errors import UserError
 from jaxstack.core.learner import Key
 from jaxstack.data import augment
 from jaxstack.nn.conv import conv2d
+from jaxstack.nn.relu_codes import agreement
+from jaxstack.nn.relu_codes import hamming_kernel as hamming_kernel
+from jaxstack.nn.relu_codes import relu_codes as relu_codes
 from jaxstack.nn.supervised import Hypers, Model, Optimiser, cross_entropy, supervised, variables
 
 OPS = ("none", "skip_connect", "nor_conv_1x1", "nor_conv_3x3", "avg_pool_3x3")
@@ -144,12 +147,6 @@ INITS: dict[str, Callable[..., Array]] = {
     "he": he_normal,
     "orthogonal": nn.initializers.orthogonal(),
 }
-
-
-def agreement(code: Array) -> Array:
-    """Units [B, n] bool that agree, for each two images: [B, B] int32. Counts below 2^24 are exact in float32."""
-    c = code.reshape(len(code), -1).astype(jnp.float32)
-    return (c @ c.T + (1.0 - c) @ (1.0 - c).T).astype(jnp.int32)
 
 
 class CellNetwork(nn.Module):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jaxstack.core.errors import UserError
+from jaxstack.nn.vision import zoo
 from jaxstack.vision import naswot
 from jaxstack.vision.naswot import Scoring, Skeleton
 
@@ -37,6 +38,39 @@ def test_the_score_of_codes_is_the_closed_form():
     order = np.random.default_rng(2).permutation(30)
     assert (naswot.agreement(codes(*whole[:, order])) == k).all()
     assert naswot.naswot_score(naswot.agreement(codes(*whole[::-1]))) == pytest.approx(naswot.naswot_score(k))
+
+
+def test_codes_are_read_off_any_network():
+    w = jax.random.normal(KEY, (3, 5, 5))
+    x = jax.random.normal(jax.random.key(1), (6, 5))
+
+    @jax.jit
+    def inner(h):
+        return jax.nn.relu6(h @ w[1])
+
+    def apply(w, x):
+        h = jax.checkpoint(lambda h: jax.nn.relu(h @ w[0]))(x)
+        return jax.nn.softmax(jnp.maximum(inner(h), 0.1) @ w[2])  # no ReLU: maximum
+
+    first = np.asarray(x) @ np.asarray(w[0])
+    second = np.maximum(first, 0) @ np.asarray(w[1])
+    found = naswot.relu_codes(apply, w, x)
+    for code, before in zip(found, (first, second), strict=True):
+        np.testing.assert_array_equal(code, before > 0)
+    far = (np.concatenate(found, 1)[:, None] != np.concatenate(found, 1)[None]).sum(-1)
+    np.testing.assert_array_equal(naswot.hamming_kernel(found), 10 - far)
+    network = zoo.network("resnet-8", 3, mid_features=(2,) * 6)
+    images = jax.random.normal(KEY, (4, 8, 8, 1))
+    variables = jax.jit(network.init)(KEY, images)
+    trained = lambda v, x: network.apply(v, x, True, mutable=["batch_stats"])[0]
+    codes = naswot.relu_codes(trained, variables, images)
+    assert [code.shape[1] for code in codes] == [128, 128, 128, 32, 32, 8, 8]
+    assert np.isfinite(naswot.naswot_score(naswot.hamming_kernel(codes)))
+    looped = lambda w, x: jax.lax.scan(lambda h, one: (jax.nn.relu(h @ one), None), x, w)[0]
+    with pytest.raises(UserError, match="apply: found a ReLU inside of scan, expected none in loops or branches"):
+        naswot.relu_codes(looped, w, x)
+    with pytest.raises(UserError, match=r"apply: found no ReLU, expected a network with jax\.nn\.relu"):
+        naswot.relu_codes(lambda w, x: x @ w[0], w, x)
 
 
 def test_the_space_has_its_cells_and_strings():
