@@ -10,7 +10,7 @@ from IPython.core.interactiveshell import InteractiveShell
 
 FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
 TINY = {
-    "conventions": "updates, seeds, episodes = 1, 2, 32",
+    "conventions": "updates, seeds, episodes = 1, 2, 12",
     "from-jaxmarl": "updates, seeds = 1, 2",
     "kla-layer": "updates, length = 2, 8",
     "own-environment": "updates, seeds = 1, 2",

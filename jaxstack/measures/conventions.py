@@ -23,6 +23,9 @@ from jaxstack.measures import crossplay, probes
 from jaxstack.measures.partners import Partner
 from jaxstack.report import plots, stats
 
+RECORDED = 200
+"""Episodes that are recorded for the probes."""
+
 
 class AuditReport(NamedTuple):
     """What K trained pairs do. Scores are mean over both agents: rewards per step where episodes have one length, else
@@ -147,7 +150,9 @@ def with_partner(
     return np.asarray(memo.jit(run)(states, key), np.float64)
 
 
-def record(learner: Learner, states: Any, env: Environment, key: Key, episodes: int = 200) -> list[probes.Trajectories]:
+def record(
+    learner: Learner, states: Any, env: Environment, key: Key, episodes: int = RECORDED
+) -> list[probes.Trajectories]:
     """Play greedily and keep what the probes read: `Trajectories` of each pair or team of `states` [K, ...].
 
     The hidden state is the recurrent carry after it read the observation; agents that cannot act are marked by
@@ -204,7 +209,7 @@ def audit(
         states: [K, ...] their states.
         partners: names and players of agent 1's side.
         key: of all episodes; the same episodes for all.
-        episodes: episodes per score.
+        episodes: episodes per score; the probes read at most 200.
         settings: of the probes.
 
     Raises:
@@ -225,7 +230,7 @@ def audit(
     own, sampled = score(True), score(False)
     matrix = crossplay.cross_play(learner, states, env=env, slots=(0,), **options).returns[0].mean(-1) / _unit(env)
     scores = {n: with_partner(learner, states, env, p, key, episodes) for n, p in partners.items()}
-    recorded = record(learner, states, env, key)
+    recorded = record(learner, states, env, key, min(episodes, RECORDED))
     used = [np.bincount(t.action[..., 0][t.valid]).max() / t.valid.sum() for t in recorded]
     found = [probes.audit(t, settings) for t in recorded]
     return AuditReport(own, sampled, matrix, scores, _chance(env, key, episodes), np.asarray(used), found)

@@ -111,7 +111,7 @@ def pairs():
         num_minibatches=1,
         total_steps=64,
     )
-    states = jax.vmap(lambda k: learner.init(k))(jax.vmap(jax.random.key)(jnp.arange(2)))
+    states = jax.jit(jax.vmap(learner.init))(jax.vmap(jax.random.key)(jnp.arange(2)))
     return learner, states
 
 
@@ -124,7 +124,7 @@ def test_audit_of_untrained_pairs(pairs, tmp_path):
         states,
         {"uniform": partners.noisy(1.0, 4)},
         episodes=64,
-        settings=probes.Settings(null_reps=5, slow_null_reps=2),
+        settings=probes.Settings(null_reps=5, slow_null_reps=2, max_rows=256),
     )
     assert abs(report.chance - 0.25) < 0.05
     np.testing.assert_allclose(report.self_play, report.matrix.diagonal(), atol=1e-6)

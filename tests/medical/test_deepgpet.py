@@ -158,7 +158,7 @@ def test_averages_begin_when_they_are_asked_to():
     learner = deepgpet.deepgpet(num_train=4, num_valid=1, num_updates=4, ema_decay=0.5, augment=False, **TINY)
     source = learner.source(learner.config)
     step = jax.jit(lambda s, i: learner.step(s, source.batch(source.constants(), i, jax.random.key(0))))
-    state = learner.init(jax.random.key(0), learner.hypers)
+    state = jax.jit(learner.init)(jax.random.key(0), learner.hypers)
     for i in range(3):
         before = state
         state, metrics = step(state, jnp.arange(4))
@@ -198,17 +198,16 @@ def test_folders_train_and_are_outlined(tmp_path, capsys):
     assert mask.shape == (40, 60)
     net = UNetMobileNetV3(1, 0.1, (2,) * 5, 1)
     image = np.asarray(Image.open(folder / "scan0003.png"))
-    members = [jax.tree.map(lambda x, i=i: x[i], variables(result.state)) for i in range(2)]
+    members = [jax.tree.map(lambda x, i=i: np.asarray(x)[i], variables(result.state)) for i in range(2)]
     mean = np.mean([deepgpet.segment(net, m, image) for m in members], 0)
     np.testing.assert_array_equal(mask, deepgpet.outlined(mean))
     assert int(rows["scan0003.png"]["pixels"]) == mask.sum()
     # predict is the network of segment, in batches
     padded = np.full((1, 64, 64), 0.1, np.float32)
     padded[0, :40, :60] = image / np.float32(255)
-    one = jax.tree.map(lambda x: x[0], result.state)
-    np.testing.assert_allclose(
-        learner.predict(one, padded)[0, :40, :60], deepgpet.segment(net, members[0], image), atol=1e-5
-    )
+    predict = jax.jit(lambda states, x: learner.predict(jax.tree.map(lambda v: v[0], states), x))
+    found = predict(result.state, padded)[0, :40, :60]
+    np.testing.assert_allclose(found, deepgpet.segment(net, members[0], image), atol=1e-5)
     assert run("segment-oct", folder / "broken.png", "--model", stored, "--out", tmp_path / "none") == 2
     (tmp_path / "again").mkdir()
     shutil.copy(folder / "scan0003.png", tmp_path / "again")
