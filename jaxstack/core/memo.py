@@ -178,7 +178,9 @@ def fingerprint(thing: Any, numbers: bool = False, above: tuple[int, ...] = ()) 
             names = [f.name for f in dataclasses.fields(thing)]
             if isinstance(thing, config.Config) and not numbers:
                 names = [n for n in names if n != "hypers"]
-            return type(thing), many(getattr(thing, n) for n in names)
+            # past a config's own look-up, which notes that its numbers are read: here nothing is traced from them
+            look = object.__getattribute__ if isinstance(thing, config.Config) else getattr
+            return type(thing), many(look(thing, n) for n in names)
     if isinstance(thing, jax.ShapeDtypeStruct):
         return "shape", thing.shape, str(thing.dtype), thing.weak_type, thing.sharding
     # inherited, it would not know what a subclass adds

@@ -11,6 +11,7 @@ from toy_learners import Hypers, ToyConfig, assert_same, classifier, regression
 
 from jaxstack import agents
 from jaxstack.core import memo
+from jaxstack.core.config import watched
 from jaxstack.core.errors import UserError
 from jaxstack.core.runner import load_state, resume, train
 from jaxstack.data.sources import ArrayData, HostData, RandomData
@@ -135,6 +136,9 @@ def test_a_number_that_is_read_while_tracing_is_part_of_what_is_compiled():
     assert [float(x) for x in played] == [1.5, 1.25, 1.5]
     assert memo.fingerprint(config) == memo.fingerprint(Config())
     assert memo.fingerprint(config, numbers=True) != memo.fingerprint(Config(), numbers=True)
+    with watched() as read:  # a fingerprint that is made while something is traced reads no number
+        memo.fingerprint(lambda: config, numbers=True)
+    assert read == []
 
 
 def test_defaults_of_what_is_always_given_do_not_matter():
