@@ -282,6 +282,8 @@ METHODS: tuple[Method, ...] = (
         "Harnessing idle compute at the edge for foundation model training",
         2025,
         arxiv=("2512.22142",),
+        claim="jaxstack.claims.cleave:claim",
+        tests="tests/edge/test_cleave.py",
     ),
     Method("dam", "series", "DAM: towards a foundation model for forecasting", 2024, arxiv=("2407.17880",)),
     Method(

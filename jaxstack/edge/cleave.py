@@ -348,7 +348,7 @@ def plan_gemm(
             if split != "best" or name == "both":
                 raise
     best = min(found, key=lambda plan: plan.makespan)
-    down = ((2 * np.sqrt(areas)) * work.inner * work.width).sum()  # squares have the least
+    down = float(work.rows + work.columns) * work.inner * work.width  # each row and column goes down at least once
     up = float(work.rows) * work.columns * work.width
     return best._replace(relaxed=max(float(bound), down / link.down, up / link.up))
 

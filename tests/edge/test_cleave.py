@@ -84,6 +84,7 @@ def test_rectangles_tile_the_product_within_memory(split):
     # the link of the server: all bytes go through it
     slow = cleave.plan_gemm(devices, WORK, split=split, link=Link(1e3, 1e30))
     np.testing.assert_allclose(slow.makespan, slow.down.sum() / 1e3)
+    assert plan.relaxed < slow.relaxed <= slow.makespan
     tiles = cleave.plan_gemm(devices, WORK, split=split, tile=8)
     assert (coverage(tiles, (3000, 2000)) == 1).all()
     assert (tiles.rows % 8 == 0).all()
