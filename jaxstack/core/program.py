@@ -110,7 +110,7 @@ def build(
     environments of each (see devices.py).
     """
     # numbers that are arguments are no part of what is compiled
-    bare = learner._replace(given=None, hypers=None, init=memo.Given(learner.init, 2))  # pyright: ignore
+    bare = learner._replace(given=None, hypers=None, source=None, eval_source=None, init=memo.Given(learner.init, 2))
     with memo.programs(bare, data) as store:
         # under jit it is traced once, for its shapes and its program
         start = jax.jit(lambda *args: initial(learner, *args))

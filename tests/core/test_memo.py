@@ -164,6 +164,16 @@ def test_sources_with_other_arrays_share_programs():
     run(HostData(lambda step: jax.tree.map(lambda x: x[:4], rows(step))))
     assert fresh(run(HostData(lambda step: jax.tree.map(lambda x: x[4:], rows(step))))) == []
 
+    # where the rows come from is no part of the program, what a batch is made of them is
+    def from_object(seed, augment=None):
+        held = object()
+        make = lambda config: (held, RandomData(rows(seed), 4, augment=augment))[1]
+        return classifier()._replace(source=make, takes_batch=False)
+
+    train(from_object(0), 2, **QUIET)
+    assert fresh(train(from_object(1), 2, **QUIET)) == []
+    assert "chunk" in fresh(train(from_object(1, lambda key, batch: (batch[0] + 1.0, batch[1])), 2, **QUIET))
+
     class Own(RandomData):
         def _rows(self, constants, item, key):
             return super()._rows(jax.tree.map(lambda x: x * self.seed, constants), item, key)
