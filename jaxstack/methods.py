@@ -151,6 +151,9 @@ METHODS: tuple[Method, ...] = (
         "Chunking: continual learning is not just about distribution shift",
         2023,
         arxiv=("2310.02206",),
+        factory="jaxstack.learning.chunking:chunking",
+        claim="jaxstack.claims.chunking:claim",
+        tests="tests/learning/test_chunking.py",
     ),
     Method("cl-hpo", "learning", "Hyperparameter selection in continual learning", 2024, arxiv=("2404.06466",)),
     Method(

@@ -123,6 +123,9 @@ TINY["forward-correction"] = dict(train_images=40, hidden=(4,), batch_size=8, nu
 TINY["noisy-early-stopping"] = TINY["forward-correction"] | dict(looks_every=2, held_out=16)
 # its own loss does not change with a shift of the embedding: Adam would follow the rounding of a bias without gradient
 TINY["deepccg"] = dict(hidden=(4,), embedding=2, memory=10, batch_size=400, loss="er", head="linear")
+TINY["chunking"] = dict(
+    train_images=120, chunks=3, epochs=2, hidden=(4,), batch_size=10, memory=10, method="der++", replay=5
+)
 TINY["weight-constrained-sgld"] = dict(train_images=40, hidden=(4,), batch_size=8, num_updates=3)
 TINY["fds"] = dict(train_images=40, hidden=(4,), batch_size=8, epochs=1, outer_steps=1, retrain_epochs=1)
 TINY["fds"] |= dict(shift=1, flip=True)

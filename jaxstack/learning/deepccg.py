@@ -32,6 +32,7 @@ from jaxstack.core.metrics import mean
 from jaxstack.core.source import Batch
 from jaxstack.data import images
 from jaxstack.data.sources import ArrayData, SplitData
+from jaxstack.learning import continual, streams
 from jaxstack.nn import networks
 
 # --- the model --------------------------------------------------------------------------------------------------------
@@ -317,9 +318,7 @@ def gradient(config: Config, s: State, key: Key, params: Any, x: Array, y: Array
     if config.loss != "agem":
         return value, grads
     old = jax.grad(lambda p: objective(config, s, key, p, x, y)[1])(params)
-    inner = lambda a, b: sum(jnp.vdot(p, q) for p, q in zip(jax.tree.leaves(a), jax.tree.leaves(b)))
-    share = jnp.minimum(inner(grads, old), 0.0) / jnp.maximum(inner(old, old), 1e-12)
-    return value, jax.tree.map(lambda g, o: g - share * o, grads, old)
+    return value, continual.projected(grads, old)
 
 
 def remembered(config: Config, s: State, key: Key, x: Array, y: Array) -> Memory:
@@ -411,8 +410,7 @@ def stream(config: Config) -> tuple[np.ndarray, np.ndarray]:
     """Images uint8 [N, ...] and labels [N] of the training part, group of classes after group, by `split_seed`."""
     x, y = images.part(config.data, "train", train_images=config.train_images)
     rng = np.random.default_rng(config.split_seed)
-    groups = np.array_split(rng.permutation(config.classes), config.tasks)
-    rows = np.concatenate([rng.permutation(np.flatnonzero(np.isin(y, group))) for group in groups])
+    rows = np.concatenate(streams.class_groups(rng, y, config.classes, config.tasks))
     return x[rows], y[rows]
 
 
