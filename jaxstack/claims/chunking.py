@@ -67,8 +67,7 @@ def drawn(plan: Plan, seed: int) -> dict[str, Any]:
     config = plan.config("SGD", seed)
     x, y = continual.part(config, "train", seed)
     if plan.data != "mixture":  # as many of each class: the number of steps is then the same for all seeds and chunks
-        each = plan.train // config.classes
-        rows = np.sort(np.concatenate([np.flatnonzero(y == c)[:each] for c in range(config.classes)]))
+        rows = streams.balanced(y, plan.train // config.classes)
         x, y = x[rows], y[rows]
     stream = continual.stream_of(config, y)
     groups = np.zeros(config.classes, np.int32)

@@ -52,6 +52,14 @@ def iid_chunks(rng: np.random.Generator, labels: np.ndarray, chunks: int, strati
     return of_groups([rng.permutation(row) for row in rows])
 
 
+def balanced(labels: np.ndarray, each: int) -> np.ndarray:
+    """Rows of the first `each` examples of every class, in order. Raises `UserError` for a class of fewer."""
+    counts = np.bincount(labels)
+    if each < 1 or counts.min() < each:
+        raise UserError(f"each={each}: expected 1 to {counts.min()}, the examples of class {counts.argmin()}")
+    return np.sort(np.concatenate([np.flatnonzero(labels == c)[:each] for c in range(len(counts))]))
+
+
 def class_groups(rng: np.random.Generator, labels: np.ndarray, classes: int, groups: int) -> list[np.ndarray]:
     """Classes 0..classes-1 in random order, cut into `groups` of nearly equal size: the rows of each, shuffled."""
     parts = np.array_split(rng.permutation(classes), groups)
