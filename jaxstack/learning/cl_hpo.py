@@ -18,6 +18,7 @@ Candidates of a task share the state, the memory and all random draws. Accuracy 
 the same accuracy the one with the smaller validation loss is chosen: two classes are often told apart without an error.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -262,9 +263,9 @@ def dynamic(
 FRAMEWORKS: dict[str, Callable[..., Result]] = {
     "end of training": end_of_training,
     "first task": first_task,
-    "current task": lambda *a, **k: dynamic(*a, "current", **k),
-    "seen tasks, Val": lambda *a, **k: dynamic(*a, "val", **k),
-    "seen tasks, Mem": lambda *a, **k: dynamic(*a, "mem", **k),
+    "current task": functools.partial(dynamic, signal="current"),
+    "seen tasks, Val": functools.partial(dynamic, signal="val"),
+    "seen tasks, Mem": functools.partial(dynamic, signal="mem"),
 }
 """(config, key, grid, tasks, ties="loss") -> `Result`, pure: `jax.vmap` over keys and tasks.
 
