@@ -162,10 +162,20 @@ class Checkpoints:
         raise UserError(f"{self.directory}: no usable checkpoint ({'; '.join(problems)}); {anew}")
 
     def _read(self, step: int, template: Any) -> tuple[Any, dict[str, Any]]:
-        args = self._ocp.args
-        got = self._manager.restore(
-            step, args=args.Composite(state=args.StandardRestore(_shapes(template)), meta=args.JsonRestore())
+        args, shapes = self._ocp.args, _shapes(template)
+        read = lambda entries: self._manager.restore(
+            step, args=args.Composite(state=args.StandardRestore(entries), meta=args.JsonRestore())
         )
+        try:
+            got = read(shapes)
+        except ValueError as e:
+            table = self._ocp.StandardCheckpointer().metadata(self.directory / str(step) / "state").item_metadata
+            stored = {name: shape for name, shape in shapes.items() if name in table.tree}
+            if lacking := shapes.keys() - stored.keys() - _defaults(template).keys():
+                raise ValueError(f"it lacks {', '.join(sorted(lacking)[:3])}") from e
+            if len(stored) == len(shapes):
+                raise
+            got = read(stored)
         return from_table(got["state"], template), dict(got["meta"])
 
     def damage(self, step: int) -> str | None:
@@ -277,17 +287,45 @@ def _shapes(template: Any) -> dict[str, jax.ShapeDtypeStruct]:
     return table
 
 
+def _defaults(template: Any) -> dict[str, float]:
+    """Path -> default of each field of hyperparameters: what is stored before a learner has such a field lacks it."""
+    found = {}
+    for path, _ in jax.tree_util.tree_leaves_with_path(template):
+        if len(path) < 2 or getattr(path[-2], "name", None) != "hypers":
+            continue
+        node = template
+        for key in path[:-1]:
+            match key:
+                case jax.tree_util.GetAttrKey(name):
+                    node = getattr(node, name)
+                case jax.tree_util.SequenceKey(i):
+                    node = node[i]
+                case jax.tree_util.DictKey(k):
+                    node = node[k]
+        default = getattr(type(node), "_field_defaults", {}).get(getattr(path[-1], "name", None))
+        if isinstance(default, int | float):
+            found[jax.tree_util.keystr(path)] = default
+    return found
+
+
 def from_table(table: dict[str, Any], template: Any) -> Any:
-    """The state like `template`. Raises `KeyError` for a missing entry."""
+    """The state like `template`. A field of hyperparameters that is not in the table has its default.
+
+    Raises `KeyError` for any other missing entry.
+    """
+    defaults = _defaults(template) if len(table) < len(_shapes(template)) else {}
 
     def leaf(path: Any, like: Any) -> Any:
         if not like.size:
             return jnp.zeros(like.shape, like.dtype)
-        value = jnp.asarray(table[jax.tree_util.keystr(path)])
+        name = jax.tree_util.keystr(path)
+        if name not in table and name in defaults:
+            return jnp.full(like.shape, defaults[name], like.dtype)
+        value = jnp.asarray(table[name])
         if jnp.issubdtype(like.dtype, jax.dtypes.prng_key):
             return jax.random.wrap_key_data(value, impl=_key_impl(like))
         if value.shape != like.shape or value.dtype != like.dtype:
-            raise ValueError(f"{jax.tree_util.keystr(path)}: {value.shape} {value.dtype}, expected {like.shape}")
+            raise ValueError(f"{name}: {value.shape} {value.dtype}, expected {like.shape}")
         # a buffer of its own, so that it can be donated
         return jnp.array(value, copy=True)
 

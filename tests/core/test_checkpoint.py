@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -128,6 +128,40 @@ def test_another_shape_is_refused(tmp_path):
     store.wait()
     with pytest.raises(UserError, match=r"\['x'\]"):
         store.restore({"x": jax.ShapeDtypeStruct((4,), jnp.float32)})
+    store.close()
+
+
+class Before(NamedTuple):
+    lr: jax.Array
+
+
+class Hypers(NamedTuple):
+    lr: float = 0.1
+    beta: float = 3.0
+
+
+class Other(NamedTuple):
+    lr: Any
+    gain: Any
+
+
+class Run(NamedTuple):
+    hypers: Any
+    params: dict[str, jax.Array]
+
+
+def test_a_hyperparameter_that_a_stored_state_lacks_has_its_default(tmp_path):
+    store = Checkpoints(tmp_path / "c")
+    store.save(1, (Run(Before(jnp.full(2, 0.5)), {"w": jnp.ones(3)}), jnp.array([True])), {})
+    store.wait()
+    shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)
+    hypers, alive = Hypers(shape(2), shape(2)), jax.ShapeDtypeStruct((1,), jnp.bool_)  # pyright: ignore
+    _, (run, _), _, _ = store.restore((Run(hypers, {"w": shape(3)}), alive))
+    assert_same(run, Run(Hypers(jnp.full(2, 0.5), jnp.full(2, 3.0)), {"w": jnp.ones(3)}))  # pyright: ignore
+    with pytest.raises(UserError, match=r"lacks \[0\].params\['b'\]"):  # anything else that is missing is still refused
+        store.restore((Run(hypers, {"w": shape(3), "b": shape(3)}), alive))
+    with pytest.raises(UserError, match=r"lacks \[0\].hypers.gain"):  # as is a field without default
+        store.restore((Run(Other(shape(2), shape(2)), {"w": shape(3)}), alive))
     store.close()
 
 
