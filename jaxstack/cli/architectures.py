@@ -2,7 +2,7 @@
 
 import argparse
 
-from jaxstack.cli.parsing import Commands, whole
+from jaxstack.cli.parsing import Commands, seed, whole
 
 
 def add_commands(commands: Commands) -> None:
@@ -20,7 +20,7 @@ def add_commands(commands: Commands) -> None:
     p.add_argument("--size", type=whole, help="pixels on a side; default: the data's, at most 32")
     p.add_argument("--channels", type=whole, default=16, help="of the first stage")
     p.add_argument("--stage-cells", type=whole, default=1, help="cells per stage; the paper has 5")
-    p.add_argument("--seed", type=whole, default=0, help="of cells, weights and minibatch")
+    p.add_argument("--seed", type=seed, default=0, help="of cells, weights and minibatch")
     p.add_argument("--top", type=whole, default=5, help="cells of a search that are shown")
 
 

@@ -3,7 +3,7 @@
 import argparse
 
 from jaxstack.cli import runs
-from jaxstack.cli.parsing import Commands, whole
+from jaxstack.cli.parsing import Commands, seed, whole
 
 
 def add_commands(commands: Commands) -> None:
@@ -36,7 +36,7 @@ def add_commands(commands: Commands) -> None:
     )
     p.add_argument("run_dirs", metavar="RUN", nargs="+", help="every seed is a pair; runs of equal config, two agents")
     p.add_argument("--episodes", type=whole, default=256, help="episodes per score")
-    p.add_argument("--seed", type=whole, default=0, help="of the episodes")
+    p.add_argument("--seed", type=seed, default=0, help="of the episodes")
     p.add_argument("--out", default="conventions.png", help="figure of the cross-play matrix; .csv holds the rows")
 
 

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from jaxstack.cli.parsing import Commands, whole
+from jaxstack.cli.parsing import Commands, seed, whole
 
 QUALITIES = ("random", "medium-replay", "medium", "medium-expert", "expert")
 BEHAVIOURS = ("ppo", "dqn", "sac")
@@ -22,7 +22,7 @@ def add_commands(commands: Commands) -> None:
         required=True,
         help="a name ending in .npz, or in -v and a number for a new folder of Minari",
     )
-    p.add_argument("--seed", type=whole, default=0)
+    p.add_argument("--seed", type=seed, default=0)
     p.add_argument("--episodes", type=whole, default=100, help="recorded episodes (default: 100)")
     p.add_argument(
         "--behaviour",

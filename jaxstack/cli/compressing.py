@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxstack.cli import runs
-from jaxstack.cli.parsing import Commands, real, row_flags, whole
+from jaxstack.cli.parsing import Commands, real, row_flags, seed, whole
 
 
 def add_commands(commands: Commands) -> None:
@@ -31,7 +31,7 @@ def add_commands(commands: Commands) -> None:
     )
     p.add_argument("--batch-size", type=whole, help="default: the run's")
     p.add_argument("--lr", type=real, help="default: 8e-4 between removals, 0.1 for a student")
-    p.add_argument("--seed", type=whole, default=0, help="of all draws")
+    p.add_argument("--seed", type=seed, default=0, help="of all draws")
     pruning = p.add_argument_group("removing channels")
     pruning.add_argument("--keep", type=real, help="share of the middle channels that stay, in (0, 1]; default: 0.5")
     swap = p.add_argument_group("blockswap")

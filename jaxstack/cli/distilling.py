@@ -4,7 +4,7 @@ import argparse
 from typing import Any
 
 from jaxstack.cli import runs
-from jaxstack.cli.parsing import Commands, row_flags, whole
+from jaxstack.cli.parsing import Commands, row_flags, seed, whole
 
 
 def add_commands(commands: Commands) -> None:
@@ -22,7 +22,7 @@ def add_commands(commands: Commands) -> None:
     p.add_argument("--beta", type=float, help="weight of the attention; default: 250 for 32x32 pixels, in proportion")
     p.add_argument("--few", type=whole, default=0, metavar="M", help="then tune on M training images per class")
     p.add_argument("--few-updates", type=whole, default=500, help="of that tuning")
-    p.add_argument("--seed", type=whole, default=0, help="of student, generator and noise")
+    p.add_argument("--seed", type=seed, default=0, help="of student, generator and noise")
     row_flags(p)
 
 

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from jaxstack.cli.parsing import Commands, real, whole
+from jaxstack.cli.parsing import Commands, real, seed, whole
 
 
 def add_commands(commands: Commands) -> None:
@@ -24,7 +24,7 @@ def add_commands(commands: Commands) -> None:
     )
     p.add_argument("--count", type=whole, default=128, help="devices that are drawn where no file is given")
     p.add_argument("--spread", type=real, default=10.0, help="of them: largest over smallest speed and links")
-    p.add_argument("--seed", type=whole, default=0, help="of the draws")
+    p.add_argument("--seed", type=seed, default=0, help="of the draws")
     p.add_argument("--sequences", type=whole, default=128, help="of a batch")
     p.add_argument("--length", type=whole, default=1024, help="tokens of each")
     p.add_argument("--overlap", action="store_true", help="devices send, compute and receive at the same time")
@@ -46,8 +46,12 @@ def _plan(args: argparse.Namespace, _: list[str]) -> None:
     for name in ("count", "sequences", "length"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)}: expected at least 1")
-    if args.spread < 1:
-        raise UserError(f"--spread {args.spread:g}: expected 1 or more")
+    if not 1 <= args.spread < np.inf:
+        raise UserError(f"--spread {args.spread:g}: expected 1 or more, and finite")
+    for name in ("server", "cloud"):
+        value = getattr(args, name)
+        if value is not None and not value > 0:
+            raise UserError(f"--{name} {value:g}: expected a number above 0")
     if args.out and Path(args.out).suffix != ".csv":
         raise UserError(f"--out {args.out}: expected a name ending in .csv")
     model = _model(args.model)
@@ -71,7 +75,10 @@ def _plan(args: argparse.Namespace, _: list[str]) -> None:
     print(f"bound of the relaxed problem: {step.relaxed:.4g} s; devices without work: {int((total == 0).sum())}")
     if args.out:
         lines = [f"{i},{d:.0f},{u:.0f}" for i, (d, u) in enumerate(zip(np.asarray(step.down), np.asarray(step.up)))]
-        Path(args.out).write_text("\n".join(["device,bytes down,bytes up", *lines]) + "\n", encoding="utf-8")
+        try:
+            Path(args.out).write_text("\n".join(["device,bytes down,bytes up", *lines]) + "\n", encoding="utf-8")
+        except OSError as e:
+            raise UserError(f"--out {args.out}: cannot be written ({e.strerror})") from e
 
 
 def _model(text: str) -> Any:
@@ -81,7 +88,7 @@ def _model(text: str) -> Any:
     if text in cleave.MODELS:
         return cleave.MODELS[text]
     parts = text.split(",")
-    if len(parts) != 5 or not all(x.isdigit() and int(x) > 0 for x in parts) or int(parts[1]) % int(parts[3]):
+    if len(parts) != 5 or not all(x.isdecimal() and int(x) > 0 for x in parts) or int(parts[1]) % int(parts[3]):
         names = ", ".join(cleave.MODELS)
         raise UserError(f"--model {text}: expected {names}, or layers,features,inner,heads,vocabulary")
     layers, features, inner, heads, vocabulary = map(int, parts)

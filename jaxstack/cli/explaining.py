@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from jaxstack.cli.parsing import Commands, whole
+from jaxstack.cli.parsing import Commands, seed, whole
 
 QS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
@@ -44,7 +44,7 @@ def add_commands(commands: Commands) -> None:
         help="what erased pixels become (default: the mean of the channel)",
     )
     p.add_argument("--random", type=whole, default=5, metavar="N", help="random rankings, the control (default: 5)")
-    p.add_argument("--seed", type=whole, default=0, help="of the halves, ties and random rankings")
+    p.add_argument("--seed", type=seed, default=0, help="of the halves, ties and random rankings")
     p.add_argument(
         "--out",
         metavar="DIR",

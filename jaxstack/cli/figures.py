@@ -3,7 +3,7 @@
 import argparse
 
 from jaxstack.cli import runs
-from jaxstack.cli.parsing import Commands, row_flags, whole
+from jaxstack.cli.parsing import Commands, row_flags, seed, whole
 
 
 def add_commands(commands: Commands) -> None:
@@ -19,7 +19,7 @@ def add_commands(commands: Commands) -> None:
     p.add_argument("run_dir", metavar="RUN", help="a run, or a sweep together with --setting")
     p.add_argument("--out", default="episode.gif")
     row_flags(p)
-    p.add_argument("--seed", type=whole, default=0, help="of the episode")
+    p.add_argument("--seed", type=seed, default=0, help="of the episode")
     p.add_argument("--max-steps", type=whole, default=200)
     p.add_argument("--fps", type=whole, default=10)
 

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from jaxstack.cli.parsing import Commands, real, whole
+from jaxstack.cli.parsing import Commands, real, seed, whole
 
 
 def add_commands(commands: Commands) -> None:
@@ -35,7 +35,7 @@ def add_commands(commands: Commands) -> None:
     group = p.add_argument_group("uncertainty")
     group.add_argument("--block", type=whole, default=1, help="consecutive conditions that depend on each other")
     group.add_argument("--permutations", type=whole, default=500, help="of the test of equal laws (default: 500)")
-    group.add_argument("--seed", type=whole, default=0, help="of intervals and permutations")
+    group.add_argument("--seed", type=seed, default=0, help="of intervals and permutations")
     p.add_argument("--out", metavar="FILE", help="a CSV file: every score of every observation")
 
 

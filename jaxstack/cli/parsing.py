@@ -43,6 +43,14 @@ def whole(text: str) -> int:
         raise argparse.ArgumentTypeError(str(e)) from None
 
 
+def seed(text: str) -> int:
+    """A number that keys and generators of random numbers take."""
+    value = whole(text)
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected 0 to 2^32-1")
+    return value
+
+
 def real(text: str) -> float:
     """A number, likewise."""
     from jaxstack.core import errors, options
@@ -57,7 +65,7 @@ def episode_flags(p: argparse.ArgumentParser, of: str) -> None:
     """Options of commands that run episodes with a policy."""
     p.add_argument("--episodes", type=whole, help=f"episodes {of}; default: 128")
     p.add_argument("--sample", action="store_true", help="sample actions instead of taking the likeliest")
-    p.add_argument("--seed", type=whole, default=0, help="of the episodes, or of what an evaluation draws")
+    p.add_argument("--seed", type=seed, default=0, help="of the episodes, or of what an evaluation draws")
 
 
 def row_flags(p: argparse.ArgumentParser) -> None:

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from jaxstack.cli.parsing import Commands, real, whole
+from jaxstack.cli.parsing import Commands, real, seed, whole
 
 
 def add_commands(commands: Commands) -> None:
@@ -25,7 +25,7 @@ def add_commands(commands: Commands) -> None:
     p.add_argument("--severity", type=real, nargs=2, metavar=("LOW", "HIGH"), help="fundus: degraded, 0-1 (0 0)")
     p.add_argument("--slices", type=whole, metavar="T", help="ct: whole scans of T slices as NIfTI, not single slices")
     p.add_argument("--device", choices=("A", "B", "C"), help="oct: the scanner, of three (A)")
-    p.add_argument("--seed", type=whole, default=0)
+    p.add_argument("--seed", type=seed, default=0)
     p.add_argument("--out", metavar="DIR", required=True, help="images, masks in folders, tables of the truth")
 
 

@@ -2,7 +2,7 @@
 
 import argparse
 
-from jaxstack.cli.parsing import Commands, real, whole
+from jaxstack.cli.parsing import Commands, real, seed, whole
 
 COMPRESSIONS = ("weights", "channels", "float16", "bfloat16", "int8")
 PRIMITIVES = ("xla", "direct", "gemm", "spatial-pack")
@@ -35,7 +35,7 @@ def add_commands(commands: Commands) -> None:
     p.add_argument("--trials", type=whole, default=12, help="of the search for each layer's shape")
     p.add_argument("--repeats", type=whole, default=5, help="of each measurement")
     p.add_argument("--tolerance", type=real, default=0.01, help="accuracy that a compression may lose")
-    p.add_argument("--seed", type=whole, default=0)
+    p.add_argument("--seed", type=seed, default=0)
     p.add_argument("--out", required=True, metavar="DIR", help="results.jsonl, results.csv and stack.png")
 
 

@@ -48,8 +48,9 @@ def read(path: str | Path) -> Devices:
         raise UserError(f"{path}: found no devices, expected one row for each")
     for name in COLUMNS:
         values = np.asarray(pd.to_numeric(table[name], errors="coerce"), float)
-        bad = ~(np.isfinite(values) & ((values >= 0) if name == "latency" else (values > 0)))
-        if bad.any():
-            row = int(np.flatnonzero(bad)[0])
-            raise UserError(f"{path}: row {row + 2}: found {name}={table[name][row]}, expected a number above 0")
+        ok, expected = (values >= 0, "0 or more") if name == "latency" else (values > 0, "above 0")
+        ok &= np.isfinite(values)
+        if not ok.all():
+            row = int(np.flatnonzero(~ok)[0])
+            raise UserError(f"{path}: row {row + 2}: found {name}={table[name][row]}, expected a number {expected}")
     return Devices(*(table[name].to_numpy(float) * unit for name, unit in zip(COLUMNS, UNITS)))

@@ -196,9 +196,20 @@ def test_the_command_plans_a_step_and_names_bad_input(tmp_path, capsys):
         (["--devices", str(tmp_path / "none.csv")], "none.csv: cannot be read"),
         (["--count", "0"], "--count 0: expected at least 1"),
         (["--spread", "0.5"], "--spread 0.5: expected 1 or more"),
+        (["--spread", "inf"], "--spread inf: expected 1 or more, and finite"),
+        (["--model", "2,64,²,4,9"], "--model 2,64,²,4,9: expected"),
+        (["--server", "0"], "--server 0: expected a number above 0"),
+        (["--cloud", "nan"], "--cloud nan: expected a number above 0"),
+        (["--model", shape[1], "--count", "2", "--out", str(table / "x.csv")], "x.csv: cannot be written"),
     ):
         assert main(["plan-edge", *shape[2:], *wrong]) == 2
         assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["plan-edge", "--seed", "-1"])
+    assert "--seed: '-1': expected 0 to 2^32-1" in capsys.readouterr().err
     table.write_text("memory,speed,down,up,latency\n4,2,25,0,20\n")
     with pytest.raises(UserError, match="row 2: found up=0, expected a number above 0"):
+        cleave_devices.read(table)
+    table.write_text("memory,speed,down,up,latency\n4,2,25,5,0\n4,2,25,5,-1\n")
+    with pytest.raises(UserError, match="row 3: found latency=-1, expected a number 0 or more"):
         cleave_devices.read(table)
