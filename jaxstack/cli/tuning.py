@@ -23,7 +23,7 @@ def add_commands(commands: Commands) -> None:
 
 def _tune(args: argparse.Namespace, _: list[str]) -> None:
     from jaxstack.core.errors import UserError
-    from jaxstack.nn import conv
+    from jaxstack.nn import conv_choice
     from jaxstack.vision import grouped_convolutions as gc
 
     for name in ("channels", "side", "batch", "stride", "repeats"):
@@ -40,4 +40,4 @@ def _tune(args: argparse.Namespace, _: list[str]) -> None:
         for title, times in found.items():
             ranked = sorted(times.items(), key=lambda t: t[1].median)
             print(f"  {title}: " + ", ".join(f"{form} {1e3 * t.median:.3g} ms" for form, t in ranked))
-    print(f"kept in {conv.save_choices()}")
+    print(f"kept in {conv_choice.save_choices()}")

@@ -151,3 +151,10 @@ def _batched(learner: Learner, state: Any, env_devices: int) -> Any:
         if size % env_devices:
             raise UserError(f"env_devices={env_devices}: expected a divisor of num_envs={size}")
     return tree.unflatten([i in chosen for i in range(len(leaves))])
+
+
+def available_cores() -> list[int]:
+    """Numbers of the CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))

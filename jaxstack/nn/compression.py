@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxstack.core.errors import UserError
-from jaxstack.nn.conv import Window
+from jaxstack.nn.conv_forms import Window
 from jaxstack.nn.lowering import Choice, apply_by, multiplied
 from jaxstack.nn.vision.folding import Folded
 

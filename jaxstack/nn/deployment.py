@@ -17,10 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.sparse import csr_matrix
 
+from jaxstack.core.devices import available_cores
 from jaxstack.core.errors import UserError
-from jaxstack.nn import compression, conv
+from jaxstack.nn import compression
 from jaxstack.nn import lowering as low
 from jaxstack.nn.compression import Quantised
+from jaxstack.nn.conv_forms import Window, out_size
 from jaxstack.nn.lowering import Choice, Layer
 from jaxstack.nn.vision import zoo
 from jaxstack.nn.vision.folding import Folded, fold_batchnorm
@@ -200,7 +202,7 @@ def _host(folded: Folded, own: Net, x: Any) -> Program:
             return low.multiplied(x, kernel, window, Choice("direct"))
         matrix = csr_matrix(low.as_matrix(_kernel(own.variables, name)))
         calls[name] = lambda seen: low.conv_gemm_csr(seen, matrix, window=window)
-        out = (x.shape[0], *conv._out(x.shape[1:3], window), kernel.shape[3])
+        out = (x.shape[0], *out_size(x.shape[1:3], window), kernel.shape[3])
         return low.host_conv_p.bind(x, name=name, out=out)
 
     apply = lambda x: low.apply_by(folded, own.variables, x, compute)
@@ -238,14 +240,14 @@ def search_space(layer: Layer) -> list[Choice]:
     return [*both, Choice("direct"), *tiles]
 
 
-def _window(layer: Layer) -> conv.Window:
+def _window(layer: Layer) -> Window:
     if layer.window is None:
         raise UserError(f"tune: {layer.name} is a dense layer, expected convolutions")
     return layer.window
 
 
 def _rows(layer: Layer) -> int:
-    return conv._out(layer.image[1:3], _window(layer))[0]
+    return out_size(layer.image[1:3], _window(layer))[0]
 
 
 def neighbours(choice: Choice, space: Sequence[Choice]) -> list[Choice]:
@@ -382,10 +384,3 @@ def _child() -> None:
     except UserError as e:
         found = str(e)
     sys.stdout.buffer.write(pickle.dumps(found))
-
-
-def available_cores() -> list[int]:
-    """Numbers of the cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count() or 1))

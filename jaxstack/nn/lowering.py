@@ -23,7 +23,8 @@ from scipy.sparse import csr_matrix
 
 from jaxstack.core.errors import UserError, unknown
 from jaxstack.nn import conv
-from jaxstack.nn.conv import Pair, Window, largest_divisor, multiply_adds, window_of
+from jaxstack.nn import conv_forms as forms
+from jaxstack.nn.conv_forms import Pair, Window, largest_divisor, multiply_adds, window_of
 from jaxstack.nn.vision.folding import Folded
 
 PRIMITIVES = ("xla", "direct", "gemm", "spatial-pack")
@@ -75,7 +76,7 @@ def conv_xla(x: Array, kernel: Array, *, window: Window, layout: str = "nhwc") -
 def conv_direct(x: Array, kernel: Array, *, window: Window) -> Array:
     """The sum over the kernel's entries of shifted images times a matrix; depthwise, times a row."""
     x, kernel = _widened(x, kernel)
-    form = conv.conv_depthwise if is_depthwise(kernel.shape, window) else conv.conv_pack
+    form = forms.conv_depthwise if is_depthwise(kernel.shape, window) else forms.conv_pack
     return form(x, kernel, window=window)
 
 
@@ -83,8 +84,8 @@ def conv_gemm(x: Array, kernel: Array, *, window: Window, layout: str = "nhwc") 
     """Patches times a matrix (im2col): [N H' W', R S C] times [R S C, K], or transposed with layout nchw."""
     wide = jnp.int32 if jnp.issubdtype(x.dtype, jnp.integer) else None
     if window.groups > 1:
-        return conv.conv_im2col(*_widened(x, kernel), window=window)
-    seen = conv.shifts(x, window)
+        return forms.conv_im2col(*_widened(x, kernel), window=window)
+    seen = forms.shifts(x, window)
     shape, taps = seen[0].shape[:3], kernel.reshape(-1, kernel.shape[3])
     if layout == "nhwc":
         patches = jnp.concatenate([v.reshape(-1, v.shape[3]) for v in seen], 1)
@@ -95,7 +96,7 @@ def conv_gemm(x: Array, kernel: Array, *, window: Window, layout: str = "nhwc") 
 
 def patches_of(x: Array, window: Window) -> Array:
     """[N, H, W, C] -> [R S C, N H' W']."""
-    return jnp.concatenate([jnp.moveaxis(v, 3, 0).reshape(v.shape[3], -1) for v in conv.shifts(x, window)])
+    return jnp.concatenate([jnp.moveaxis(v, 3, 0).reshape(v.shape[3], -1) for v in forms.shifts(x, window)])
 
 
 def conv_spatial_pack(x: Array, kernel: Array, *, window: Window, rows: int = 0, lanes: int = 0) -> Array:
@@ -115,22 +116,22 @@ def conv_spatial_pack(x: Array, kernel: Array, *, window: Window, rows: int = 0,
     """
     x, kernel = _widened(x, kernel)
     if is_depthwise(kernel.shape, window):
-        return conv.conv_depthwise(x, kernel, window=window)
+        return forms.conv_depthwise(x, kernel, window=window)
     if window.groups > 1:
         one = window._replace(groups=1)
         parts = zip(jnp.split(x, window.groups, 3), jnp.split(kernel, window.groups, 3))
         return jnp.concatenate([conv_spatial_pack(a, b, window=one, rows=rows, lanes=lanes) for a, b in parts], 3)
-    height, width = conv._out(x.shape[1:3], window)
+    height, width = forms.out_size(x.shape[1:3], window)
     out = kernel.shape[3]
     rows, lanes = rows or largest_divisor(height, ROWS), lanes or largest_divisor(out, LANES)
     if height % rows or out % lanes:
         raise UserError(f"spatial-pack {rows}x{lanes}: expected divisors of {height} rows and {out} channels")
-    x, w = conv.padded(x, window)
+    x, w = forms.padded(x, window)
     need = (rows - 1) * w.stride[0] + (w.size[0] - 1) * w.dilation[0] + 1
     starts = [tile * rows * w.stride[0] for tile in range(height // rows)]
     tiles = jnp.stack([lax.slice_in_dim(x, at, at + need, axis=1) for at in starts])
     blocks = jnp.moveaxis(kernel.reshape(*kernel.shape[:3], out // lanes, lanes), 3, 0)
-    one = lambda seen, block: conv.conv_pack(seen, block, window=w)
+    one = lambda seen, block: forms.conv_pack(seen, block, window=w)
     found = lax.map(lambda seen: lax.map(lambda block: one(seen, block), blocks), tiles)  # [T, B, N, rows, W', lanes]
     return jnp.transpose(found, (2, 0, 3, 4, 1, 5)).reshape(x.shape[0], height, width, out)
 
@@ -202,13 +203,13 @@ def as_bcoo(kernel: Any) -> sparse.BCOO:
 def conv_gemm_bcoo(x: Array, matrix: sparse.BCOO, *, window: Window) -> Array:
     """Patches times a sparse matrix [K, R S C] of JAX, inside a program of XLA."""
     out = matrix @ patches_of(x, window)
-    shape = (x.shape[0], *conv._out(x.shape[1:3], window))
+    shape = (x.shape[0], *forms.out_size(x.shape[1:3], window))
     return jnp.moveaxis(out.reshape(-1, *shape), 0, 3)
 
 
 def conv_gemm_csr(x: np.ndarray, matrix: csr_matrix, *, window: Window) -> np.ndarray:
     """Patches times a sparse matrix [K, R S C] of SciPy, on the host: [N, H, W, C] -> [N, H', W', K]."""
-    height, width = conv._out(x.shape[1:3], window)
+    height, width = forms.out_size(x.shape[1:3], window)
     (above, below), (left, right) = window.padding
     n, channels = x.shape[0], x.shape[3]
     planes = np.zeros((channels, n, x.shape[1] + above + below, x.shape[2] + left + right), x.dtype)

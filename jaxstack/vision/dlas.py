@@ -22,6 +22,7 @@ from jax import lax
 from jaxstack.core import config as configs
 from jaxstack.core import ledger
 from jaxstack.core.config import require, require_at_least
+from jaxstack.core.devices import available_cores
 from jaxstack.core.errors import UserError
 from jaxstack.data import images
 from jaxstack.data.sources import shuffled_rows
@@ -30,7 +31,6 @@ from jaxstack.nn.compression import Quantised
 from jaxstack.nn.deployment import (
     Form,
     Net,
-    available_cores,
     fast_choices,
     measure_on,
     multiply_adds,

@@ -20,9 +20,10 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array
 
 from jaxstack.core.errors import UserError, unknown
-from jaxstack.nn import conv
-from jaxstack.nn.conv import Pair, Window, largest_divisor, window_of
-from jaxstack.nn.conv import multiply_adds as multiply_adds
+from jaxstack.nn import conv, conv_choice
+from jaxstack.nn import conv_forms as forms
+from jaxstack.nn.conv_forms import Pair, Window, largest_divisor, window_of
+from jaxstack.nn.conv_forms import multiply_adds as multiply_adds
 from jaxstack.report.timing import Timing, interleaved
 
 
@@ -71,8 +72,8 @@ def grouped_conv_pallas(x: Array, kernel: Array, *, window: Window, interpret: b
     Compiled for GPU and TPU; on a CPU Pallas interprets, which proves the result and says nothing about speed.
     """
     interpret = jax.default_backend() == "cpu" if interpret is None else interpret
-    height, width = conv._out(x.shape[1:3], window)
-    x, w = conv.padded(x, window)
+    height, width = forms.out_size(x.shape[1:3], window)
+    x, w = forms.padded(x, window)
     groups, cpg, kpg = w.groups, kernel.shape[2], kernel.shape[3] // w.groups
     images = jnp.moveaxis(x.reshape(*x.shape[:3], groups, cpg), 3, 1)  # [N, G, H, W, CPG]
     packed = jnp.moveaxis(kernel.reshape(*w.size, cpg, groups, kpg), 3, 0)  # [G, R, S, CPG, KPG]
@@ -102,7 +103,7 @@ def grouped_conv_pallas(x: Array, kernel: Array, *, window: Window, interpret: b
     return jnp.moveaxis(out, 1, 3).reshape(x.shape[0], height, width, -1)
 
 
-IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {**conv.CONV_FORMS, "pallas": grouped_conv_pallas}
+IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {**forms.CONV_FORMS, "pallas": grouped_conv_pallas}
 """Lowerings by name; "auto" is `conv2d`, with what was tuned."""
 
 
@@ -193,7 +194,7 @@ class Case(NamedTuple):
     def out(self) -> tuple[int, ...]:
         """Shape of the output."""
         image, kernel = self.shapes
-        return (image[0], *conv._out(image[1:3], self.window), kernel[3])
+        return (image[0], *forms.out_size(image[1:3], self.window), kernel[3])
 
     def arrays(self, seed: int = 0) -> tuple[Array, Array, Array]:
         """Random images, kernel and cotangent: a constant one would be folded and flatter XLA's gradient."""
@@ -206,9 +207,9 @@ def candidates(
     kind: str, first: Sequence[int], second: Sequence[int], window: Window
 ) -> dict[str, Callable[..., Array]]:
     """Forms of "conv" or "kernel" that these shapes allow."""
-    forms: dict[str, Callable[..., Array]] = conv.CONV_FORMS if kind == "conv" else conv.KERNEL_FORMS
+    known: dict[str, Callable[..., Array]] = forms.CONV_FORMS if kind == "conv" else forms.KERNEL_FORMS
     depthwise = window.groups > 1 and first[3] == window.groups
-    fit = {n: f for n, f in forms.items() if n != "depthwise" or depthwise}
+    fit = {n: f for n, f in known.items() if n != "depthwise" or depthwise}
     return {n: functools.partial(f, window=window) for n, f in fit.items() if n != "split" or window.groups <= 32}
 
 
@@ -218,7 +219,7 @@ def sums(case: Case) -> dict[str, tuple[str, tuple[int, ...], tuple[int, ...], W
     turned = (*kernel[:2], kernel[3] // case.groups, image[3])
     return {
         "forward": ("conv", image, kernel, case.window),
-        "gradient by the image": ("conv", case.out, turned, conv.backwards(image[1:3], case.window)),
+        "gradient by the image": ("conv", case.out, turned, forms.backwards(image[1:3], case.window)),
         "gradient by the kernel": ("kernel", image, case.out, case.window),
     }
 
@@ -233,7 +234,7 @@ def tune(case: Case, repeats: int = 3) -> dict[str, dict[str, Timing]]:
         keys = jax.random.split(jax.random.key(len(found)))
         a, b = (jax.random.normal(k, s) for k, s in zip(keys, (first, second)))
         times = interleaved(candidates(kind, first, second, window), [(a, b)], repeats)
-        conv.TUNED[conv.signature(kind, a, b, window)] = min(times, key=lambda form: times[form].median)
+        conv_choice.TUNED[conv_choice.signature(kind, a, b, window)] = min(times, key=lambda form: times[form].median)
         found[title] = times
     return found
 

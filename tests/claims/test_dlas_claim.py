@@ -6,6 +6,7 @@ import pytest
 
 from jaxstack.claims import dlas as study
 from jaxstack.nn import deployment
+from jaxstack.nn.conv_forms import window_of
 from jaxstack.nn.deployment import Choice, Net, Tuned
 from jaxstack.nn.vision import zoo
 
@@ -31,7 +32,7 @@ def test_removed_weights_have_the_work_of_removed_channels():
 
 
 def test_layers_are_chosen_by_the_search_and_measured_again(monkeypatch):
-    layer = deployment.Layer("a", (1, 4, 4, 4), (3, 3, 4, 8), deployment.conv.window_of((1, 4, 4, 4), (3, 3, 4, 8), 1))
+    layer = deployment.Layer("a", (1, 4, 4, 4), (3, 3, 4, 8), window_of((1, 4, 4, 4), (3, 3, 4, 8), 1))
     tile = "spatial-pack 2x8"
     first = {"xla": 2.0, "direct": 3.0, "gemm": 4.0, "spatial-pack 4x8": 5.0, tile: 1.0}
     again = {

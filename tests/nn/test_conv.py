@@ -10,7 +10,8 @@ import pytest
 
 from jaxstack.core.errors import UserError
 from jaxstack.core.program import convolves
-from jaxstack.nn import conv
+from jaxstack.nn import conv, conv_choice
+from jaxstack.nn import conv_forms as forms
 
 CASES = {
     "plain": ((3, 3), (1, 1), (1, 1), ((1, 1), (1, 1)), 1, (4, 8), (9, 8)),
@@ -28,11 +29,11 @@ CASES = {
 def arrays(case, dtype, batch=2):
     size, stride, dilation, padding, groups, (c, k), image = CASES[case]
     rng = np.random.default_rng(0)
-    window = conv.Window(size, stride, (1, 1), dilation, padding, groups)
+    window = forms.Window(size, stride, (1, 1), dilation, padding, groups)
     x = jnp.asarray(rng.normal(size=(batch, *image, c)), dtype)
     kernel = jnp.asarray(rng.normal(size=(*size, c // groups, k)), dtype)
     mine = lambda x, w: conv.conv2d(x, w, stride, padding, dilation, groups)
-    return x, kernel, window, mine, functools.partial(conv.conv_plain, window=window)
+    return x, kernel, window, mine, functools.partial(forms.conv_plain, window=window)
 
 
 def derivatives(form, x, kernel):
@@ -58,36 +59,61 @@ def test_every_form_computes_the_same(case):
     x, kernel, window, _, plain = arrays(case, jnp.float32)
     out, back = jax.vjp(plain, x, kernel)
     g = jnp.cos(out)
-    alone = [conv.conv_rows] if window.groups == 1 else []
-    for form in (conv.conv_pack, conv.conv_dense, *alone):
+    for form in (forms.conv_pack, forms.conv_dense):
         np.testing.assert_allclose(form(x, kernel, window=window), out, rtol=1e-4, atol=1e-4)
-    for form in (conv.kernel_pack, conv.kernel_dense, conv.kernel_plain):
+    for form in (forms.kernel_pack, forms.kernel_dense, forms.kernel_plain):
         np.testing.assert_allclose(form(x, g, window=window), back(g)[1], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("stride", "spread", "padding"), [(1, 1, 0), (2, 1, 0), (1, 2, 0), (1, 2, -1), (1, 1, 1)])
 def test_one_pixel_is_a_matrix_product(stride, spread, padding):
     pads = ((padding, 0), (0, padding))
-    window = conv.Window((1, 1), (stride, stride), (spread, spread), (1, 1), pads, 1)
+    window = forms.Window((1, 1), (stride, stride), (spread, spread), (1, 1), pads, 1)
     x, kernel = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(((2, 5, 6, 4), (1, 1, 4, 3))))
-    found, wanted = (form(x, kernel, window=window) for form in (conv.conv_point, conv.conv_plain))
+    found, wanted = (form(x, kernel, window=window) for form in (forms.conv_point, forms.conv_plain))
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_all_cores_are_asked_where_that_pays(monkeypatch):
-    monkeypatch.setattr(conv, "cores", lambda: 2)
-    x, kernel = jnp.ones((32, 16, 16, 64)), jnp.ones((3, 3, 64, 64))
-    asks = lambda x, kernel, **o: conv.on_all_cores(x, kernel, conv.window_of(x.shape, kernel.shape, 1, **o))
+    monkeypatch.setattr(conv_choice, "available_cores", lambda: [0, 1])
+    x, kernel = jax.eval_shape(lambda: (jnp.ones((32, 16, 16, 64)), jnp.ones((3, 3, 64, 64))))
+    like = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+
+    def asks(x, kernel, **options):
+        return conv_choice.on_all_cores(x, kernel, forms.window_of(x.shape, kernel.shape, 1, **options))
+
     assert asks(x, kernel)
-    assert not asks(x, jnp.ones((3, 3, 64, 128)))  # two blocks of channels: the other cores have work
+    assert not asks(x, like(3, 3, 64, 128))  # two blocks of channels: the other cores have work
     assert not asks(x, kernel, stride=2)
     assert not asks(x, kernel, padding=0)
-    assert not asks(x[:, :8, :8], kernel)  # one row more is an eighth
-    assert not asks(x[:1, :, :, :8], kernel[:, :, :8, :8])
-    found = jax.jit(functools.partial(conv.conv2d, padding=1))(x, kernel)
-    np.testing.assert_allclose(found, conv.conv_plain(x, kernel, window=conv.window_of(x.shape, kernel.shape, 1)))
-    monkeypatch.setattr(conv, "cores", lambda: 1)
+    assert not asks(like(32, 8, 8, 64), kernel)  # one row more is an eighth
+    assert not asks(like(1, 16, 16, 8), like(3, 3, 8, 8))
+    monkeypatch.setattr(conv_choice, "available_cores", lambda: [0])
     assert not asks(x, kernel)
+
+
+@pytest.mark.parametrize(
+    ("size", "padding", "dilation"), [((3, 3), ((1, 1), (1, 1)), (1, 1)), ((3, 2), ((0, 4), (2, 0)), (2, 1))]
+)
+def test_values_and_gradients_on_all_cores_are_those_of_xla(monkeypatch, size, padding, dilation):
+    seen = []
+    monkeypatch.setattr(conv_choice, "available_cores", lambda: [0, 1])
+    monkeypatch.setattr(conv_choice, "MUCH_WORK", 0)
+    monkeypatch.setattr(
+        conv_choice,
+        "conv_rows",
+        lambda x, kernel, *, window: seen.append(window) or forms.conv_rows(x, kernel, window=window),
+    )
+    window = forms.Window(size, (1, 1), (1, 1), dilation, padding, 1)
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        x, kernel = (jnp.asarray(rng.normal(size=shape)) for shape in ((2, 18, 7, 3), (*size, 3, 5)))
+        mine = lambda x, w: conv.conv2d(x, w, 1, padding, dilation)
+        plain = functools.partial(forms.conv_plain, window=window)
+        found, wanted = (jax.jit(functools.partial(derivatives, form))(x, kernel) for form in (mine, plain))
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted)):
+            np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-12)
+    assert {window, forms.backwards((18, 7), window)} <= set(seen)  # forward and by the image
 
 
 @pytest.mark.parametrize("axes", [(0, 0), (0, None), (None, 0), (1, 3)])

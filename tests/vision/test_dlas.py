@@ -16,7 +16,8 @@ from scipy.sparse import csr_matrix
 
 from jaxstack import cli
 from jaxstack.core.errors import UserError
-from jaxstack.nn import compression, conv, deployment
+from jaxstack.nn import compression, deployment
+from jaxstack.nn import conv_forms as forms
 from jaxstack.nn import lowering as low
 from jaxstack.nn.deployment import Form, Net
 from jaxstack.nn.lowering import Choice
@@ -64,14 +65,14 @@ def net_of(name, kind="none"):
 def test_all_primitives_are_xlas_convolution(stride, groups):
     x = jax.random.normal(KEY, (2, 8, 7, 8))
     w = jax.random.normal(jax.random.key(1), (3, 3, 8 // groups, 8))
-    window = conv.window_of(x.shape, w.shape, groups, stride, ((1, 1), (0, 1)))
+    window = forms.window_of(x.shape, w.shape, groups, stride, ((1, 1), (0, 1)))
     whole = lambda v: jnp.round(40 * v).clip(-127, 127).astype(jnp.int8)
 
     @jax.jit
     def run(x, w):
         xs, ws = whole(x), whole(w)
-        floats = [conv.conv_plain(x, w, window=window)]
-        exact = [conv.conv_plain(xs.astype(jnp.float32), ws.astype(jnp.float32), window=window)]
+        floats = [forms.conv_plain(x, w, window=window)]
+        exact = [forms.conv_plain(xs.astype(jnp.float32), ws.astype(jnp.float32), window=window)]
         for choice in CHOICES:
             floats.append(low.lowered(x, w, window=window, choice=choice))
             exact.append(low.lowered(xs, ws, window=window, choice=choice))
@@ -84,7 +85,7 @@ def test_all_primitives_are_xlas_convolution(stride, groups):
         np.testing.assert_array_equal(integers, exact[0])
     if groups == 1:
         for kept in (w, jnp.where(jnp.abs(w) > 1, w, 0)):  # dense, and with zeros
-            wanted = conv.conv_plain(x, kept, window=window)
+            wanted = forms.conv_plain(x, kept, window=window)
             matrix = csr_matrix(low.as_matrix(kept))
             assert matrix.nnz == np.count_nonzero(kept)
             found = low.conv_gemm_csr(np.asarray(x), matrix, window=window)
@@ -110,7 +111,7 @@ def products(jaxpr, times=1):
 
 
 def test_no_primitive_does_more_work_than_another():
-    layer = low.Layer("a", (1, 8, 6, 4), (3, 3, 4, 8), conv.window_of((1, 8, 6, 4), (3, 3, 4, 8), 1, 2))
+    layer = low.Layer("a", (1, 8, 6, 4), (3, 3, 4, 8), forms.window_of((1, 8, 6, 4), (3, 3, 4, 8), 1, 2))
     assert layer.macs == 4 * 3 * 9 * 4 * 8 == layer.uses * 9 * 4 * 8
     x, w = jnp.zeros(layer.image), jnp.zeros(layer.kernel)
     for choice in (Choice("direct"), Choice("gemm"), *dlas_tiles(layer)):
@@ -289,9 +290,9 @@ def test_sizes_are_those_of_the_stored_numbers(tmp_path):
 
 def test_the_winner_of_a_search_is_timed_again(monkeypatch):
     layers = [
-        low.Layer(name, (1, 4, 4, 4), (3, 3, 4, 8), conv.window_of((1, 4, 4, 4), (3, 3, 4, 8), 1)) for name in "ab"
+        low.Layer(name, (1, 4, 4, 4), (3, 3, 4, 8), forms.window_of((1, 4, 4, 4), (3, 3, 4, 8), 1)) for name in "ab"
     ]
-    depthwise = low.Layer("c", (1, 4, 4, 4), (3, 3, 1, 4), conv.window_of((1, 4, 4, 4), (3, 3, 1, 4), 4))
+    depthwise = low.Layer("c", (1, 4, 4, 4), (3, 3, 1, 4), forms.window_of((1, 4, 4, 4), (3, 3, 1, 4), 4))
     dense = low.Layer("d", (1, 8), (8, 3), None)
     asked = []
 
@@ -494,7 +495,7 @@ def test_points_that_there_are_none_of_are_refused(options, message):
 
 def test_layers_that_do_not_fit_are_refused():
     x, w = jnp.zeros((1, 6, 6, 4)), jnp.zeros((3, 3, 4, 8))
-    window = conv.window_of(x.shape, w.shape, 1)
+    window = forms.window_of(x.shape, w.shape, 1)
     with pytest.raises(UserError, match="spatial-pack 4x8: expected divisors of 6 rows and 8 channels"):
         low.conv_spatial_pack(x, w, window=window, rows=4)
     with pytest.raises(UserError, match="unknown primitive 'winograd'"):

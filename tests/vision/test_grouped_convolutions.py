@@ -7,7 +7,8 @@ import pytest
 
 from jaxstack import cli
 from jaxstack.core.errors import UserError
-from jaxstack.nn import conv
+from jaxstack.nn import conv_choice
+from jaxstack.nn import conv_forms as forms
 from jaxstack.vision import grouped_convolutions as gc
 from jaxstack.vision.grouped_convolutions import Case, Tiles, grouped_conv, gspc_tiles
 
@@ -64,9 +65,9 @@ def test_groups_are_separate_and_a_hot_pixel_shows_the_kernel():
     np.testing.assert_allclose(
         moved, out.reshape(2, 7, 6, 4, 2)[:, :, :, order].reshape(out.shape), rtol=1e-5, atol=1e-5
     )
-    dense = grouped_conv(x, conv.block_diagonal(w, 4), 1)
+    dense = grouped_conv(x, forms.block_diagonal(w, 4), 1)
     np.testing.assert_allclose(dense, out, rtol=1e-4, atol=1e-4)
-    np.testing.assert_array_equal(conv.of_blocks(conv.block_diagonal(w, 4), 4), w)
+    np.testing.assert_array_equal(forms.of_blocks(forms.block_diagonal(w, 4), 4), w)
     hot = jnp.zeros((1, 7, 6, 8)).at[0, 3, 3, 1].set(1.0)
     np.testing.assert_allclose(grouped_conv(hot, w, 4)[0, 2:5, 2:5, :2], w[::-1, ::-1, 1, :2], rtol=1e-6, atol=1e-6)
 
@@ -114,11 +115,11 @@ def test_the_layer_computes_what_its_function_does():
 
 def test_what_was_tuned_is_used_and_kept(tmp_path, monkeypatch):
     case = Case(1, 6, 4, 2, 8)
-    monkeypatch.setattr(conv, "TUNED", {})
+    monkeypatch.setattr(conv_choice, "TUNED", {})
     found = gc.tune(case, repeats=1)
-    assert len(found) == len(conv.TUNED) == 3
-    assert [name.split()[0] for name in conv.TUNED] == ["conv", "conv", "kernel"]
-    for times, form in zip(found.values(), conv.TUNED.values()):
+    assert len(found) == len(conv_choice.TUNED) == 3
+    assert [name.split()[0] for name in conv_choice.TUNED] == ["conv", "conv", "kernel"]
+    for times, form in zip(found.values(), conv_choice.TUNED.values()):
         assert times[form].median == min(t.median for t in times.values())
     x, w, g = case.arrays()
     called = []
@@ -126,22 +127,22 @@ def test_what_was_tuned_is_used_and_kept(tmp_path, monkeypatch):
     def spy(kind, form):
         return lambda *args, window: called.append((kind, window)) or form(*args, window=window)
 
-    monkeypatch.setitem(conv.CONV_FORMS, "lax", spy("conv", conv.conv_plain))
-    monkeypatch.setitem(conv.KERNEL_FORMS, "lax", spy("kernel", conv.kernel_plain))
-    conv.TUNED.update(dict.fromkeys(conv.TUNED, "lax"))
+    monkeypatch.setitem(forms.CONV_FORMS, "lax", spy("conv", forms.conv_plain))
+    monkeypatch.setitem(forms.KERNEL_FORMS, "lax", spy("kernel", forms.kernel_plain))
+    conv_choice.TUNED.update(dict.fromkeys(conv_choice.TUNED, "lax"))
     jax.jit(jax.value_and_grad(lambda x, w: (grouped_conv(x, w, 2) * g).sum(), (0, 1))).lower(x, w)
-    back = conv.backwards((6, 6), case.window)
+    back = forms.backwards((6, 6), case.window)
     assert sorted(called) == sorted([("conv", case.window), ("conv", back), ("kernel", case.window)])
-    path = conv.save_choices(tmp_path / "conv.json")
-    kept = dict(conv.TUNED)
-    conv.TUNED.clear()
-    assert conv.load_choices(path) == 3
-    assert kept == conv.TUNED
-    monkeypatch.setattr(conv, "machine", lambda: {"cpu": "another"})
-    assert conv.load_choices(path) == 0
+    path = conv_choice.save_choices(tmp_path / "conv.json")
+    kept = dict(conv_choice.TUNED)
+    conv_choice.TUNED.clear()
+    assert conv_choice.load_choices(path) == 3
+    assert kept == conv_choice.TUNED
+    monkeypatch.setattr(conv_choice, "machine", lambda: {"cpu": "another"})
+    assert conv_choice.load_choices(path) == 0
     path.write_text("{}")
     with pytest.raises(UserError, match="is no file of choices"):
-        conv.load_choices(path)
+        conv_choice.load_choices(path)
 
 
 def test_times_are_of_every_repeat():
@@ -151,13 +152,13 @@ def test_times_are_of_every_repeat():
 
 
 def test_the_command_tunes(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(conv, "TUNED", {})
-    monkeypatch.setattr(conv, "choices_file", lambda: tmp_path / "conv.json")
+    monkeypatch.setattr(conv_choice, "TUNED", {})
+    monkeypatch.setattr(conv_choice, "choices_file", lambda: tmp_path / "conv.json")
     assert cli.main(["tune-conv", "--channels", "4", "--groups", "2", "4", "--side", "6", "--repeats", "1"]) == 0
     out = capsys.readouterr().out
     assert "4 channels, 2 groups" in out
     assert (tmp_path / "conv.json").exists()
-    assert len(conv.TUNED) == 4  # equal shapes of the forward pass and the gradient by the image
+    assert len(conv_choice.TUNED) == 4  # equal shapes of the forward pass and the gradient by the image
     assert cli.main(["tune-conv", "--channels", "4", "--groups", "3"]) == 2
     assert "groups=3: expected a divisor of 4 and 4 channels" in capsys.readouterr().err
 

@@ -15,7 +15,8 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxstack.core.errors import UserError
-from jaxstack.nn.conv import Conv, largest_divisor
+from jaxstack.nn.conv import Conv
+from jaxstack.nn.conv_forms import largest_divisor
 from jaxstack.nn.vision.boxes import (
     Pair,
     from_distances,

@@ -16,7 +16,8 @@ from jaxtyping import Array
 
 from jaxstack.core.learner import Key
 from jaxstack.nn import structured
-from jaxstack.nn.conv import Conv, Pair, conv2d
+from jaxstack.nn.conv import Conv, conv2d
+from jaxstack.nn.conv_forms import Pair
 from jaxstack.nn.structured import Shape
 from jaxstack.nn.vision.layers import fan_out_normal, torch_uniform
 
