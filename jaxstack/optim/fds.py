@@ -22,7 +22,7 @@ The paper's body could not be read: the equations are those of the abstract and 
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -161,34 +161,8 @@ class Found(NamedTuple):
     """At the end."""
 
 
-class Mode(Protocol):
-    """How hypergradients are found: `forward_mode`, `reverse_mode` or `greedy_mode`."""
-
-    def __call__(
-        self,
-        loss: Loss,
-        now: Weights,
-        batches: Batches,
-        valid: Any,
-        schedules: Schedules,
-        steps: Any,
-        limits: Limits = Limits(),
-    ) -> Found:
-        """Train, and differentiate the validation loss.
-
-        Args:
-            loss: of training and validation alike.
-            now: the first weights.
-            batches: of the training.
-            valid: validation batches, leaves [V, ...].
-            schedules: what is differentiated.
-            steps: T.
-            limits: see `Limits`.
-
-        Returns:
-            Hypergradients and the last weights.
-        """
-        ...
+Mode = Callable[[Loss, Weights, Batches, Any, Schedules, Any, Limits], Found]
+"""How hypergradients are found: `forward_mode`, `reverse_mode` or `greedy_mode`."""
 
 
 def tangents_of(params: Any, schedules: Schedules) -> tuple[Any, Any]:
@@ -233,7 +207,20 @@ def forward_mode(
     steps: Any,
     limits: Limits = Limits(),
 ) -> Found:
-    """(3) and (4); see `Mode`. `steps` may be traced."""
+    """Train, and differentiate the validation loss by (3) and (4).
+
+    Args:
+        loss: of training and validation alike.
+        now: the first weights.
+        batches: of the training.
+        valid: validation batches, leaves [V, ...].
+        schedules: what is differentiated.
+        steps: T; may be traced.
+        limits: see `Limits`.
+
+    Returns:
+        Hypergradients and the last weights.
+    """
 
     def body(t: Any, c: tuple[Weights, tuple[Any, Any], Array]) -> tuple[Weights, tuple[Any, Any], Array]:
         new, tangents, value = forward_step(loss, c[0], c[1], batches(t), schedules, t, steps, limits)
@@ -255,8 +242,8 @@ def reverse_mode(
     steps: int,
     limits: Limits = Limits(),
 ) -> Found:
-    """The same hypergradients by backpropagation through all steps, whose weights are kept: memory grows with T; see
-    `Mode`. `steps` is static, and tangents are not cut."""
+    """The same hypergradients by backpropagation through all steps, whose weights are kept: memory grows with T;
+    arguments as in `forward_mode`. `steps` is static, and tangents are not cut."""
     limits = limits._replace(tangent=None)
 
     def final(schedules: Schedules) -> tuple[Array, tuple[Weights, Array]]:
@@ -297,7 +284,7 @@ def greedy_mode(
     limits: Limits = Limits(),
 ) -> Found:
     """Hypergradients that look one step ahead, averaged over the steps that share a value: what greedy methods see;
-    see `Mode`. Step t takes validation batch t modulo their number."""
+    arguments as in `forward_mode`. Step t takes validation batch t modulo their number."""
 
     def body(t: Any, c: tuple[Weights, Schedules, Array]) -> tuple[Weights, Schedules, Array]:
         batch = jax.tree.map(lambda x: x[t % len(x)], valid)
