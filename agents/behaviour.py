@@ -7,6 +7,7 @@ reaches a third. `medium-replay` shares the episodes among policies on the way t
 sampling, DQN's with the exploration of its update; the log-probability of each action is recorded.
 """
 
+import functools
 import hashlib
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args
@@ -246,32 +247,35 @@ def _act(policy: Policy | None, params: Any, vec: vector.VecEnv) -> tuple[Any, A
 
 def _score(task: Environment, policy: Policy | None, params: Any, key: jax.Array) -> float:
     """Mean return of a behaviour."""
-    vec = vector.vectorise(task, SCORED)
+    return float(_mean_return(task, policy, params, jax.random.fold_in(key, SCORE), SCORED))
 
-    @jax.jit
-    def play(params: Any, key: jax.Array) -> jax.Array:
-        act, draw = _act(policy, params, vec)
-        carry = () if policy is None else policy.init_carry(params, SCORED)
-        return rollout.episodes(vec, act, key, carry, task.spec.horizon or 1, draw).returns.mean()
 
-    return float(play(params, jax.random.fold_in(key, SCORE)))
+@functools.partial(jax.jit, static_argnames=("task", "policy", "episodes"))
+def _mean_return(task: Environment, policy: Policy | None, params: Any, key: jax.Array, episodes: int) -> jax.Array:
+    vec = vector.vectorise(task, episodes)
+    act, draw = _act(policy, params, vec)
+    carry = () if policy is None else policy.init_carry(params, episodes)
+    return rollout.episodes(vec, act, key, carry, task.spec.horizon or 1, draw).returns.mean()
+
+
+@functools.partial(jax.jit, static_argnames=("task", "policy", "episodes"))
+def _played(
+    task: Environment, policy: Policy | None, params: Any, k_start: jax.Array, k_play: jax.Array, episodes: int
+) -> rollout.Step:
+    """As many steps of each environment as an episode can have; one program for all weights of a policy."""
+    vec = vector.vectorise(task, episodes, auto_reset="exact")
+    act, draw = _act(policy, params, vec)
+    carry = () if policy is None else policy.init_carry(params, episodes)
+    vs = vector.init(vec, k_start)
+    return rollout.collect(vec, act, k_play, vs, carry, task.spec.horizon or 1, draw).steps
 
 
 def _record(
     task: Environment, policy: Policy | None, params: Any, key: jax.Array, episodes: int, info: DatasetInfo
 ) -> OfflineDataset:
     """The first episode in each of so many environments, one after another."""
-    vec = vector.vectorise(task, episodes, auto_reset="exact")
     k_start, k_play = jax.random.split(jax.random.fold_in(key, PLAY))
-
-    @jax.jit
-    def play(params: Any) -> rollout.Step:
-        act, draw = _act(policy, params, vec)
-        carry = () if policy is None else policy.init_carry(params, episodes)
-        vs = vector.init(vec, k_start)
-        return rollout.collect(vec, act, k_play, vs, carry, task.spec.horizon or 1, draw).steps
-
-    steps = jax.tree.map(np.asarray, play(params))
+    steps = jax.tree.map(np.asarray, _played(task, policy, params, k_start, k_play, episodes))
     first = (np.cumsum(steps.done, 0) - steps.done == 0).T
     rows = lambda x: np.moveaxis(x, 0, 1)[first]
     return dataset(

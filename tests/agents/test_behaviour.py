@@ -86,7 +86,7 @@ def test_log_probabilities_are_those_of_the_policy(name, monkeypatch):
     kept = []
     monkeypatch.setattr(behaviour, "_digest", lambda params: kept.append(params[0]) or "")
     env = "gymnax/CartPole-v1" if name == "dqn" else "gymnax/Pendulum-v1"
-    length = dict(env_args=("max_steps_in_episode=6",), steps=96 if name == "ppo" else 24)
+    length = dict(env_args=("max_steps_in_episode=6",), steps=4 * 96 if name == "ppo" else 24)
     options = length | dict(behaviour=name, episodes=40)
     data, again = (behaviour.collect(env, "expert", **options) for _ in range(2))
     assert data.digest() == again.digest()
