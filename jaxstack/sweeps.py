@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 import yaml
 
@@ -21,7 +20,7 @@ from jaxstack.core import config, runner
 from jaxstack.core import options as texts
 from jaxstack.core import space as spaces
 from jaxstack.core.errors import UserError, unknown
-from jaxstack.core.learner import Learner, better, require_one
+from jaxstack.core.learner import Learner, better, require_one, rows_of
 from jaxstack.core.sinks import Sink
 from jaxstack.core.source import Source
 from jaxstack.core.space import choice, grid, log_uniform, uniform
@@ -60,7 +59,7 @@ class Sweep(NamedTuple):
         if not self.runs or rows.empty:
             raise UserError(f"setting={setting}, seed={seed}: expected a row of a sweep made in this process")
         run, row = divmod(int(rows[0]), len(self.table) // len(self.runs))
-        return jax.tree.map(lambda x: x[row], self.runs[run].state)
+        return rows_of(self.runs[run].state, row)
 
     def goal(self, metric: str | None = None, largest: bool | None = None) -> tuple[str, bool]:
         """(metric, whether larger is better); defaults: the objective, and for another metric the largest."""

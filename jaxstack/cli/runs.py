@@ -45,11 +45,11 @@ def trained(run_dir: str, method: str, config: type) -> tuple[Any, Any]:
     Raises:
         UserError: naming what does not fit, in the words of `--model`.
     """
-    import jax
     import numpy as np
 
     from jaxstack.core import runner
     from jaxstack.core.errors import UserError
+    from jaxstack.core.learner import rows_of
 
     learner, plan = load(run_dir)
     if not isinstance(learner.config, config):
@@ -57,7 +57,7 @@ def trained(run_dir: str, method: str, config: type) -> tuple[Any, Any]:
     if len({*plan.get("settings", [0])}) > 1:
         raise UserError(f"--model {run_dir}: found a sweep of several settings, expected a run of one")
     state, alive = runner.stored(learner, run_dir)
-    return learner, jax.tree.map(lambda x: x[np.flatnonzero(alive)], state)
+    return learner, rows_of(state, np.flatnonzero(alive))
 
 
 def started(learner: Any, run_dir: str, seeds: Sequence[int]) -> Any:
@@ -66,12 +66,11 @@ def started(learner: Any, run_dir: str, seeds: Sequence[int]) -> Any:
     Raises:
         UserError: naming what does not fit, in the words of `--start-from`.
     """
-    import jax
     import numpy as np
 
     from jaxstack.core import runner
     from jaxstack.core.errors import UserError
-    from jaxstack.core.learner import require_one
+    from jaxstack.core.learner import require_one, rows_of
 
     where = f"--start-from {run_dir}"
     require_one(learner, where)
@@ -88,7 +87,7 @@ def started(learner: Any, run_dir: str, seeds: Sequence[int]) -> Any:
     if failed := [have[row] for row in rows if not alive[row]]:
         raise UserError(f"{where}: found numbers that are not finite in seed {failed[0]}, expected finite ones")
     try:
-        return runner.start_from(learner, jax.tree.map(lambda x: x[rows], state))
+        return runner.start_from(learner, rows_of(state, rows))
     except UserError as e:
         raise UserError(f"{where}: {e}") from None
 
@@ -159,10 +158,9 @@ def last_scores(frame: Any, metric: str) -> list[float]:
 def one_row(args: argparse.Namespace, acts: bool = True) -> tuple[Any, Any]:
     """(learner, state without an axis of seeds) of the row that `--setting` and `--train-seed` choose. Raises
     `UserError`, with `acts` also for a learner without a policy."""
-    import jax
-
     from jaxstack.core import runner
     from jaxstack.core.errors import UserError
+    from jaxstack.core.learner import rows_of
 
     run_dir = _program(args)
     learner, plan = load(run_dir)
@@ -181,7 +179,7 @@ def one_row(args: argparse.Namespace, acts: bool = True) -> tuple[Any, Any]:
     if seed not in (own := [seeds[i] for i in rows]):
         raise UserError(f"--train-seed {seed}: expected one of the run's seeds {own}")
     row = rows[own.index(seed)]
-    return learner, jax.tree.map(lambda x: x[row], runner.load_state(learner, run_dir))
+    return learner, rows_of(runner.load_state(learner, run_dir), row)
 
 
 def _program(args: argparse.Namespace) -> str:

@@ -17,7 +17,7 @@ from jax.core import Tracer
 
 from jaxstack.core import config as configs
 from jaxstack.core.errors import UserError
-from jaxstack.core.learner import Learner
+from jaxstack.core.learner import Learner, rows_of
 from jaxstack.core.rundir import refuse_scripts
 
 FORMAT = 1
@@ -117,7 +117,7 @@ def save_first(run_dir: str | Path, learner: Learner, state: Any, alive: Any) ->
     if learner.policy is None or not np.any(alive):
         return None
     first = int(np.flatnonzero(alive)[0])
-    save_policy(Path(run_dir) / "policy", learner, jax.tree.map(lambda x: x[first], state))
+    save_policy(Path(run_dir) / "policy", learner, rows_of(state, first))
     return first
 
 

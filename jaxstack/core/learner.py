@@ -160,6 +160,15 @@ def require_one(learner: Any, what: str) -> None:
         raise UserError(f"{learner.name}: found a method in stages, {what} expected a learner of one stage")
 
 
+@jax.jit
+def rows_of(states: Any, rows: Any) -> Any:
+    """Rows of states [S, ...]: of one number, a state [...]; of numbers [R], states [R, ...].
+
+    One program, where leaf by leaf each shape would be a compile of its own.
+    """
+    return jax.tree.map(lambda x: x[rows], states)
+
+
 def as_hypers(hypers: Any) -> Any:
     """Float32 scalars, so that ints, floats and arrays trace to one program."""
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), hypers)

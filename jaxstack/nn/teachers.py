@@ -43,7 +43,7 @@ def stored_teacher(run_dir: str, method: str, config: type, factory: Callable[[A
     if not alive.any():
         raise UserError(f"{where}: found no seed whose numbers are finite, expected one")
     row = int(np.flatnonzero(alive)[0])
-    return known, jax.tree.map(lambda x: np.asarray(x[row]), variables(states))
+    return known, jax.tree.map(lambda x: np.asarray(x)[row], variables(states))
 
 
 def with_one_teacher(learner: Learner, taught_by: Any) -> Learner:
