@@ -7,6 +7,7 @@ cut by its time limit, never where it terminated.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
@@ -17,10 +18,10 @@ import optax
 from jaxtyping import Array, Float
 
 from jaxstack.agents.configs import PlayConfig
+from jaxstack.agents.rounds import rounds
 from jaxstack.core import losses, replay
 from jaxstack.core.config import require, require_at_least, require_positive, require_unit
 from jaxstack.core.errors import UserError
-from jaxstack.core.guard import CHECK
 from jaxstack.core.learner import Key, Learner, Metrics, Policy, as_hypers
 from jaxstack.core.metrics import Mean
 from jaxstack.core.replay import Replay, Transition
@@ -229,15 +230,10 @@ def dqn(config: Config = Config()) -> Learner:
         )
 
     def step(s: State) -> tuple[State, Metrics]:
-        keys = jax.random.split(jax.random.fold_in(s.key, s.step), config.rounds)
-        numbers = s.step * config.rounds + jnp.arange(config.rounds, dtype=jnp.int32)
-        s, metrics = jax.lax.scan(lambda s, x: one_round(task, s, *x), s, (keys, numbers))
-        together = {
-            name: jnp.all(x) if name.startswith(CHECK) else jax.tree.map(lambda v: v.sum(0), x)
-            for name, x in metrics.items()
-        }
+        key = jax.random.fold_in(s.key, s.step)
+        s, metrics = rounds(partial(one_round, task), s, key, config.rounds, s.step)
         s = s._replace(step=s.step + 1)
-        return s, together | {"train/epsilon": epsilon(task, s)}
+        return s, metrics | {"train/epsilon": epsilon(task, s)}
 
     return Learner(
         init=init,
@@ -308,7 +304,7 @@ def values(task: Task, params: Any, obs: Array) -> Float[Array, "B n"]:
     return jnp.asarray(task.net.apply(params, task.inputs.encode(obs)))
 
 
-def targets(task: Task, params: Any, target: Any, gamma: Array, batch: Transition) -> Float[Array, " B"]:
+def targets(task: Task, params: Any, target: Any, gamma: Array | float, batch: Transition) -> Float[Array, " B"]:
     """Compute n-step targets of stretches [B, n]: the rewards up to the stretch's first end of an episode, and behind
     them the target network's value of the true next observation, 0 where the episode terminated."""
     counts = replay.one_episode(batch.terminated | batch.truncated)

@@ -7,6 +7,7 @@ observation where an episode was cut by its time limit, never where it terminate
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -16,11 +17,10 @@ from jaxtyping import Array
 from jaxstack.agents import offline
 from jaxstack.agents.configs import PlayConfig
 from jaxstack.agents.offline import Batch
+from jaxstack.agents.rounds import rounds, updates
 from jaxstack.core import replay
 from jaxstack.core.config import require, require_at_least, require_positive, require_unit
-from jaxstack.core.guard import CHECK
 from jaxstack.core.learner import Key, Learner, Metrics, Policy
-from jaxstack.core.metrics import Mean
 from jaxstack.core.replay import Replay
 from jaxstack.envs import rollout, vector
 
@@ -125,14 +125,9 @@ def make_learner(
         return State(**given, vec=vector.init(task.vec, k_env), buffer=buffer)
 
     def step(s: State) -> tuple[State, Metrics]:
-        keys = jax.random.split(jax.random.fold_in(s.key, s.step), config.rounds)
-        numbers = s.step * config.rounds + jnp.arange(config.rounds, dtype=jnp.int32)
-        s, metrics = jax.lax.scan(lambda s, x: one_round(task, s, *x), s, (keys, numbers))
-        together = {
-            name: jnp.all(x) if name.startswith(CHECK) else jax.tree.map(lambda v: v.sum(0), x)
-            for name, x in metrics.items()
-        }
-        return s._replace(step=s.step + 1), together
+        key = jax.random.fold_in(s.key, s.step)
+        s, metrics = rounds(partial(one_round, task), s, key, config.rounds, s.step)
+        return s._replace(step=s.step + 1), metrics
 
     return Learner(
         init=init,
@@ -159,24 +154,16 @@ def one_round(task: Task, s: State, key: Key, number: Array | int) -> tuple[Stat
     metrics["rollout/reused_starts"] = played.reused.astype(jnp.float32)
     buffer = task.buffer.add(s.buffer, transitions(steps))
     ready = task.buffer.ready(buffer)
-    updates = task.env.cfg.updates
 
-    def update(s: State, x: tuple[Key, Array]) -> tuple[State, Metrics]:
-        key, number = x
+    def update(s: State, key: Key, number: Array) -> tuple[State, Metrics]:
         k_sample, k_learn = jax.random.split(key)
         return task.learn(s, task.buffer.sample(buffer, k_sample).items, number, k_learn)
 
-    numbers = number * updates + jnp.arange(updates, dtype=jnp.int32)
     # neither environments nor buffer nor key pass through the loop of updates
-    run = lambda s: jax.lax.scan(update, s, (jax.random.split(k_learn, updates), numbers))
     learner = s._replace(vec=(), buffer=(), key=())
-    blank = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(run, learner)[1])
-    new, found = jax.lax.cond(ready, run, lambda s: (s, blank), learner)
+    new, found = updates(update, learner, k_learn, task.env.cfg.updates, number, ready)
     parts = {k: getattr(new, k) for k in ("params", "target", "opt_state")}
-    count = ready.astype(jnp.float32) * updates
-    together = lambda x: Mean(x.total.sum(), x.count.sum()) if isinstance(x, Mean) else Mean(x.sum(), count)
-    metrics |= {name: together(x) for name, x in found.items()}
-    return s._replace(**parts, vec=played.vec, buffer=buffer), metrics
+    return s._replace(**parts, vec=played.vec, buffer=buffer), metrics | found
 
 
 def play(task: Task, s: State, key: Key) -> rollout.Rollout:

@@ -41,8 +41,8 @@ from jaxstack.agents.ptgood_parts import (
     start_states,
     table_of,
 )
+from jaxstack.agents.rounds import rounds, updates
 from jaxstack.core import replay
-from jaxstack.core.guard import CHECK
 from jaxstack.core.learner import Key, Learner, Metrics
 from jaxstack.core.metrics import Mean
 from jaxstack.core.stages import Stage, Staged
@@ -303,8 +303,7 @@ def explore_round(task: Task, data: Batch, s: State, key: Key, number: Array) ->
         s = with_returns(task, s, played)
     learns = number >= cfg.random_steps
 
-    def update(s: State, x: tuple[Key, Array]) -> tuple[State, Metrics]:
-        key, count = x
+    def update(s: State, key: Key, count: Array) -> tuple[State, Metrics]:
         k_batch, k_noise = jax.random.split(key)
         batch, real = mixed(task, s, data, k_batch)
         s, batch = rewarded(task, s, batch, real)
@@ -312,13 +311,8 @@ def explore_round(task: Task, data: Batch, s: State, key: Key, number: Array) ->
         turn = number if cfg.reference_compat else count + 1
         return learn(task, s, batch, k_noise, turn % POLICY_EVERY == 0)
 
-    counts = number * cfg.updates + jnp.arange(cfg.updates, dtype=jnp.int32)
-    run = lambda s: jax.lax.scan(update, s, (jax.random.split(k_learn, cfg.updates), counts))
-    blank = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(run, s)[1])
-    s, found = jax.lax.cond(learns, run, lambda s: (s, blank), s)
-    done = learns.astype(jnp.float32) * cfg.updates
-    together = lambda x: Mean(x.total.sum(), x.count.sum()) if isinstance(x, Mean) else Mean(x.sum(), done)
-    metrics |= {name: together(x) for name, x in found.items()}
+    s, found = updates(update, s, k_learn, cfg.updates, number, learns)
+    metrics |= found
     due = lambda every: (number + 1 >= cfg.random_steps) & ((number + 1) % every == 0)
 
     def refit(s: State) -> State:
@@ -355,14 +349,7 @@ def explore_round(task: Task, data: Batch, s: State, key: Key, number: Array) ->
 
 def explore_step(task: Task, s: State, data: Batch, number: Array) -> tuple[State, Metrics]:
     """Some real steps."""
-    rounds = task.cfg.rounds
-    keys = jax.random.split(jax.random.fold_in(s.key, s.step), rounds)
-    numbers = number * rounds + jnp.arange(rounds, dtype=jnp.int32)
-    s, metrics = jax.lax.scan(lambda s, x: explore_round(task, data, s, *x), s, (keys, numbers))
-    return s, {
-        name: jnp.asarray(x).all() if name.startswith(CHECK) else jax.tree.map(lambda v: v.sum(0), x)
-        for name, x in metrics.items()
-    }
+    return rounds(partial(explore_round, task, data), s, jax.random.fold_in(s.key, s.step), task.cfg.rounds, number)
 
 
 # --- stages
