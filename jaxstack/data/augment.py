@@ -61,6 +61,12 @@ def inside(boxes: Array, shape: Sequence[int]) -> Array:
     return jnp.clip(boxes, 0, jnp.asarray([shape[1], shape[0]] * 2, boxes.dtype))
 
 
+def inverse(m: Array) -> Array:
+    """Of a 2x2 matrix, in closed form."""
+    adjoint = jnp.array([[m[1, 1], -m[0, 1]], [-m[1, 0], m[0, 0]]])
+    return adjoint / (m[0, 0] * m[1, 1] - m[0, 1] * m[1, 0])
+
+
 def warped(sample: Sample, forward: Array, offset: Any = (0.0, 0.0), edge: Edge = "zeros") -> Sample:
     """A sample under the map p -> c + `offset` + `forward` (p - c) of its points (x, y), c its middle.
 
@@ -68,7 +74,7 @@ def warped(sample: Sample, forward: Array, offset: Any = (0.0, 0.0), edge: Edge 
     cut at the image's edges.
 
     Args:
-        sample: with a float image.
+        sample: with a float image, [H, W] too.
         forward: [2, 2], invertible.
         offset: in pixels, (x, y).
         edge: what comes in.
@@ -76,8 +82,7 @@ def warped(sample: Sample, forward: Array, offset: Any = (0.0, 0.0), edge: Edge 
     image, masks, boxes = sample
     height, width = image.shape[:2]
     forward, offset = jnp.asarray(forward, jnp.float32), jnp.asarray(offset, jnp.float32)
-    back = jnp.array([[forward[1, 1], -forward[0, 1]], [-forward[1, 0], forward[0, 0]]])
-    back /= forward[0, 0] * forward[1, 1] - forward[0, 1] * forward[1, 0]
+    back = inverse(forward)
     middle = jnp.array([(width - 1) / 2, (height - 1) / 2])
     y, x = jnp.meshgrid(*(jnp.arange(n, dtype=jnp.float32) for n in (height, width)), indexing="ij")
     far = jnp.stack([x, y], -1) - middle - offset

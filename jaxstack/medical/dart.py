@@ -8,7 +8,7 @@ trait is the loss, `Network` the regressor. Any other trait takes the place of t
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -332,22 +332,32 @@ def parts(config: Config) -> tuple[Traits, Traits]:
 
 def moments(config: Config) -> tuple[float, float]:
     """Mean and deviation of the trait over the training part. Raises `UserError` where all values are equal."""
-    values = parts(config)[0].values
+    return _moments(parts(config)[0].values, config.data)
+
+
+def _moments(values: np.ndarray, where: str) -> tuple[float, float]:
     mean, std = float(values.mean()), float(values.std())
     if not std > 0:
-        raise UserError(f"{config.data}: all {len(values)} values are {mean:g}: there is nothing to learn")
+        raise UserError(f"{where}: all {len(values)} values are {mean:g}: there is nothing to learn")
     return mean, std
 
 
-def augment(config: Config) -> Any:
-    """(key, (images uint8, values)) -> (images in 0..1, values): the copies that the network learns from."""
+def worsened(config: Config, key: Key, images: Array) -> Array:
+    """Degraded images, of severities from 0 to the config's."""
+    return degraded(key, images, 0.0, config.severity) if config.severity else images
+
+
+def augment(config: Config, degrade_fn: Callable[[Key, Array], Array] | None = None) -> Any:
+    """(key, (images uint8, values)) -> (images in 0..1, values): the copies that the network learns from, made worse by
+    `degrade_fn`, or as `worsened` does."""
+    worse = degrade_fn or partial(worsened, config)
 
     def of_batch(key: Key, batch: tuple[Array, Array]) -> tuple[Array, Array]:
         images, values = batch
         k_turn, k_degrade = jax.random.split(key)
         x = images.astype(jnp.float32) / 255.0
         x = turned(k_turn, x) if config.turn else x
-        return (degraded(k_degrade, x, 0.0, config.severity) if config.severity else x), values
+        return worse(k_degrade, x), values
 
     return of_batch
 
@@ -448,16 +458,9 @@ def approximate_trait(
         raise UserError(f"trait_fn: gave {list(values.shape)} values, expected {len(images)} finite ones")
     config = configs.replace(config, size=images.shape[1], **changes)
     held = np.random.default_rng(config.data_seed).permutation(len(values)) % 10 == 0
-    mean, std = float(values[~held].mean()), float(values[~held].std())
-    if not std > 0:
-        raise UserError(f"trait_fn: all {(~held).sum()} values are {mean:g}: there is nothing to learn")
+    mean, std = _moments(values[~held], "trait_fn")
     targets = standardised(values, mean, std).astype(np.float32)
-    worse = degrade_fn or (lambda key, x: degraded(key, x, 0.0, config.severity) if config.severity else x)
-
-    def change(key: Key, batch: tuple[Array, Array]) -> tuple[Array, Array]:
-        k_turn, k_degrade = jax.random.split(key)
-        x = batch[0].astype(jnp.float32) / 255.0
-        return worse(k_degrade, turned(k_turn, x) if config.turn else x), batch[1]
+    change, worse = augment(config, degrade_fn), jax.jit(degrade_fn or partial(worsened, config))
 
     def batches(_: Config) -> Source:
         return ArrayData((images[~held], targets[~held]), config.batch_size, per_seed=True, augment=change)

@@ -21,6 +21,7 @@ from jaxstack.core import config as configs
 from jaxstack.core.config import require, require_at_least
 from jaxstack.core.errors import UserError
 from jaxstack.core.source import Source
+from jaxstack.data import augment
 from jaxstack.data.sources import SplitData
 from jaxstack.medical import io
 from jaxstack.medical.phantoms_oct import DEVICES, oct_set
@@ -331,21 +332,9 @@ def warped(
     Images are interpolated bilinearly, masks [H, W] of integers take the nearest pixel and stay masks; what comes from
     outside of the scan is 0.
     """
-    height, width = image.shape
-    middle = jnp.array([(width - 1) / 2, (height - 1) / 2])
-    y, x = jnp.meshgrid(jnp.arange(height, dtype=jnp.float32), jnp.arange(width, dtype=jnp.float32), indexing="ij")
-    back = inverse(forward)
-    far = jnp.stack([x, y], -1) - middle - shift
-    from_x, from_y = (middle[i] + back[i, 0] * far[..., 0] + back[i, 1] * far[..., 1] for i in (0, 1))
-    out = jax.scipy.ndimage.map_coordinates(image, [from_y, from_x], 1)
-    nearest = jax.scipy.ndimage.map_coordinates(masks.astype(jnp.float32), [from_y, from_x], 0)
-    return out, jnp.round(nearest).astype(masks.dtype), middle + shift + forward @ (fovea - middle)
-
-
-def inverse(m: Array) -> Array:
-    """Of a 2x2 matrix, in closed form."""
-    adjoint = jnp.array([[m[1, 1], -m[0, 1]], [-m[1, 0], m[0, 0]]])
-    return adjoint / (m[0, 0] * m[1, 1] - m[0, 1] * m[1, 0])
+    moved = augment.warped(augment.Sample(image, masks), forward, shift)
+    middle = jnp.array([(image.shape[1] - 1) / 2, (image.shape[0] - 1) / 2])
+    return moved.image, jnp.asarray(moved.masks), middle + shift + forward @ (fovea - middle)
 
 
 class Targets(NamedTuple):

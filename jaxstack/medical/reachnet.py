@@ -21,6 +21,7 @@ from jaxstack.core.config import require
 from jaxstack.core.errors import UserError
 from jaxstack.core.learner import Key, Learner
 from jaxstack.core.source import Source
+from jaxstack.data.augment import inverse
 from jaxstack.data.sources import RandomData
 from jaxstack.medical.oct_networks import (
     FOVEA,
@@ -33,7 +34,6 @@ from jaxstack.medical.oct_networks import (
     eval_source,
     fovea_error,
     from_fovea,
-    inverse,
     load_weights,
     loss,
     mask_dice,

@@ -290,14 +290,18 @@ def model_of(config: Config) -> Model:
     return linen(network(config), example, prepare=lambda x: prepared(config, x))
 
 
-def _with_stages(config: Config) -> Model:
-    """`model_of` with outputs (logits, taps); without taps where nothing is learnt of them."""
-    if "at" not in config.distil:
+def _with_stages(config: Config, kind: teachers.Distil) -> Model:
+    """`model_of` with outputs (logits, taps); without taps where `kind` learns nothing of them."""
+    if "at" not in kind:
         model = model_of(config)
-        alone = lambda v, x, key: (lambda logits, stats: ((logits, ()), stats))(*model.train(v, x, key))
+
+        def alone(v: Any, x: Array, key: Key) -> tuple[Any, Any]:
+            logits, stats = model.train(v, x, key)
+            return (logits, ()), stats
+
         return Model(model.init, alone, lambda v, x: (model.apply(v, x), ()))
     if config.model in ("mlp", "cnn"):
-        raise UserError(f"distil={config.distil!r}: found the network {config.model}, expected one of {zoo.NAMES}")
+        raise UserError(f"distil={kind!r}: found the network {config.model}, expected one of {zoo.NAMES}")
     example = jnp.zeros((1, *image_shape(config)), jnp.uint8)
     return with_taps(network(config), example, prepare=lambda x: prepared(config, x))
 
@@ -312,7 +316,7 @@ def _student(config: Config, optimiser: Optimiser, common: dict[str, Any]) -> Le
         raise UserError(
             f"{where}: found {sides[0]}, expected {sides[1]}{'' if own[0] == 'classes' else ', of classes'}"
         )
-    student, teacher = (_with_stages(configs.replace(c, teacher=config.teacher, distil=kind)) for c in (config, known))
+    student, teacher = (_with_stages(c, kind) for c in (config, known))
     asked = lambda given, x: teachers.taught(teacher.apply(given, x), kind)
     loss = teachers.distil_loss(kind, attention_weight(image_shape(config), 1.0))
     x, y = jnp.zeros((1, *image_shape(config)), jnp.uint8), jnp.zeros(1, jnp.int32)
