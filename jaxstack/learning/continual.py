@@ -97,15 +97,13 @@ class Config(configs.Config):
         require_at_least(self, 0, "hypers.penalty")
         require_unit(self, "hypers.decay", "hypers.ema")
         require_positive(self, "spread")
-        require(self, "hidden", all(h >= 1 for h in self.hidden), "layer widths >= 1")
+        zoo.check_model(self)
         require(self, "drops", all(0 < d < 1 for d in self.drops), "shares between 0 and 1")
         require(self, "replay", self.replay <= self.memory, f"at most memory={self.memory}")
         classes = self.classes
         if self.order == "classes":
             require(self, "chunks", self.chunks <= classes, f"at most the {classes} classes with order=classes")
-        if self.model != "mlp":
-            require(self, "model", zoo.known(self.model), f"one of mlp, {zoo.NAMES}")
-            require(self, "model", self.data != "mixture", "mlp with data=mixture")
+        require(self, "model", self.model == "mlp" or self.data != "mixture", "mlp with data=mixture")
 
     @property
     def classes(self) -> int:

@@ -433,10 +433,8 @@ class Config(configs.Config):
         require_unit(self, "rate", "hypers.momentum")
         require(self, "hypers.assumed", self.hypers.assumed in (-1,) or 0 <= self.hypers.assumed <= 1, "0 to 1, or -1")
         require(self, "hypers.q", self.hypers.q > 0, "a positive number")
-        require(self, "hidden", all(h >= 1 for h in self.hidden), "layer widths >= 1")
         images.class_facts(self.data)
-        if self.model != "mlp":
-            require(self, "model", zoo.known(self.model), f"one of mlp, {zoo.NAMES}")
+        zoo.check_model(self)
         if self.assumes:
             told = self.noise != "none" or (self.assumed_noise != "same" and self.hypers.assumed >= 0)
             require(

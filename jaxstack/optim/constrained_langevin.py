@@ -25,7 +25,7 @@ import optax
 from jaxtyping import Array
 
 from jaxstack.core import config as configs
-from jaxstack.core.config import require, require_at_least, require_positive
+from jaxstack.core.config import require_at_least, require_positive
 from jaxstack.core.errors import UserError
 from jaxstack.core.learner import Key, Learner
 from jaxstack.data import images
@@ -469,9 +469,8 @@ class Config(configs.Config):
         require_at_least(self, 1, "batch_size", "num_updates")
         require_at_least(self, 0, "train_images", "split_seed", "hypers.lr", "hypers.temperature", "hypers.friction")
         require_positive(self, "radius", "first_radius")
-        require(self, "hidden", all(h >= 1 for h in self.hidden), "layer widths >= 1")
         images.class_facts(self.data)
-        require(self, "model", self.model == "mlp" or zoo.known(self.model), f"one of mlp, {zoo.NAMES}")
+        zoo.check_model(self)
         constrained_langevin(0.1, lambda params: params, order=self.order)
 
     def constraints(self, params: Any) -> Any:

@@ -106,9 +106,8 @@ class Config(configs.Config):
         require_positive(self, "hypers.lr_step", "hypers.momentum_step", "hypers.decay_step")
         require_positive(self, "hypers.clip_gradient", "hypers.clip_tangent")
         require(self, "hypers.shrink", 0 < self.hypers.shrink <= 1, "a number above 0, at most 1")
-        require(self, "hidden", all(h >= 1 for h in self.hidden), "layer widths >= 1")
         images.class_facts(self.data)
-        require(self, "model", self.model == "mlp" or zoo.known(self.model), f"one of mlp, {zoo.NAMES}")
+        zoo.check_model(self)
 
     def held_out(self, count: int) -> int:
         """Images of `count` that an outer step holds out."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxstack.core.config import require
 from jaxstack.core.errors import UserError
 from jaxstack.data import images
 from jaxstack.nn.networks import MLP
@@ -136,3 +137,10 @@ def known(name: str) -> bool:
     except UserError:
         return False
     return True
+
+
+def check_model(config: Any) -> None:
+    """Check the fields `model` and `hidden` of a config: mlp or what `network` makes, and mlp's widths. Raises
+    `UserError`."""
+    require(config, "hidden", all(h >= 1 for h in config.hidden), "layer widths >= 1")
+    require(config, "model", config.model == "mlp" or known(config.model), f"one of mlp, {NAMES}")
