@@ -82,6 +82,7 @@ def _swap(args: argparse.Namespace) -> None:
 
     from jaxstack.core import runner
     from jaxstack.core.errors import UserError
+    from jaxstack.core.learner import rows_of
     from jaxstack.nn import attention_transfer as transfer
     from jaxstack.nn import classifier
     from jaxstack.nn.supervised import variables, with_variables
@@ -142,7 +143,7 @@ def _swap(args: argparse.Namespace) -> None:
     )
     trained = runner.train(pupil, seeds=[args.seed], eval_every=-1).state
     made = classifier.classifier(own)
-    one = jax.tree.map(lambda v: v[0], {"params": trained.params, **trained.stats})
+    one = rows_of({"params": trained.params, **trained.stats}, 0)
     facts = {
         "budget": args.budget,
         "candidates": args.candidates,

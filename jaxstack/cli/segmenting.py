@@ -35,10 +35,10 @@ def segmenter(model: str, pad_mode: Any = "zero", extra_cols: int = 0) -> tuple[
     """
     from pathlib import Path
 
-    import jax
     import numpy as np
 
     from jaxstack.cli import folders, runs
+    from jaxstack.core.learner import rows_of
     from jaxstack.medical import deepgpet
     from jaxstack.nn.supervised import variables
     from jaxstack.nn.vision.unet_mobilenet import UNetMobileNetV3
@@ -50,7 +50,7 @@ def segmenter(model: str, pad_mode: Any = "zero", extra_cols: int = 0) -> tuple[
         learner, states = runs.trained(model, "deepgpet", deepgpet.Config)
         net = UNetMobileNetV3(1, learner.config.width, learner.config.decoder, learner.config.most_blocks)
         given, count = variables(states), len(states.step)
-        members, kind = [jax.tree.map(lambda x, i=i: x[i], given) for i in range(count)], "run"
+        members, kind = [rows_of(given, i) for i in range(count)], "run"
     facts = folders.model_facts(kind, Path(model), given, net.decoder, len(members))
     return lambda image: np.mean([deepgpet.segment(net, m, image, pad_mode, extra_cols) for m in members], 0), facts
 

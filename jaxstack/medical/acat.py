@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int
 from jaxstack.core import config as configs
 from jaxstack.core.config import require, require_at_least
 from jaxstack.core.errors import UserError
-from jaxstack.core.learner import Key, Learner
+from jaxstack.core.learner import Key, Learner, rows_of
 from jaxstack.core.source import Source
 from jaxstack.core.stages import Stage, Staged
 from jaxstack.data.sources import ArrayData, SplitData
@@ -388,10 +388,8 @@ def acat(config: Config = Config(), /, **changes: Any) -> Staged:
 
         @cache
         def maps() -> tuple[np.ndarray, np.ndarray]:
-            row = lambda tree, i: jax.tree.map(lambda x: x[i], tree)
-            of = lambda images: np.stack(
-                [saliency_maps(config, row(plain, i), row(auto, i), images) for i in range(count)], 1
-            )
+            rows = [rows_of((plain, auto), i) for i in range(count)]
+            of = lambda images: np.stack([saliency_maps(config, row[0], row[1], images) for row in rows], 1)
             train, valid = parts(config)
             return of(train.images), of(valid.images)
 
