@@ -155,7 +155,15 @@ METHODS: tuple[Method, ...] = (
         claim="jaxstack.claims.chunking:claim",
         tests="tests/learning/test_chunking.py",
     ),
-    Method("cl-hpo", "learning", "Hyperparameter selection in continual learning", 2024, arxiv=("2404.06466",)),
+    Method(
+        "cl-hpo",
+        "learning",
+        "Hyperparameter selection in continual learning",
+        2024,
+        arxiv=("2404.06466",),
+        claim="jaxstack.claims.cl_hpo:claim",
+        tests="tests/learning/test_cl_hpo.py",
+    ),
     Method(
         "deepccg",
         "learning",

@@ -77,6 +77,16 @@ def test_the_order_of_settings_does_not_matter_and_bad_ones_are_not_chosen():
         assert a[name].selected[0] == 0
 
 
+def test_with_one_task_looking_at_the_end_the_first_and_the_current_one_are_the_same():
+    tasks, rates = tasks_of(count=1), grid(0.03, 0.3)
+    names = ("end of training", "first task", "current task")
+    end, *others = jax.jit(lambda: [cl_hpo.FRAMEWORKS[name](CONFIG, KEY, rates, tasks) for name in names])()
+    for other in others:
+        np.testing.assert_array_equal(end.selected, other.selected)
+        for a, b in zip(jax.tree.leaves(end.state.params), jax.tree.leaves(other.state.params)):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
 def test_later_tasks_do_not_leak_into_earlier_choices():
     tasks = tasks_of()
     rates = grid(0.03, 0.3)
