@@ -6,7 +6,7 @@ learning from data that come in chunks of one distribution, each of which is see
     (2) average of the weights theta_k (with BatchNorm statistics) at the ends of chunks, for prediction alone:
         mean  avg_k = ((k - 1) avg_{k-1} + theta_k) / k           = (1 / k) sum_{j <= k} theta_j
         EMA   avg_k = a avg_{k-1} + (1 - a) theta_k,  avg_1 = theta_1
-        Training goes on from theta_k.
+        Training continues from theta_k.
     (3) chunking proportion (acc_offline - acc_chunks) / (acc_offline - acc_classes): which share of what continual
         learning loses is lost without any change of distribution. Same number of chunks as of groups of classes.
 
