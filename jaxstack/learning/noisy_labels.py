@@ -15,13 +15,12 @@ from jaxtyping import Array
 from jaxstack.core import config as configs
 from jaxstack.core.config import require, require_at_least, require_unit
 from jaxstack.core.errors import UserError, unknown
+from jaxstack.core.learner import Key
 from jaxstack.data import images
 from jaxstack.data.sources import SplitData
 from jaxstack.nn import networks
 from jaxstack.nn.supervised import Model, Optimiser, accuracy
 from jaxstack.nn.vision import zoo
-
-Key = jax.Array
 
 # --- noise ---------------------------------------------------------------------------------------------------------
 

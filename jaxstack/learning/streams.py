@@ -12,8 +12,7 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxstack.core.errors import UserError
-
-Key = jax.Array
+from jaxstack.core.learner import Key
 
 # --- streams ----------------------------------------------------------------------------------------------------------
 
